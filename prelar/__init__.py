@@ -1,0 +1,1 @@
+"""World-model pre-training from action-free video: DreamerV2, APV, ContextWM and PreLAR."""

@@ -1,0 +1,264 @@
+"""params.yaml as one frozen, typed value.
+
+Every number of the project comes from here. A key that is missing, unknown or mistyped, and a value out of
+range, is refused before anything expensive starts. Presets of the scales that are not chosen are checked too.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from ruamel.yaml import YAML
+from ruamel.yaml.error import YAMLError
+
+from prelar.errors import UserError
+
+PARAMS = Path("params.yaml")
+
+Count = Annotated[int, Field(ge=1)]
+Natural = Annotated[int, Field(ge=0)]
+Rate = Annotated[float, Field(gt=0, le=1)]
+Share = Annotated[float, Field(ge=0, le=1)]
+Weight = Annotated[float, Field(ge=0)]
+Text = Annotated[str, Field(min_length=1)]
+
+
+class _Frozen(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True, allow_inf_nan=False)
+
+
+class Sample(_Frozen):
+    """Size of the embedded stand-in archive."""
+
+    clips: Annotated[int, Field(ge=8)]
+    parts: Annotated[int, Field(ge=1, le=99)]
+    seed: Natural
+
+
+class Ssv2(_Frozen):
+    """Where the Something-Something V2 archive comes from, and how it is ingested."""
+
+    source: Text | list[Text]
+    labels: Text | None
+    min_frames: Annotated[int, Field(ge=2)]
+    max_bad: Share
+    batch: Count
+    workers: Count
+    ffmpeg: Text | None
+
+
+class Rlbench(_Frozen):
+    """Which demonstrations are made."""
+
+    source: Literal["metaworld"]
+    tasks: Annotated[list[Text], Field(min_length=1)]
+    episodes: Count
+    cameras: Annotated[list[Text], Field(min_length=1)]
+    noise: Weight
+    keep_failures: bool
+    seed: Natural
+    max_bad: Share
+    workers: Count
+
+
+class Pretrain(_Frozen):
+    """One scale's pre-training: the length of the run, the batch and the sizes of the world model."""
+
+    steps: Natural
+    batch: Count
+    length: Annotated[int, Field(ge=3)]
+    lr: Rate
+    cnn_depth: Annotated[int, Field(ge=2, multiple_of=2)]
+    hidden: Count
+    deter: Count
+    stoch: Count
+    discrete: Annotated[int, Field(ge=2)]
+    log_every: Count
+    video_every: Count
+    checkpoint_every: Count
+
+
+class Finetune(_Frozen):
+    """One scale's fine-tuning: reinforcement learning from pixels in imagination."""
+
+    env_steps: Count
+    prefill: Count
+    pretrain_updates: Natural
+    train_every: Count
+    batch: Count
+    length: Annotated[int, Field(ge=6)]
+    lr: Rate
+    actor_lr: Rate
+    critic_lr: Rate
+    hold: Natural
+    beta: Weight
+    horizon: Annotated[int, Field(ge=2)]
+    discount: Rate
+    lam: Share
+    entropy: Weight
+    units: Count
+    layers: Count
+    slow_every: Count
+    replay: Count
+    envs: Count
+    eval_every: Count
+    eval_episodes: Count
+    time_limit: Annotated[int, Field(ge=1, le=500)]
+    log_every: Count
+    checkpoint_every: Count
+
+    @model_validator(mode="after")
+    def _fits(self) -> Finetune:
+        if self.prefill < self.length:
+            raise ValueError(f"prefill is {self.prefill}; make it at least length ({self.length})")
+        if self.time_limit + 1 < self.length:
+            raise ValueError(f"time_limit is {self.time_limit}; make it at least length - 1 ({self.length - 1})")
+        return self
+
+
+class Evaluate(_Frozen):
+    """One scale's evaluation: episodes of the policy and clips of open-loop prediction."""
+
+    episodes: Count
+    time_limit: Annotated[int, Field(ge=1, le=500)]
+    clips: Count
+    observed: Count
+    length: Count
+
+    @model_validator(mode="after")
+    def _fits(self) -> Evaluate:
+        if self.observed >= self.length:
+            raise ValueError(f"observed is {self.observed}; make it less than length ({self.length})")
+        return self
+
+
+class Scale(_Frozen):
+    """The presets of one scale, a group per stage."""
+
+    pretrain: Pretrain
+    finetune: Finetune
+    evaluate: Evaluate
+
+
+class Scales(_Frozen):
+    """All presets."""
+
+    smoke: Scale
+    lite: Scale
+    paper: Scale
+
+
+class Config(_Frozen):
+    """The whole of params.yaml."""
+
+    method: Literal["dreamerv2", "apv", "contextwm", "prelar"]
+    dataset: Literal["ssv2", "rlbench"]
+    task: Text
+    seed: Natural
+    scale: Literal["smoke", "lite", "paper"]
+    beta: Weight
+    beta_a: Weight
+    beta_c: Weight
+    consistency: Literal["order", "sign"]
+    action_dim: Count
+    action_kind: Literal["gaussian", "deterministic", "discrete"]
+    action_window: Annotated[int, Field(ge=2)]
+    naive: bool
+    bonus: Weight
+    dual_reward: bool
+    context_frame: Literal["random", "first", "last"]
+    context_augment: Literal["none", "erase"]
+    device: Literal["auto", "cpu", "cuda"]
+    precision: Literal["fp32", "bf16"]
+    threads: Count
+    sample: Sample
+    ssv2: Ssv2
+    rlbench: Rlbench
+    scales: Scales
+
+    @property
+    def preset(self) -> Scale:
+        """The presets of the chosen scale."""
+        scale: Scale = getattr(self.scales, self.scale)
+        return scale
+
+    @property
+    def pretrain(self) -> Pretrain:
+        """The chosen scale's pre-training."""
+        return self.preset.pretrain
+
+    @property
+    def finetune(self) -> Finetune:
+        """The chosen scale's fine-tuning."""
+        return self.preset.finetune
+
+    @property
+    def evaluate(self) -> Evaluate:
+        """The chosen scale's evaluation."""
+        return self.preset.evaluate
+
+    @property
+    def store(self) -> Path:
+        """The store of the chosen data set."""
+        return Path(f"data/{self.dataset}.zarr")
+
+
+def read_yaml(path: Path) -> Any:
+    """Read a YAML 1.2 file, in which `1e-05` is a number. Raises `UserError` where it cannot be read."""
+    try:
+        return YAML(typ="safe", pure=True).load(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise UserError(f"{path}: no such file; run from the top of the project") from None
+    except YAMLError as error:
+        raise UserError(f"{path}: not YAML ({' '.join(str(error).split())}); mend the line it names") from None
+
+
+def load_config(path: Path = PARAMS) -> Config:
+    """Read and check params.yaml. Raises `UserError` with the key, the value and the remedy in one line."""
+    try:
+        return Config.model_validate(read_yaml(path))
+    except ValidationError as error:
+        raise UserError(f"{path}: {_explain(error)}") from None
+
+
+def _explain(error: ValidationError) -> str:
+    """The first failures of a validation, each as `key = value: what to do`."""
+    problems: dict[str, str] = {}
+    for detail in error.errors(include_url=False):
+        names = [str(part) for part in detail["loc"] if part not in ("str", "constrained-str", "none")]
+        key = ".".join(name for name in names if not name.startswith(("list[", "constrained")))
+        if detail["type"] == "extra_forbidden":
+            problems[key] = f"{key}: unknown key; {_suggest(key)}"
+        elif detail["type"] == "missing":
+            problems[key] = f"{key}: missing; add it"
+        elif detail["type"] == "value_error":
+            problems[key] = f"{key}: {str(detail['msg']).removeprefix('Value error, ')}"
+        else:
+            problems.setdefault(key, f"{key} = {detail['input']!r}: {detail['msg'].replace('Input should', 'should')}")
+    return "; ".join(list(problems.values())[:3])
+
+
+def _suggest(key: str) -> str:
+    """A known key of the same group that looks like `key`, as advice."""
+    import difflib
+
+    *groups, name = key.split(".")
+    model: Any = Config
+    for group in groups:
+        model = model.model_fields[group].annotation
+    close = difflib.get_close_matches(name, list(model.model_fields), n=1, cutoff=0.5)
+    return f"did you mean {'.'.join([*groups, close[0]])}?" if close else "remove it"
+
+
+def keys(model: type[BaseModel] = Config, prefix: str = "") -> list[str]:
+    """Every dotted key of params.yaml, in the order of the fields."""
+    found = []
+    for name, field in model.model_fields.items():
+        annotation = field.annotation
+        if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+            found += keys(annotation, f"{prefix}{name}.")
+        else:
+            found.append(prefix + name)
+    return found
