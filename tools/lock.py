@@ -1,0 +1,26 @@
+"""Write requirements.lock: every package pinned, for Python 3.11 to 3.13 at once.
+
+The CUDA libraries of torch are left out. Torch's CUDA build pins them itself, and its CPU build does without.
+Run through `make lock`.
+"""
+
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+CUDA = re.compile(r"(nvidia-(?!ml-py)|cuda-|triton)")
+HEAD = "# Written by `make lock` from pyproject.toml. Install with: pip install -r requirements.lock\n"
+
+
+def main() -> None:
+    """Resolve pyproject.toml with uv and write the pins."""
+    resolve = "pip compile --universal --python-version 3.11 pyproject.toml --extra dev --no-header --no-annotate"
+    command = [sys.executable, "-m", "uv", *resolve.split(), *sys.argv[1:]]
+    pins = subprocess.run(command, check=True, capture_output=True, text=True).stdout
+    kept = [line for line in pins.splitlines(keepends=True) if not CUDA.match(line)]
+    Path("requirements.lock").write_text(HEAD + "".join(kept), encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()
