@@ -114,7 +114,9 @@ class Finetune(_Frozen):
         if self.prefill < self.length:
             raise ValueError(f"prefill is {self.prefill}; make it at least length ({self.length})")
         if self.time_limit + 1 < self.length:
-            raise ValueError(f"time_limit is {self.time_limit}; make it at least length - 1 ({self.length - 1})")
+            raise ValueError(
+                f"time_limit is {self.time_limit}; make it at least length - 1 ({self.length - 1})"
+            )
         return self
 
 
@@ -212,7 +214,9 @@ def read_yaml(path: Path) -> Any:
     except FileNotFoundError:
         raise UserError(f"{path}: no such file; run from the top of the project") from None
     except YAMLError as error:
-        raise UserError(f"{path}: not YAML ({' '.join(str(error).split())}); mend the line it names") from None
+        raise UserError(
+            f"{path}: not YAML ({' '.join(str(error).split())}); mend the line it names"
+        ) from None
 
 
 def load_config(path: Path = PARAMS) -> Config:
@@ -236,7 +240,9 @@ def _explain(error: ValidationError) -> str:
         elif detail["type"] == "value_error":
             problems[key] = f"{key}: {str(detail['msg']).removeprefix('Value error, ')}"
         else:
-            problems.setdefault(key, f"{key} = {detail['input']!r}: {detail['msg'].replace('Input should', 'should')}")
+            problems.setdefault(
+                key, f"{key} = {detail['input']!r}: {detail['msg'].replace('Input should', 'should')}"
+            )
     return "; ".join(list(problems.values())[:3])
 
 

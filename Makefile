@@ -1,0 +1,48 @@
+# Every target sets up what it needs. PYTHON=/path/to/python chooses the interpreter (3.11 to 3.13).
+SHELL := /bin/sh
+export PATH := $(CURDIR)/.venv/bin:$(PATH)
+READY := .venv/.ready
+
+.DEFAULT_GOAL := help
+.PHONY: help setup repro test test-long lint format bench ui check lock clean
+
+help: ## list the targets
+	@awk -F ':.*## ' '/^[a-z-]+:.*## /{printf "  make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+
+$(READY): requirements.lock tools/setup.sh
+	@PYTHON="$(PYTHON)" sh tools/setup.sh
+
+setup: $(READY) ## create .venv with the locked dependencies
+
+check: $(READY) ## validate params.yaml
+	@python -m prelar check
+
+repro: check ## run the pipeline of dvc.yaml at the scale of params.yaml
+	@dvc repro
+	@echo "The report: $(CURDIR)/reports/index.html"
+
+test: lint ## run all checks and tests
+	@python -m pytest
+
+test-long: $(READY) ## run what takes longer: kill storms and learning runs
+	@python -m pytest -m long
+
+lint: $(READY) ## format check, linter, type checker, import directions
+	@ruff format --check --quiet . && ruff check --quiet . && mypy --no-error-summary && lint-imports --no-logo >/dev/null || \
+		{ lint-imports --no-logo; echo "lint failed; make format mends what can be mended"; exit 1; }
+
+format: $(READY) ## format the code and mend what the linter can
+	@ruff format . && ruff check --fix .
+
+bench: $(READY) ## measure against the peers and bounds, to reports/bench.json
+	@python -m tests.bench
+
+ui: $(READY) ## serve the flows in the Prefect UI on this machine
+	@python -m flows.serve
+
+lock: $(READY) ## resolve pyproject.toml into requirements.lock anew
+	@python tools/lock.py
+
+clean: ## remove what can be made again, but no data, results or checkpoints
+	rm -rf .pytest_cache .mypy_cache .ruff_cache .hypothesis .import_linter_cache tests/output data/.staging
+	find prelar flows tests -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -1,0 +1,66 @@
+"""`python -m prelar COMMAND`: the stages of dvc.yaml, and what helps beside them."""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+
+from prelar.config import Config, load_config
+from prelar.errors import run_main
+from prelar.files import exclusive
+
+STAGES = {
+    "sample": "render the embedded sample archive, in the shape of Something-Something V2, to data/sample",
+    "pretrain": "pre-train the world model of `method` on the store of `dataset`, to data/pretrain",
+    "finetune": "fine-tune it with reinforcement learning on the Meta-World `task`, to data/finetune",
+    "evaluate": "measure the agent and the model, to metrics.json and reports/",
+}
+HELPERS = {
+    "check": "validate the whole of params.yaml and exit",
+    "report": "write reports/index.html anew from the results at hand",
+}
+
+
+def main() -> None:
+    """Parse the command line and run one command."""
+    parser = argparse.ArgumentParser(
+        prog="python -m prelar",
+        description="World models pre-trained on action-free video. Reads params.yaml.",
+    )
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    for name, text in {**STAGES, **HELPERS}.items():
+        commands.add_parser(name, help=text, description=text.capitalize() + ".")
+    command = parser.parse_args().command
+    config = load_config()
+    check_names(config)
+    if command == "check":
+        print("params.yaml is valid")
+        return
+    run_stage(command, config)
+
+
+def check_names(config: Config) -> None:
+    """Check the values that name things of Meta-World. Raises `UserError` with the nearest known name."""
+    from prelar.sim import check_camera, check_task
+
+    check_task(config.task)
+    if config.rlbench.source == "metaworld":
+        for task in config.rlbench.tasks:
+            check_task(task)
+        for camera in config.rlbench.cameras:
+            check_camera(camera)
+
+
+def run_stage(command: str, config: Config) -> None:
+    """Run one stage while holding the lock on what it writes."""
+    if command in ("pretrain", "finetune", "evaluate"):
+        import torch
+
+        torch.set_num_threads(config.threads)
+    stage = importlib.import_module(f"prelar.{command}")
+    with exclusive(f"stage-{command}"):
+        stage.run(config)
+
+
+if __name__ == "__main__":
+    run_main(main)

@@ -1,0 +1,119 @@
+"""params.yaml, Config and dvc.yaml name the same keys, and bad values end in one line."""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from pydantic import ValidationError
+
+from prelar.config import Config, keys, load_config, read_yaml
+from prelar.errors import UserError
+
+ROOT = Path(__file__).parents[1]
+
+
+@pytest.fixture
+def params() -> str:
+    return (ROOT / "params.yaml").read_text(encoding="utf-8")
+
+
+def flat(tree: dict[str, object], prefix: str = "") -> list[str]:
+    found: list[str] = []
+    for key, value in tree.items():
+        found += flat(value, f"{prefix}{key}.") if isinstance(value, dict) else [prefix + key]
+    return found
+
+
+def refuse(tmp_path: Path, text: str) -> str:
+    path = tmp_path / "params.yaml"
+    path.write_text(text, encoding="utf-8")
+    with pytest.raises(UserError) as failure:
+        load_config(path)
+    assert "\n" not in str(failure.value)
+    return str(failure.value)
+
+
+def test_the_keys_of_params_yaml_are_the_fields_of_config() -> None:
+    assert sorted(flat(read_yaml(ROOT / "params.yaml"))) == sorted(keys())
+
+
+@pytest.mark.parametrize("scale", ["smoke", "lite", "paper"])
+def test_every_field_is_a_param_of_some_stage(scale: str) -> None:
+    stages = read_yaml(ROOT / "dvc.yaml")["stages"].values()
+    tracked = [name.replace("${scale}", scale) for stage in stages for name in stage["params"]]
+    shown = [key for key in keys() if not key.startswith("scales.") or key.startswith(f"scales.{scale}.")]
+    untracked = [
+        key for key in shown if not any(key == name or key.startswith(f"{name}.") for name in tracked)
+    ]
+    assert untracked == []
+    assert [
+        name for name in tracked if not any(key == name or key.startswith(f"{name}.") for key in keys())
+    ] == []
+
+
+def test_a_preset_belongs_to_one_stage_and_one_scale() -> None:
+    for name, stage in read_yaml(ROOT / "dvc.yaml")["stages"].items():
+        presets = [param for param in stage["params"] if param.startswith("scales")]
+        assert presets in ([], [f"scales.${{scale}}.{name}"])
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "told"),
+    [
+        ("beta_a: 1.0", "beta_aa: 1.0", ["beta_aa", "unknown", "did you mean beta_a?"]),
+        ("beta_a: 1.0", "beta_a: -1", ["beta_a = -1", "greater than or equal to 0"]),
+        ("beta_a: 1.0", "beta_a: high", ["beta_a = 'high'", "number"]),
+        ("beta_a: 1.0", "beta_a: .nan", ["beta_a", "finite"]),
+        ("method: prelar", "method: prlar", ["method = 'prlar'", "'contextwm' or 'prelar'"]),
+        ("seed: 0", "seed: 1.5", ["seed = 1.5", "integer"]),
+        ("prefill: 500", "prefill: 5", ["scales.smoke.finetune", "prefill is 5"]),
+        (
+            "{episodes: 10, time_limit: 500",
+            "{episodes: 0, time_limit: 500",
+            ["scales.lite.evaluate.episodes = 0"],
+        ),
+        ("method: prelar", "method: [prelar", ["not YAML"]),
+    ],
+)
+def test_bad_values_are_named_with_a_remedy(
+    tmp_path: Path, params: str, old: str, new: str, told: list[str]
+) -> None:
+    message = refuse(tmp_path, params.replace(old, new, 1))
+    assert all(text in message for text in told), message
+
+
+def test_a_missing_key_is_named(tmp_path: Path, params: str) -> None:
+    assert "beta_c: missing" in refuse(tmp_path, re.sub(r"(?m)^beta_c:.*\n", "", params))
+
+
+def test_small_numbers_written_by_dvc_are_numbers(tmp_path: Path, params: str) -> None:
+    path = tmp_path / "params.yaml"
+    path.write_text(params.replace("beta_a: 1.0", "beta_a: 1e-05"), encoding="utf-8")
+    assert load_config(path).beta_a == 1e-5
+
+
+def test_the_config_is_frozen() -> None:
+    config = load_config(ROOT / "params.yaml")
+    with pytest.raises(ValidationError):
+        config.beta = 2.0  # type: ignore[misc]
+    assert isinstance(config, Config)
+
+
+def test_entry_points_refuse_bad_params_at_once(tmp_path: Path, params: str) -> None:
+    (tmp_path / "params.yaml").write_text(params.replace("beta_a: 1.0", "beta_a: -1"), encoding="utf-8")
+    commands = ["prelar check", "prelar pretrain", "prelar report", "flows.ssv2", "flows.rlbench"]
+    for command in commands:
+        done = subprocess.run(
+            [sys.executable, "-m", *command.split()],
+            cwd=tmp_path,
+            env={"PYTHONPATH": str(ROOT), "PATH": "/usr/bin:/bin"},
+            capture_output=True,
+            text=True,
+            timeout=120,
+        )
+        assert done.returncode == 2, (command, done.stderr)
+        assert done.stderr.count("\n") == 1 and "beta_a = -1" in done.stderr, (command, done.stderr)

@@ -1,0 +1,57 @@
+"""dvc.yaml against the code: what a stage imports is what it depends on."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import grimp
+import pytest
+
+from prelar.config import read_yaml
+
+ROOT = Path(__file__).parents[1]
+STAGES: dict[str, dict[str, Any]] = read_yaml(ROOT / "dvc.yaml")["stages"]
+# Wiring and helpers whose edits change no result: they never make a stage run again.
+FREE = {"prelar", "prelar.__main__", "prelar.config", "prelar.errors", "prelar.files", "prelar.data", "flows"}
+
+
+@pytest.fixture(scope="module")
+def graph() -> grimp.ImportGraph:
+    return grimp.build_graph("prelar", "flows", cache_dir=None)
+
+
+def module_of(stage: dict[str, Any]) -> str:
+    words = stage["cmd"].split()
+    return words[2] if words[2].startswith("flows.") else f"{words[2]}.{words[3]}"
+
+
+def modules_under(path: str) -> set[str]:
+    if path.endswith(".py"):
+        return {path.removesuffix(".py").replace("/", ".")}
+    return {
+        ".".join(file.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__")
+        for file in (ROOT / path).rglob("*.py")
+    }
+
+
+@pytest.mark.parametrize("name", STAGES)
+def test_a_stage_depends_on_what_it_imports(graph: grimp.ImportGraph, name: str) -> None:
+    module = module_of(STAGES[name])
+    imported = {module, *graph.find_upstream_modules(module)} - FREE
+    code = [path for path in STAGES[name]["deps"] if path.startswith(("prelar/", "flows/"))]
+    tracked = set().union(*(modules_under(path) for path in code))
+    assert imported - tracked == set(), "imported, but not among the stage's deps"
+    folders = {path for path in code if not path.endswith(".py")}
+    idle = {path for path in set(code) - folders if not modules_under(path) & imported and path.endswith(".py")}
+    assert idle == set(), "among the stage's deps, but not imported"
+
+
+def test_editing_the_actor_does_not_pretrain_again() -> None:
+    assert not any(path.startswith("prelar/control") for path in STAGES["pretrain"]["deps"])
+
+
+def test_every_path_of_the_code_exists() -> None:
+    for name, stage in STAGES.items():
+        missing = [path for path in stage["deps"] if path.startswith(("prelar/", "flows/")) and not (ROOT / path).exists()]
+        assert missing == [], name
