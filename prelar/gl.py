@@ -22,6 +22,7 @@ from pathlib import Path
 from prelar.errors import UserError, run_main
 
 BACKENDS = ("egl", "osmesa")
+KNOWN = (*BACKENDS, "glfw", "glx")
 PACKAGES = (("libosmesa6",), ("libegl1", "libgl1", "libgl1-mesa-dri"))
 REMEDY = "no OpenGL for headless MuJoCo; run `apt-get install libosmesa6` as root"
 SOFTWARE = ("llvmpipe", "softpipe", "swrast", "software")
@@ -75,6 +76,8 @@ def ensure() -> str:
     for name, value in {"GALLIUM_DRIVER": "llvmpipe", "LP_NUM_THREADS": "1"}.items():
         os.environ.setdefault(name, value)
     chosen = os.environ.get("MUJOCO_GL", "").strip().lower()
+    if chosen and chosen not in KNOWN:
+        raise UserError(f"MUJOCO_GL = {chosen}: unset it, or choose one of {', '.join(BACKENDS)}")
     if chosen:
         return chosen
     if "mujoco" in sys.modules:
@@ -112,9 +115,7 @@ def _quiet(command: Iterable[str]) -> bool:
 
 def main(arguments: list[str] | None = None) -> None:
     """Entry point of `python -m prelar.gl`."""
-    parser = argparse.ArgumentParser(
-        prog="python -m prelar.gl", description="Check MuJoCo's headless OpenGL."
-    )
+    parser = argparse.ArgumentParser(prog="python -m prelar.gl", description="Check headless OpenGL.")
     parser.add_argument("--install", action="store_true", help="install one through apt where none works")
     options = parser.parse_args(arguments)
     try:

@@ -1,7 +1,7 @@
 """Meta-World tasks as exactly repeatable episodes, with scripted experts and fast upright images.
 
-An episode is a pure function of (task, seed, episode number, actions): a used simulator gives the same bits as
-a fresh one. MuJoCo's state cannot be saved and restored exactly in mid-episode; `Simulator.replay` instead
+An episode is a pure function of (task, seed, episode number, actions): a used simulator gives the same bits
+as a fresh one. MuJoCo's state cannot be saved and restored exactly in mid-episode; `Simulator.replay` instead
 repeats the actions from the start, without drawing.
 
 Images come from MuJoCo's own renderer without multisampling, shadows and reflections, which is an order of
@@ -39,7 +39,7 @@ _MAX_GEOMETRIES = 1000
 class Step(NamedTuple):
     """What the simulator answers to a reset or an action.
 
-    observation: float64 (39,), Meta-World's state with the goal in its last three numbers; not for pixel agents.
+    observation: float64 (39,), Meta-World's state, the goal in its last three numbers; not for pixel agents.
     reward: Meta-World's dense reward, 0 to 10; 0 after a reset.
     success: whether the task is solved in this very state.
     done: whether the time limit is reached. Episodes do not end on success.
@@ -57,12 +57,12 @@ def task_names() -> list[str]:
 
 
 def check_task(task: str) -> str:
-    """The task's name without version suffix. Raises `UserError` with the nearest names where there is none."""
+    """The task's name without version suffix. Raises `UserError` with the nearest names if unknown."""
     return _known("task", task.removesuffix(VERSION), task_names())
 
 
 def check_camera(camera: str) -> str:
-    """The camera's name. Raises `UserError` with the nearest names where there is none."""
+    """The camera's name. Raises `UserError` with the nearest names if unknown."""
     return _known("camera", camera, list(CAMERAS))
 
 
@@ -123,7 +123,8 @@ class Simulator:
         self._env.__dict__.pop("sawyer_observation_space", None)
         self._env.seed(int(np.random.SeedSequence([seed, episode]).generate_state(1)[0]))
         self._observation, _ = self._env.reset()
-        self._policy = ENV_POLICY_MAP[self.task + VERSION]()
+        policy: Any = ENV_POLICY_MAP[self.task + VERSION]
+        self._policy = policy()
         self.steps = 0
         return Step(self._observation, 0.0, False, False)
 
@@ -156,7 +157,7 @@ class Simulator:
 
     @property
     def gripper(self) -> npt.NDArray[np.float32]:
-        """The hand: float32 (8,) position x, y, z (m), orientation as quaternion x, y, z, w, opening 0 to 1."""
+        """The hand: float32 (8,) position x, y, z (m), quaternion x, y, z, w, opening 0 to 1."""
         hand = self._env.data.body("hand")
         w, x, y, z = hand.xquat
         return np.array([*hand.xpos, x, y, z, w, self._observation[3]], dtype=np.float32)
