@@ -1,0 +1,119 @@
+"""Shared fixtures: a copy of the project in a folder of its own, at a size that runs in seconds."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+from ruamel.yaml import YAML
+
+ROOT = Path(__file__).parents[1]
+TINY: dict[str, Any] = {
+    "sample": {"clips": 8},
+    "ssv2": {"batch": 3},
+    "rlbench": {"tasks": ["reach"], "episodes": 2},
+    "scales": {
+        "smoke": {
+            "pretrain": {
+                "steps": 4,
+                "batch": 2,
+                "length": 6,
+                "cnn_depth": 4,
+                "hidden": 16,
+                "deter": 16,
+                "stoch": 4,
+                "discrete": 4,
+                "log_every": 2,
+                "video_every": 4,
+                "checkpoint_every": 2,
+            },
+            "finetune": {
+                "env_steps": 60,
+                "prefill": 30,
+                "pretrain_updates": 2,
+                "batch": 2,
+                "length": 8,
+                "hold": 1,
+                "horizon": 3,
+                "units": 16,
+                "slow_every": 3,
+                "replay": 200,
+                "eval_every": 30,
+                "time_limit": 20,
+                "checkpoint_every": 20,
+            },
+            "evaluate": {"episodes": 1, "time_limit": 20, "clips": 2, "observed": 2, "length": 6},
+        }
+    },
+}
+
+
+def merge(tree: dict[str, Any], changes: dict[str, Any]) -> None:
+    """Set the leaves of `changes` in `tree`."""
+    for key, value in changes.items():
+        if isinstance(value, dict):
+            merge(tree[key], value)
+        else:
+            tree[key] = value
+
+
+@dataclass(frozen=True)
+class Project:
+    """A copy of the project."""
+
+    root: Path
+
+    def edit(self, **changes: Any) -> None:
+        """Change params.yaml, keeping its layout."""
+        yaml = YAML()
+        path = self.root / "params.yaml"
+        params = yaml.load(path.read_text(encoding="utf-8"))
+        merge(params, changes)
+        with path.open("w", encoding="utf-8") as handle:
+            yaml.dump(params, handle)
+
+    def run(self, *command: str, timeout: float = 600, check: bool = True) -> subprocess.CompletedProcess[str]:
+        """Run a command as a user would, in the project and with its environment active."""
+        surroundings = {key: value for key, value in os.environ.items() if key != "PYTHONDONTWRITEBYTECODE"}
+        surroundings["PATH"] = f"{Path(sys.executable).parent}{os.pathsep}{surroundings['PATH']}"
+        done = subprocess.run(
+            command, cwd=self.root, env=surroundings, capture_output=True, text=True, timeout=timeout
+        )
+        if check and done.returncode != 0:
+            pytest.fail(f"{' '.join(command)} ended with {done.returncode}\n{done.stdout[-4000:]}\n{done.stderr[-4000:]}")
+        return done
+
+
+@pytest.fixture(scope="session")
+def make_project() -> Callable[[Path], Project]:
+    """Copy the files that git would carry into a folder, shrink the presets and commit."""
+
+    def make(root: Path) -> Project:
+        names = subprocess.run(
+            ["git", "ls-files", "-z", "--cached", "--others", "--exclude-standard"],
+            cwd=ROOT,
+            check=True,
+            capture_output=True,
+            text=True,
+        ).stdout.split("\0")
+        for name in filter(None, names):
+            if (ROOT / name).is_file():
+                (root / name).parent.mkdir(parents=True, exist_ok=True)
+                shutil.copy2(ROOT / name, root / name)
+        project = Project(root)
+        project.edit(**TINY)
+        project.run("git", "init", "-q", "-b", "main")
+        project.run("git", "config", "user.email", "tests@localhost")
+        project.run("git", "config", "user.name", "tests")
+        project.run("git", "add", "-A")
+        project.run("git", "commit", "-q", "-m", "Start from a fresh clone")
+        return project
+
+    return make

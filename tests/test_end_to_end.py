@@ -1,0 +1,93 @@
+"""The main job, small but whole: DVC runs every stage of a fresh copy, and experiments on top of it.
+
+The tests of this file run in order and share one project, as one user's session would.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from tests.conftest import Project
+
+DATA_STAGES = ("sample", "ssv2", "rlbench")
+
+
+@pytest.fixture(scope="module")
+def project(tmp_path_factory: pytest.TempPathFactory, make_project: Callable[[Path], Project]) -> Project:
+    project = make_project(tmp_path_factory.mktemp("project"))
+    project.run("dvc", "repro", timeout=900)
+    return project
+
+
+def digest(path: Path) -> str:
+    return hashlib.sha256(path.read_bytes()).hexdigest()
+
+
+def test_every_stage_leaves_its_outputs(project: Project) -> None:
+    metrics = json.loads((project.root / "metrics.json").read_text(encoding="utf-8"))
+    assert 0 <= metrics["success_rate"] <= 1
+    assert metrics["prediction_error"] > 0
+    page = (project.root / "reports/index.html").read_text(encoding="utf-8")
+    assert "<video" in page and "http://" not in page.replace("http://www.w3.org", "")
+    assert list((project.root / "data").glob(".*.partial")) == []
+    assert not any((project.root / "data/.staging").glob("*")), "a finished flow leaves nothing staged"
+
+
+def test_repro_again_does_nothing(project: Project) -> None:
+    assert "Data and pipelines are up to date." in project.run("dvc", "repro").stdout
+
+
+def test_the_same_params_give_the_same_bytes(project: Project) -> None:
+    before = digest(project.root / "dvc.lock")
+    told = project.run("dvc", "repro", "-f", "-s", "pretrain", "finetune")
+    assert "Running stage 'pretrain'" in told.stdout and "Running stage 'finetune'" in told.stdout
+    assert "resum" not in (told.stdout + told.stderr).lower()
+    assert digest(project.root / "dvc.lock") == before
+
+
+def test_editing_the_actor_leaves_pretraining_alone(project: Project) -> None:
+    file = project.root / "prelar/control/behaviour.py"
+    kept = file.read_text(encoding="utf-8")
+    file.write_text(kept + "\n# edited\n", encoding="utf-8")
+    status = json.loads(project.run("dvc", "status", "--json").stdout)
+    file.write_text(kept, encoding="utf-8")
+    assert "finetune" in status and "pretrain" not in status
+
+
+def test_an_experiment_runs_only_what_depends_on_its_param(project: Project) -> None:
+    told = project.run("dvc", "exp", "run", "-S", "beta_a=0.1").stdout
+    for stage in DATA_STAGES:
+        assert f"Stage '{stage}' didn't change, skipping" in told
+    assert "Running stage 'pretrain'" in told and "Running stage 'evaluate'" in told
+
+
+def test_queued_experiments_run_and_are_shown(project: Project) -> None:
+    project.run("dvc", "exp", "run", "--queue", "-S", "beta_a=0.01,0.2")
+    project.run("dvc", "queue", "start")
+    deadline = time.monotonic() + 400
+    while time.monotonic() < deadline:
+        states = project.run("dvc", "queue", "status").stdout
+        if "Queued" not in states and "Running" not in states:
+            break
+        time.sleep(3)
+    assert states.count("Success") == 2, states
+    shown = project.run("dvc", "exp", "show", "--csv").stdout.splitlines()
+    columns = shown[0].split(",")
+    values = {row.split(",")[columns.index("beta_a")] for row in shown[1:]}
+    assert {"0.01", "0.1", "0.2"} <= values
+    assert "success_rate" in columns and "prediction_error" in columns
+
+
+def test_a_bad_value_stops_before_anything_runs(project: Project) -> None:
+    kept = (project.root / "params.yaml").read_text(encoding="utf-8")
+    project.edit(beta_a=-1.0)
+    done = project.run("dvc", "repro", check=False)
+    (project.root / "params.yaml").write_text(kept, encoding="utf-8")
+    assert done.returncode != 0
+    assert "beta_a = -1.0" in done.stderr and "Traceback" not in done.stderr
