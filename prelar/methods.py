@@ -1,0 +1,276 @@
+"""The four methods as rows of one table, and the two functions that build a world model from a row."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from types import MappingProxyType
+from typing import Any
+
+from torch import Tensor, nn
+
+from prelar.errors import UserError
+from prelar.model.actions import ActionMLP, ActionPart, NoAction, RawAction, VideoAction
+from prelar.model.dynamics import RSSM, StackedRSSM
+from prelar.model.nets import MLP, initialise
+from prelar.model.vision import (
+    ContextDecoder,
+    ContextEncoder,
+    PlainDecoder,
+    PlainEncoder,
+    ResNetDecoder,
+    ResNetEncoder,
+)
+from prelar.model.world_model import WorldModel
+
+SLOT = 50
+"""Width of the action slot of APV's and ContextWM's RSSMs."""
+
+
+def _raw(*, robot_action_dim: int, **_: Any) -> ActionPart:
+    return RawAction(robot_action_dim=robot_action_dim, slot=robot_action_dim)
+
+
+def _padded(*, robot_action_dim: int, **_: Any) -> ActionPart:
+    return RawAction(robot_action_dim=robot_action_dim, slot=SLOT)
+
+
+def _mlp(*, robot_action_dim: int, hidden: int, action_dim: int, **_: Any) -> ActionPart:
+    return ActionMLP(robot_action_dim=robot_action_dim, hidden=hidden, action_dim=action_dim)
+
+
+def _no_action(*, robot_action_dim: int, **_: Any) -> ActionPart:
+    return NoAction(slot=robot_action_dim)
+
+
+def _zeros(**_: Any) -> ActionPart:
+    return NoAction(slot=SLOT)
+
+
+def _video(
+    *,
+    cnn_depth: int,
+    hidden: int,
+    action_dim: int,
+    action_kind: str,
+    action_window: int,
+    consistency: str,
+    **_: Any,
+) -> ActionPart:
+    return VideoAction(
+        cnn_depth=cnn_depth,
+        hidden=hidden,
+        action_dim=action_dim,
+        kind=action_kind,
+        window=action_window,
+        consistency=consistency,
+    )
+
+
+@dataclass(frozen=True)
+class Method:
+    """What sets one method apart.
+
+    `pretrains`: whether it pre-trains at all. `encoder`, `decoder`: its vision; `context`: whether they take the
+    context's settings. `video_action`, `robot_action`: makers of the action part for pre-training and fine-tuning.
+    `stacked`: whether an action-conditional RSSM is stacked on the loaded one. `loads`: which pre-trained part
+    fine-tuning loads into which submodule. `held`: submodules held at learning rate 0 in the first updates.
+    `bonus_source`: what the exploration bonus looks at, None: no bonus. `dual`: whether it has a second reward head.
+    """
+
+    pretrains: bool
+    encoder: Any
+    decoder: Any
+    video_action: Any
+    robot_action: Any
+    context: bool = False
+    stacked: bool = False
+    loads: Mapping[str, str] = field(default_factory=lambda: MappingProxyType({}))
+    held: tuple[str, ...] = ()
+    bonus_source: str | None = None
+    dual: bool = False
+
+
+_ONE = MappingProxyType({"encoder": "encoder", "decoder": "decoder", "dynamics": "dynamics"})
+_LOWER = MappingProxyType({"encoder": "encoder", "decoder": "decoder", "dynamics": "dynamics.lower"})
+
+_DREAMERV2 = Method(
+    pretrains=False, encoder=PlainEncoder, decoder=PlainDecoder, video_action=_no_action, robot_action=_raw
+)
+_APV = Method(
+    pretrains=True,
+    encoder=ResNetEncoder,
+    decoder=ResNetDecoder,
+    video_action=_zeros,
+    robot_action=_padded,
+    stacked=True,
+    loads=_LOWER,
+    held=("encoder", "dynamics.lower"),
+    bonus_source="lower",
+    dual=True,
+)
+_CONTEXTWM = replace(_APV, encoder=ContextEncoder, decoder=ContextDecoder, context=True)
+_PRELAR = replace(
+    _APV,
+    video_action=_video,
+    robot_action=_mlp,
+    stacked=False,
+    loads=_ONE,
+    held=("encoder", "dynamics"),
+    bonus_source="embed",
+)
+_NAIVE_STACK: dict[str, Any] = {
+    "stacked": False,
+    "loads": _ONE,
+    "held": ("encoder", "dynamics"),
+    "bonus_source": None,
+    "dual": False,
+}
+
+METHODS: Mapping[str, Method] = MappingProxyType(
+    {"dreamerv2": _DREAMERV2, "apv": _APV, "contextwm": _CONTEXTWM, "prelar": _PRELAR}
+)
+NAIVE: Mapping[str, Method] = MappingProxyType(
+    {
+        "apv": replace(_APV, **_NAIVE_STACK),
+        "contextwm": replace(_CONTEXTWM, **_NAIVE_STACK),
+        "prelar": replace(_PRELAR, bonus_source=None, dual=False),
+    }
+)
+
+
+def find_method(method: str, naive: bool = False) -> Method:
+    """The row of a method, or of its naive fine-tuning. Raises `UserError` where there is none."""
+    if method not in METHODS:
+        raise UserError(f"method = {method}: no such method; choose one of {', '.join(METHODS)}")
+    if naive and method not in NAIVE:
+        raise UserError(f"naive = true: {method} loads nothing to fine-tune naively; set naive to false")
+    return (NAIVE if naive else METHODS)[method]
+
+
+def _vision(row: Method, *, cnn_depth: int, feature_dim: int, **context: Any) -> tuple[nn.Module, nn.Module]:
+    """Encoder and decoder of a row."""
+    settings = context if row.context else {}
+    return row.encoder(cnn_depth=cnn_depth, **settings), row.decoder(
+        cnn_depth=cnn_depth, feature_dim=feature_dim
+    )
+
+
+def build_pretrain(
+    *,
+    method: str,
+    cnn_depth: int,
+    hidden: int,
+    deter: int,
+    stoch: int,
+    discrete: int,
+    action_dim: int = 64,
+    action_kind: str = "gaussian",
+    action_window: int = 2,
+    consistency: str = "order",
+    context_frame: str = "random",
+    beta: float = 1.0,
+    beta_a: float = 1.0,
+    beta_c: float = 1.0,
+    robot_action_dim: int = 4,
+) -> WorldModel:
+    """The world model that learns from video. `model.spec` holds these keywords.
+
+    `robot_action_dim` only sizes the unused action slot of DreamerV2. Weights are drawn from torch's global
+    generator. Raises `UserError` for values that do not fit together.
+    """
+    spec = dict(locals())
+    row = find_method(method)
+    action = row.video_action(**spec)
+    sizes = {"hidden": hidden, "deter": deter, "stoch": stoch, "discrete": discrete}
+    encoder, decoder = _vision(
+        row, cnn_depth=cnn_depth, feature_dim=stoch * discrete + deter, frame=context_frame
+    )
+    dynamics = RSSM(embed_dim=encoder.embed_dim, action_dim=action.action_dim, **sizes)  # type: ignore[arg-type]
+    weights = {"image": 1.0, "kl": beta, "action_kl": beta_a, "consistency": beta_c}
+    model = WorldModel(
+        encoder=encoder,
+        decoder=decoder,
+        dynamics=dynamics,
+        action=action,
+        heads={},
+        weights={name: weights[name] for name in ("image", "kl", *action.loss_names)},
+        spec=spec,
+    )
+    initialise(model)
+    return model
+
+
+def build_finetune(
+    *,
+    method: str,
+    cnn_depth: int,
+    hidden: int,
+    deter: int,
+    stoch: int,
+    discrete: int,
+    robot_action_dim: int,
+    units: int,
+    layers: int,
+    action_dim: int = 64,
+    naive: bool = False,
+    dual_reward: bool = True,
+    bonus: float = 1.0,
+    context_frame: str = "random",
+    context_augment: str = "none",
+    beta: float = 1.0,
+) -> WorldModel:
+    """The world model that learns from a robot's experience. `model.spec` holds these keywords.
+
+    `units` and `layers` size the reward heads. `bonus` 0 means no exploration bonus. The second reward head exists
+    where `dual_reward` is set and the method has one. Raises `UserError` for values that do not fit together.
+    """
+    spec = dict(locals())
+    row = find_method(method, naive)
+    action = row.robot_action(**spec)
+    sizes = {"hidden": hidden, "deter": deter, "stoch": stoch, "discrete": discrete}
+    feature_dim = stoch * discrete + deter
+    encoder, decoder = _vision(
+        row, cnn_depth=cnn_depth, feature_dim=feature_dim, frame=context_frame, augment=context_augment
+    )
+    dynamics: RSSM | StackedRSSM = RSSM(
+        embed_dim=encoder.embed_dim,  # type: ignore[arg-type]
+        action_dim=action.action_dim,
+        **sizes,
+    )
+    weights = {"image": 1.0, "kl": beta, "reward": 1.0}
+    if row.stacked:
+        dynamics = StackedRSSM(dynamics, RSSM(embed_dim=feature_dim, action_dim=action.action_dim, **sizes))
+        weights["lower_kl"] = 0.0
+    heads = {"reward": MLP(feature_dim, 1, units=units, layers=layers)}
+    if row.dual and dual_reward:
+        heads["dual_reward"] = MLP(feature_dim, 1, units=units, layers=layers)
+        weights["dual_reward"] = 1.0
+    model = WorldModel(
+        encoder=encoder,
+        decoder=decoder,
+        dynamics=dynamics,
+        action=action,
+        heads=heads,
+        weights=weights,
+        held=row.held,
+        bonus_source=row.bonus_source if bonus else None,
+        spec=spec,
+    )
+    initialise(model)
+    return model
+
+
+def loads(method: str, naive: bool = False) -> tuple[str, ...]:
+    """The names of the pre-trained parts that fine-tuning loads."""
+    return tuple(find_method(method, naive).loads)
+
+
+def load_pretrained(model: WorldModel, parts: Mapping[str, Mapping[str, Tensor]]) -> None:
+    """Load a pre-training checkpoint's parts into a model of `build_finetune`, as its row says.
+
+    Raises `UserError` where a part is missing or does not fit.
+    """
+    row = find_method(model.spec["method"], model.spec["naive"])
+    for part, target in row.loads.items():
+        model.load_part(target, parts, part)
