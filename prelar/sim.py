@@ -4,8 +4,8 @@ An episode is a pure function of (task, seed, episode number, actions): a used s
 as a fresh one. MuJoCo's state cannot be saved and restored exactly in mid-episode; `Simulator.replay` instead
 repeats the actions from the start, without drawing.
 
-Images come from MuJoCo's own renderer without multisampling, shadows and reflections, which is an order of
-magnitude faster in software than gymnasium's `render()`. Cameras that Meta-World mounts upside down are
+Images are drawn without multisampling, shadows and reflections, which is an order of magnitude faster in
+software than gymnasium's `render()`. Cameras that Meta-World mounts upside down are
 turned by 180 degrees.
 """
 
@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import difflib
 import warnings
+import weakref
 from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -110,10 +111,9 @@ class Simulator:
         self._env._freeze_rand_vec = False
         self._env.seeded_rand_vec = True
         self._env._set_task_called = True
-        self._renderers: dict[tuple[int, int], mujoco.Renderer] = {}
+        self._painters: dict[tuple[int, int], _Painter] = {}
         self._policy: Any = None
         self._observation: Floats = np.zeros(0)
-        _plain_drawing(self._env.model)
 
     def reset(self, seed: int, episode: int) -> Step:
         """Start episode `episode` of `seed`: the same two numbers give the same goal and the same states."""
@@ -165,29 +165,18 @@ class Simulator:
     def render(self, camera: str | None = None, width: int | None = None, height: int | None = None) -> Image:
         """Draw the present state: upright RGB uint8 (height, width, 3)."""
         name = self.camera if camera is None else check_camera(camera)
-        renderer = self._renderer(width or self.width, height or self.height)
-        renderer.update_scene(self._env.data, name)
-        image = renderer.render()
-        upside_down = self._env.data.camera(name).xmat[7] < -0.1
-        return np.ascontiguousarray(image[::-1, ::-1]) if upside_down else image
+        return self._painter(width or self.width, height or self.height).draw(self._env.data, name)
 
-    def _renderer(self, width: int, height: int) -> mujoco.Renderer:
-        import mujoco
-
-        if (width, height) not in self._renderers:
-            screen = self._env.model.vis.global_
-            screen.offwidth, screen.offheight = max(screen.offwidth, width), max(screen.offheight, height)
-            renderer = mujoco.Renderer(self._env.model, height, width, max_geom=_MAX_GEOMETRIES)
-            for flag in (mujoco.mjtRndFlag.mjRND_SHADOW, mujoco.mjtRndFlag.mjRND_REFLECTION):
-                renderer.scene.flags[flag] = 0
-            self._renderers[width, height] = renderer
-        return self._renderers[width, height]
+    def _painter(self, width: int, height: int) -> _Painter:
+        if (width, height) not in self._painters:
+            self._painters[width, height] = _Painter(self._env.model, width, height)
+        return self._painters[width, height]
 
     def close(self) -> None:
         """Free the drawing contexts. The simulator is not used afterwards."""
-        for renderer in self._renderers.values():
-            renderer.close()
-        self._renderers.clear()
+        for painter in self._painters.values():
+            painter.close()
+        self._painters.clear()
         self._env.close()
 
     def __enter__(self) -> Simulator:
@@ -197,7 +186,50 @@ class Simulator:
         self.close()
 
 
-def _plain_drawing(model: mujoco.MjModel) -> None:
-    """Turn off what makes software drawing slow: multisampling and shadow maps."""
-    model.vis.quality.offsamples = 0
-    model.vis.quality.shadowsize = 0
+class _Painter:
+    """One drawing context for pictures of one size.
+
+    mujoco.Renderer is not used, because closing one frees buffers of whichever other one drew last.
+    """
+
+    def __init__(self, model: mujoco.MjModel, width: int, height: int) -> None:
+        import mujoco
+
+        model.vis.quality.offsamples = 0
+        model.vis.quality.shadowsize = 0
+        model.vis.global_.offwidth = width
+        model.vis.global_.offheight = height
+        self._gl = mujoco.GLContext(width, height)
+        self._gl.make_current()
+        self._context = mujoco.MjrContext(model, mujoco.mjtFontScale.mjFONTSCALE_100.value)
+        mujoco.mjr_setBuffer(mujoco.mjtFramebuffer.mjFB_OFFSCREEN.value, self._context)
+        self._scene = mujoco.MjvScene(model, maxgeom=_MAX_GEOMETRIES)
+        for flag in (mujoco.mjtRndFlag.mjRND_SHADOW, mujoco.mjtRndFlag.mjRND_REFLECTION):
+            self._scene.flags[flag] = 0
+        self._model = model
+        self._option = mujoco.MjvOption()
+        self._camera = mujoco.MjvCamera()
+        self._camera.type = mujoco.mjtCamera.mjCAMERA_FIXED
+        self._frame = mujoco.MjrRect(0, 0, width, height)
+        self._pixels: Image = np.empty((height, width, 3), dtype=np.uint8)
+        self.close = weakref.finalize(self, _free, self._gl, self._context)
+
+    def draw(self, data: mujoco.MjData, camera: str) -> Image:
+        """Upright picture of the scene through a fixed camera: uint8 (height, width, 3)."""
+        import mujoco
+
+        every = mujoco.mjtCatBit.mjCAT_ALL.value
+        self._camera.fixedcamid = self._model.camera(camera).id
+        mujoco.mjv_updateScene(self._model, data, self._option, None, self._camera, every, self._scene)
+        self._gl.make_current()
+        mujoco.mjr_render(self._frame, self._scene, self._context)
+        mujoco.mjr_readPixels(self._pixels, None, self._frame, self._context)
+        upside_down = data.camera(camera).xmat[7] < -0.1
+        return (self._pixels[:, ::-1] if upside_down else self._pixels[::-1]).copy()
+
+
+def _free(context: mujoco.GLContext, buffers: mujoco.MjrContext) -> None:
+    """Free a painter's buffers in their own context, then the context."""
+    context.make_current()
+    buffers.free()
+    context.free()

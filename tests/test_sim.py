@@ -1,5 +1,6 @@
 """The simulator: repeatable to the bit, exact replay, upright images, helpful errors."""
 
+import gc
 import hashlib
 from collections.abc import Iterator
 
@@ -189,6 +190,23 @@ def test_pictures_repeat_in_a_fresh_simulator(drawer: Simulator) -> None:
         other.reset(4, 4)
         for camera in CAMERAS:
             assert np.array_equal(drawer.render(camera), other.render(camera))
+
+
+def test_closing_a_simulator_leaves_others_alone(drawer: Simulator) -> None:
+    drawer.reset(4, 4)
+    before = drawer.render()
+    closed, dropped = Simulator("reach"), Simulator("reach")
+    for other in (closed, dropped):
+        other.reset(0, 0)
+        other.render()
+        other.render("topview", 32, 32)
+    drawer.render()
+    closed.close()
+    del dropped, other
+    gc.collect()
+    assert np.array_equal(drawer.render(), before)
+    drawer.reset(4, 5)
+    assert not np.array_equal(drawer.render(), before)
 
 
 def test_names_with_and_without_version() -> None:
