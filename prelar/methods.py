@@ -7,7 +7,7 @@ from dataclasses import dataclass, field, replace
 from types import MappingProxyType
 from typing import Any
 
-from torch import Tensor, nn
+from torch import Tensor
 
 from prelar.errors import UserError
 from prelar.model.actions import ActionMLP, ActionPart, NoAction, RawAction, VideoAction
@@ -71,11 +71,12 @@ def _video(
 class Method:
     """What sets one method apart.
 
-    `pretrains`: whether it pre-trains at all. `encoder`, `decoder`: its vision; `context`: whether they take the
-    context's settings. `video_action`, `robot_action`: makers of the action part for pre-training and fine-tuning.
-    `stacked`: whether an action-conditional RSSM is stacked on the loaded one. `loads`: which pre-trained part
-    fine-tuning loads into which submodule. `held`: submodules held at learning rate 0 in the first updates.
-    `bonus_source`: what the exploration bonus looks at, None: no bonus. `dual`: whether it has a second reward head.
+    `pretrains`: whether it pre-trains at all. `encoder`, `decoder`: its vision; `context`: whether they take
+    the context's settings. `video_action`, `robot_action`: makers of the action part for pre-training and
+    fine-tuning. `stacked`: whether an action-conditional RSSM is stacked on the loaded one. `loads`: which
+    pre-trained part fine-tuning loads into which submodule. `held`: submodules held at learning rate 0 in the
+    first updates. `bonus_source`: what the exploration bonus looks at, None: no bonus. `dual`: whether it has
+    a second reward head.
     """
 
     pretrains: bool
@@ -148,7 +149,7 @@ def find_method(method: str, naive: bool = False) -> Method:
     return (NAIVE if naive else METHODS)[method]
 
 
-def _vision(row: Method, *, cnn_depth: int, feature_dim: int, **context: Any) -> tuple[nn.Module, nn.Module]:
+def _vision(row: Method, *, cnn_depth: int, feature_dim: int, **context: Any) -> tuple[Any, Any]:
     """Encoder and decoder of a row."""
     settings = context if row.context else {}
     return row.encoder(cnn_depth=cnn_depth, **settings), row.decoder(
@@ -186,7 +187,7 @@ def build_pretrain(
     encoder, decoder = _vision(
         row, cnn_depth=cnn_depth, feature_dim=stoch * discrete + deter, frame=context_frame
     )
-    dynamics = RSSM(embed_dim=encoder.embed_dim, action_dim=action.action_dim, **sizes)  # type: ignore[arg-type]
+    dynamics = RSSM(embed_dim=encoder.embed_dim, action_dim=action.action_dim, **sizes)
     weights = {"image": 1.0, "kl": beta, "action_kl": beta_a, "consistency": beta_c}
     model = WorldModel(
         encoder=encoder,
@@ -222,8 +223,9 @@ def build_finetune(
 ) -> WorldModel:
     """The world model that learns from a robot's experience. `model.spec` holds these keywords.
 
-    `units` and `layers` size the reward heads. `bonus` 0 means no exploration bonus. The second reward head exists
-    where `dual_reward` is set and the method has one. Raises `UserError` for values that do not fit together.
+    `units` and `layers` size the reward heads. `bonus` 0 means no exploration bonus. The second reward head
+    exists where `dual_reward` is set and the method has one. Raises `UserError` for values that do not fit
+    together.
     """
     spec = dict(locals())
     row = find_method(method, naive)
@@ -233,14 +235,11 @@ def build_finetune(
     encoder, decoder = _vision(
         row, cnn_depth=cnn_depth, feature_dim=feature_dim, frame=context_frame, augment=context_augment
     )
-    dynamics: RSSM | StackedRSSM = RSSM(
-        embed_dim=encoder.embed_dim,  # type: ignore[arg-type]
-        action_dim=action.action_dim,
-        **sizes,
-    )
+    dynamics: RSSM | StackedRSSM
+    lower = dynamics = RSSM(embed_dim=encoder.embed_dim, action_dim=action.action_dim, **sizes)
     weights = {"image": 1.0, "kl": beta, "reward": 1.0}
     if row.stacked:
-        dynamics = StackedRSSM(dynamics, RSSM(embed_dim=feature_dim, action_dim=action.action_dim, **sizes))
+        dynamics = StackedRSSM(lower, RSSM(embed_dim=feature_dim, action_dim=action.action_dim, **sizes))
         weights["lower_kl"] = 0.0
     heads = {"reward": MLP(feature_dim, 1, units=units, layers=layers)}
     if row.dual and dual_reward:

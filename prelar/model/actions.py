@@ -1,8 +1,8 @@
 """Where the action of the dynamics comes from: the video, the robot, or nowhere.
 
-Every action part answers the same calls: `forward(images, robot_action, is_first, …)` gives the action to feed at
-each step of a sequence and what its posterior is made of, `losses` the losses of that posterior, `step` the action
-of one step of imagination or acting, and `infer` the latent actions of a video, or None.
+Every action part answers the same calls: `forward(images, robot_action, is_first, …)` gives the action to
+feed at each step of a sequence and what its posterior is made of, `losses` the losses of that posterior,
+`step` the action of one step of imagination or acting, and `infer` the latent actions of a video, or None.
 """
 
 from __future__ import annotations
@@ -138,7 +138,7 @@ KINDS: dict[str, type[Gaussian] | type[Deterministic] | type[Discrete]] = {
 
 @dataclass(frozen=True)
 class Actions:
-    """The actions of a sequence (B, T, A), of which the first leads to frame 0, and their posterior's statistics."""
+    """The actions of a sequence (B, T, A), the first leading to frame 0, and their posterior's statistics."""
 
     action: Tensor
     stats: Stats
@@ -185,7 +185,7 @@ class RawAction(ActionPart):
 
 
 class NoAction(ActionPart):
-    """A slot of zeros: the dynamics learn without actions (APV, section 4.1)."""
+    """A slot of zeros: the dynamics learn without actions (APV)."""
 
     def __init__(self, *, slot: int) -> None:
         super().__init__()
@@ -227,8 +227,8 @@ class ActionMLP(ActionPart):
 def window_frames(is_first: Tensor, window: int) -> Tensor:
     """Which frames infer the action of each pair (t, t+1): numbers (B, T-1, window), ending with t, t+1.
 
-    Frames before the pair's clip began (the last `is_first` up to t, or the start of the sequence) are replaced
-    by the clip's first frame.
+    Frames before the pair's clip began (the last `is_first` up to t, or the start of the sequence) are
+    replaced by the clip's first frame.
     """
     time = is_first.shape[1]
     steps = torch.arange(time, device=is_first.device)
@@ -286,9 +286,9 @@ class VideoAction(ActionPart):
     ) -> dict[str, Tensor]:
         """`action_kl`, mean over pairs of one clip, and `consistency` of action and state.
 
-        Consistency (PreLAR, section 3.3): from the same s_{t-1} the prior is rolled with the own action and with
-        that of another sequence; d_state is the KL of the two priors, d_action the KL of the two action
-        posteriors. Pairs across a clip's start count for neither.
+        Consistency (PreLAR): from the same s_{t-1} the prior is rolled with the own action and
+        with that of another sequence; d_state is the KL of the two priors, d_action the KL of the two
+        action posteriors. Pairs across a clip's start count for neither.
         """
         valid = 1 - is_first[:, 1:].float()
         other = _another(len(valid), valid.device)

@@ -1,8 +1,8 @@
 """Recurrent state-space models: one RSSM, and an action-conditional one stacked on an action-free one.
 
-A state is a flat dict of tensors: `logit` (…, S, K), `stoch` (…, S, K) one-hot with straight-through gradient, and
-`deter` (…, D). `action[t]` is the action that led to frame t. Where `is_first` is 1, the previous state and the
-action are zeroed.
+A state is a flat dict of tensors: `logit` (…, S, K), `stoch` (…, S, K) one-hot with straight-through
+gradient, and `deter` (…, D). `action[t]` is the action that led to frame t. Where `is_first` is 1, the
+previous state and the action are zeroed.
 """
 
 from __future__ import annotations
@@ -50,8 +50,8 @@ class Head(nn.Module):
 class RSSM(nn.Module):
     """Recurrent state-space model with categorical latents (DreamerV2, equation 1).
 
-    The input of each step is a linear layer of the one-hots and the action, of which the action's half, like the
-    embedding's half of the posterior and the whole prior, is computed for all time steps at once.
+    The input of each step is a linear layer of the one-hots and the action, of which the action's half,
+    like the embedding's half of the posterior and the whole prior, is computed for all time steps at once.
     """
 
     def __init__(
@@ -76,7 +76,7 @@ class RSSM(nn.Module):
     def observe(
         self, embed: Tensor, action: Tensor, is_first: Tensor, state: State | None = None, sample: bool = True
     ) -> tuple[State, State]:
-        """Filter a sequence: embed (B, T, E), action (B, T, A), is_first (B, T) -> posterior and prior (B, T, …).
+        """Filter embed (B, T, E) under action (B, T, A), is_first (B, T) -> posterior and prior (B, T, …).
 
         `state` (B, …) precedes the first step (zeros by default). The prior has no `stoch`: nothing is drawn
         from it. `sample=False` takes modes.
@@ -107,7 +107,7 @@ class RSSM(nn.Module):
     def obs_step(
         self, state: State, action: Tensor, embed: Tensor, is_first: Tensor, sample: bool = True
     ) -> State:
-        """One step of filtering: state (B, …), action (B, A), embed (B, E), is_first (B,) -> posterior (B, …)."""
+        """Filter one step: state (B, …), action (B, A), embed (B, E), is_first (B,) -> posterior (B, …)."""
         post, _ = self.observe(embed[:, None], action[:, None], is_first[:, None], state, sample)
         return {key: value[:, 0] for key, value in post.items()}
 
@@ -138,11 +138,11 @@ class RSSM(nn.Module):
 
 
 class StackedRSSM(nn.Module):
-    """An action-conditional RSSM whose embedding is the feature of an action-free one (APV, section 4.2).
+    """An action-conditional RSSM whose embedding is the feature of an action-free one (APV).
 
-    It answers the calls of an `RSSM`. A state has the upper RSSM's entries under their usual names and the lower
-    one's as `lower_logit`, `lower_stoch` and `lower_deter`. Imagination needs, and returns, the upper ones only.
-    The action has the slot's width for both; the lower RSSM is fed zeros.
+    It answers the calls of an `RSSM`. A state has the upper RSSM's entries under their usual names and the
+    lower one's as `lower_logit`, `lower_stoch` and `lower_deter`. Imagination needs, and returns, the upper
+    ones only. The action has the slot's width for both; the lower RSSM is fed zeros.
     """
 
     def __init__(self, lower: RSSM, upper: RSSM) -> None:

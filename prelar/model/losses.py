@@ -41,7 +41,7 @@ def gumbel(shape: tuple[int, ...], device: torch.device) -> Tensor:
 
 
 def categorical_kl(p: Tensor, q: Tensor) -> Tensor:
-    """KL(p ‖ q) in nats of groups of categoricals given by logits (…, S, K), summed over the groups -> (…)."""
+    """KL(p ‖ q) in nats of groups of categoricals given by logits (…, S, K), summed over groups -> (…)."""
     log_p, log_q = p.float().log_softmax(-1), q.float().log_softmax(-1)
     return (log_p.exp() * (log_p - log_q)).sum((-2, -1))
 
@@ -67,8 +67,8 @@ def action_kl(mean: Tensor, std: Tensor) -> Tensor:
 def kl_loss(post: Tensor, prior: Tensor, *, balance: float = 0.8, free: float = 0.0) -> tuple[Tensor, Tensor]:
     """Balanced KL of posterior and prior logits (…, S, K) (DreamerV2, algorithm 2).
 
-    The share `balance` of the gradient goes to the prior, the rest to the posterior; each mean is at least `free`
-    nats. Returns the scalar loss and the KL per step (…), without gradient.
+    The share `balance` of the gradient goes to the prior, the rest to the posterior; each mean is at least
+    `free` nats. Returns the scalar loss and the KL per step (…), without gradient.
     """
     to_prior = categorical_kl(post.detach(), prior)
     to_posterior = categorical_kl(post, prior.detach())
@@ -85,10 +85,11 @@ def _pairs(state: Tensor, action: Tensor, valid: Tensor) -> tuple[Tensor, Tensor
 def order(state: Tensor, action: Tensor, valid: Tensor) -> Tensor:
     """Action-state consistency as a smooth pairwise order loss: a scalar with a gradient for `action`.
 
-    `state`, `action`, `valid` have one shape: the distances d_state (taken without gradient) and d_action, and 1
-    where an entry counts. For every pair with different d_state the loss is softplus(-m), the margin m being the
-    difference of d_action, positive where the two orders agree, in units of 1 nat plus the mean absolute
-    difference. So the gradient stays bounded for small distances, and the loss does not reward large ones.
+    `state`, `action`, `valid` have one shape: the distances d_state (taken without gradient) and d_action,
+    and 1 where an entry counts. For every pair with different d_state the loss is softplus(-m), the margin
+    m being the difference of d_action, positive where the two orders agree, in units of 1 nat plus the mean
+    absolute difference. So the gradient stays bounded for small distances, and the loss does not reward
+    large ones.
     """
     state_gap, action_gap, valid = _pairs(state, action, valid)
     scale = 1 + masked_mean(action_gap.abs(), valid)
@@ -96,7 +97,7 @@ def order(state: Tensor, action: Tensor, valid: Tensor) -> Tensor:
 
 
 def sign(state: Tensor, action: Tensor, valid: Tensor) -> Tensor:
-    """Action-state consistency as published: the mean squared difference of the signs of all pairwise differences.
+    """Action-state consistency as published: mean squared difference of the signs of pairwise differences.
 
     Its gradient is zero wherever it exists, so it measures disagreement but teaches nothing.
     """
@@ -112,9 +113,9 @@ def lambda_return(
 ) -> Tensor:
     """λ-returns (DreamerV2, equation 4), time first.
 
-    `reward` (H, …) is earned at step t, `value` (H, …) estimates the return from step t on, `bootstrap` (…) the
-    return from step H on, and `discount` (a number or (H, …)) applies between t and t+1:
-    R_t = r_t + γ_t ((1 - λ) v_{t+1} + λ R_{t+1}), with v_H = R_H = bootstrap. Returns (H, …).
+    `reward` (H, …) is earned at step t, `value` (H, …) estimates the return from step t on, `bootstrap` (…)
+    the return from step H on, and `discount` (a number or (H, …)) applies between t and t+1: R_t = r_t +
+    γ_t ((1 - λ) v_{t+1} + λ R_{t+1}), with v_H = R_H = bootstrap. Returns (H, …).
     """
     following = torch.cat([value[1:], bootstrap[None]])
     discounts = torch.as_tensor(discount, dtype=reward.dtype, device=reward.device).expand_as(reward)

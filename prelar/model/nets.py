@@ -1,10 +1,12 @@
 """Building blocks: normalisation, residual trunks, cross-attention, the GRU cell and the MLP.
 
-Whether batch statistics, dropout and masking are on is an argument, `training`, never a mode of the module, so
-one network serves a training batch and an acting step without anybody switching it back and forth.
+Whether batch statistics, dropout and masking are on is an argument, `training`, never a mode of the module,
+so one network serves a training batch and an acting step without anybody switching it back and forth.
 """
 
 from __future__ import annotations
+
+from itertools import pairwise
 
 import torch
 from torch import Tensor, nn
@@ -12,7 +14,7 @@ from torch.nn import functional as F
 
 
 def initialise(module: nn.Module) -> None:
-    """Give every layer of `module` Xavier-uniform weights and zero biases; normalisation layers are left alone."""
+    """Give every layer Xavier-uniform weights and zero biases; normalisation layers are left alone."""
     for layer in module.modules():
         if isinstance(layer, nn.Linear | nn.Conv2d | nn.ConvTranspose2d):
             nn.init.xavier_uniform_(layer.weight)
@@ -26,7 +28,7 @@ class MLP(nn.Module):
     def __init__(self, inputs: int, outputs: int, *, units: int, layers: int) -> None:
         super().__init__()
         sizes = [inputs] + [units] * layers
-        self.hidden = nn.ModuleList(nn.Linear(a, b) for a, b in zip(sizes[:-1], sizes[1:], strict=True))
+        self.hidden = nn.ModuleList(nn.Linear(a, b) for a, b in pairwise(sizes))
         self.out = nn.Linear(sizes[-1], outputs)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -40,8 +42,8 @@ class MLP(nn.Module):
 class BatchNorm(nn.Module):
     """Batch normalisation over (N, H, W), eps 1e-5, momentum 0.1.
 
-    `training=True` normalises with the batch's statistics and moves the running ones; `training=False` uses the
-    running ones and changes nothing.
+    `training=True` normalises with the batch's statistics and moves the running ones; `training=False` uses
+    the running ones and changes nothing.
     """
 
     running_mean: Tensor
@@ -74,7 +76,7 @@ class ResidualLayer(nn.Module):
         self.skip_norm = BatchNorm(outputs) if inputs != outputs else None
 
     def forward(self, x: Tensor, training: bool, branch: Tensor | None = None) -> Tensor:
-        """(N, inputs, H, W) -> (N, outputs, H, W); `branch`, where given, feeds the two 3×3 convs instead of `x`."""
+        """(N, inputs, H, W) -> (N, outputs, H, W); `branch`, where given, feeds the convs instead of `x`."""
         y = F.relu(self.norm1(self.conv1(x if branch is None else branch), training))
         y = self.norm2(self.conv2(y), training)
         if self.skip is not None and self.skip_norm is not None:
@@ -85,8 +87,8 @@ class ResidualLayer(nn.Module):
 class ResNet(nn.Module):
     """Trunk of the ResNet encoder: 64×64 images to a 4·depth×4×4 map.
 
-    conv 3×3 stride 2, ELU; three stages of two residual layers at 1, 2 and 4 times `depth` channels, each followed
-    by a 2×2 average pool.
+    conv 3×3 stride 2, ELU; three stages of two residual layers at 1, 2 and 4 times `depth` channels, each
+    followed by a 2×2 average pool.
     """
 
     def __init__(self, channels: int, depth: int) -> None:
@@ -94,13 +96,12 @@ class ResNet(nn.Module):
         self.stem = nn.Conv2d(channels, depth, 3, stride=2, padding=1)
         widths = [depth, depth, 2 * depth, 4 * depth]
         self.stages = nn.ModuleList(
-            nn.ModuleList([ResidualLayer(a, b), ResidualLayer(b, b)])
-            for a, b in zip(widths[:-1], widths[1:], strict=True)
+            nn.ModuleList([ResidualLayer(a, b), ResidualLayer(b, b)]) for a, b in pairwise(widths)
         )
         self.outputs = 4 * depth * 4 * 4
 
     def forward(self, x: Tensor, training: bool) -> list[Tensor]:
-        """(N, C, 64, 64) -> the three stages' maps before pooling (32×32, 16×16, 8×8), then the pooled last one."""
+        """(N, C, 64, 64) -> the stages' maps before pooling (32×32, 16×16, 8×8), then the last one pooled."""
         maps = []
         x = F.elu(self.stem(x))
         for stage in self.stages:
@@ -112,10 +113,11 @@ class ResNet(nn.Module):
 
 
 class CrossAttention(nn.Module):
-    """Multi-head attention from the tokens of a map to the tokens of a context map of the same size and width.
+    """Multi-head attention from the tokens of a map to those of a context map of the same size and width.
 
-    Learned position embeddings (zeros at first) are added to queries and to keys and values. In training a random
-    share `mask` of the context tokens, drawn anew for every map, is left out, and dropout is on (ContextWM, 3.2).
+    Learned position embeddings (zeros at first) are added to queries and to keys and values. In training a
+    random share `mask` of the context tokens, drawn anew for every map, is left out, and dropout is on
+    (ContextWM).
     """
 
     def __init__(
@@ -149,7 +151,7 @@ class CrossAttention(nn.Module):
 
 
 class AttentiveLayer(nn.Module):
-    """A residual layer whose branch first attends to a context map: x + BN(attention), ReLU (ContextWM, 3.2)."""
+    """A residual layer whose branch first attends to a context map: ReLU(x + BN(attention))."""
 
     def __init__(self, inputs: int, outputs: int, size: int) -> None:
         super().__init__()

@@ -1,6 +1,9 @@
-"""Vision: encoders answer (embedding, context), decoders take (feature, context). Images lie in [-0.5, 0.5]."""
+"""Vision: encoders answer (embedding, context), decoders take (feature, context)."""
 
 from __future__ import annotations
+
+from itertools import pairwise
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -9,7 +12,7 @@ from torch.nn import functional as F
 from prelar.model.nets import AttentiveLayer, ResidualLayer, ResNet
 
 Context = tuple[Tensor, ...]
-"""Maps of the context frame by size, 8×8 then 16×16, each (B, C, H, W); empty for encoders without a context."""
+"""Maps of the context frame, 8×8 then 16×16, each (B, C, H, W); empty for encoders without a context."""
 
 
 class ResNetEncoder(nn.Module):
@@ -36,8 +39,10 @@ class ResNetEncoder(nn.Module):
 
 
 class ResNetDecoder(nn.Module):
-    """The ResNet decoder: linear to 4·cnn_depth×4×4, three times nearest ×2 and a stage of two residual layers, the
-    second halving the width, then a transposed conv."""
+    """The ResNet decoder: a linear layer to 4·cnn_depth×4×4, three stages, a transposed conv.
+
+    A stage is nearest ×2 and two residual layers, of which the second halves the width.
+    """
 
     def __init__(self, *, cnn_depth: int, feature_dim: int) -> None:
         super().__init__()
@@ -67,8 +72,9 @@ class ResNetDecoder(nn.Module):
 class ContextEncoder(ResNetEncoder):
     """ContextWM's encoder: a second trunk sees one frame of the segment and hands its maps to the decoder.
 
-    `frame` says which one: `first`, `last` or `random` (one per sequence, uniform). Outside of training `random`
-    stands for the last frame, so that nothing is left to chance. In training `augment` is applied to that frame.
+    `frame` says which one: `first`, `last` or `random` (one per sequence, uniform). Outside of training
+    `random` stands for the last frame, so that nothing is left to chance. In training `augment` is applied
+    to that frame.
     """
 
     def __init__(self, *, cnn_depth: int, frame: str = "random", augment: str = "none") -> None:
@@ -103,8 +109,9 @@ class ContextDecoder(ResNetDecoder):
     def _layers(self, x: Tensor, stage: int, context: Context, training: bool) -> Tensor:
         if stage >= len(context):
             return super()._layers(x, stage, context, training)
-        first, second = self.stages[stage]  # type: ignore[misc]
-        return second(first(x, context[stage], training), training)
+        layers: Any = self.stages[stage]
+        halved: Tensor = layers[1](layers[0](x, context[stage], training), training)
+        return halved
 
 
 class PlainEncoder(nn.Module):
@@ -113,9 +120,7 @@ class PlainEncoder(nn.Module):
     def __init__(self, *, cnn_depth: int) -> None:
         super().__init__()
         widths = [3] + [cnn_depth << i for i in range(4)]
-        self.convs = nn.ModuleList(
-            nn.Conv2d(a, b, 4, stride=2) for a, b in zip(widths[:-1], widths[1:], strict=True)
-        )
+        self.convs = nn.ModuleList(nn.Conv2d(a, b, 4, stride=2) for a, b in pairwise(widths))
         self.embed_dim = 4 * widths[-1]
 
     def embed(self, images: Tensor, training: bool = False) -> Tensor:
@@ -157,7 +162,7 @@ def erase(
     area: tuple[float, float] = (0.02, 0.33),
     aspect: tuple[float, float] = (0.3, 3.3),
 ) -> Tensor:
-    """Random erasing (Zhong et al., 2020): with `chance`, a rectangle of each image (B, C, H, W) becomes grey, 0.
+    """Random erasing (Zhong et al., 2020): with `chance` a rectangle of an image (B, C, H, W) turns grey, 0.
 
     The rectangle covers a share of the image drawn uniformly from `area`, its height over width is drawn
     log-uniformly from `aspect`, both are cut to the image, and its place is uniform.

@@ -4,8 +4,8 @@ Shapes: images (B, T, 3, 64, 64) in [-0.5, 0.5]; is_first (B, T), 1 where a clip
 (B, T, A), action[t] being the one that led to frame t; reward (B, T). Random draws come from torch's global
 generator only.
 
-The losses use batch statistics, masking and dropout where `training` is on (`train()`, `eval()`); everything else
-uses the running statistics whatever the mode is.
+The losses use batch statistics, masking and dropout where `training` is on (`train()`, `eval()`);
+everything else uses the running statistics whatever the mode is.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ Bonus = Callable[[Tensor], Tensor]
 
 @dataclass(frozen=True)
 class Observation:
-    """What filtering a sequence yields: states (B, T, …), embedding (B, T, E), context, and the actions fed."""
+    """What filtering a sequence yields: states (B, T, …), embedding (B, T, E), context, actions fed."""
 
     post: State
     prior: State
@@ -41,11 +41,11 @@ class Observation:
 
 
 class WorldModel(nn.Module):
-    """A world model of any of the methods, for pre-training or for fine-tuning; `prelar.methods` puts it together.
+    """A world model of any method, for pre-training or for fine-tuning; `prelar.methods` puts it together.
 
-    `weights` holds the weight of each loss by name. `held` names the submodules whose learning rate is 0 in the
-    first updates of fine-tuning. `bonus_source` names what the exploration bonus looks at: "embed", "lower" (the
-    action-free feature) or None. `spec` holds the keywords that built the model.
+    `weights` holds the weight of each loss by name. `held` names the submodules whose learning rate is 0 in
+    the first updates of fine-tuning. `bonus_source` names what the exploration bonus looks at: "embed",
+    "lower" (the action-free feature) or None. `spec` holds the keywords that built the model.
     """
 
     def __init__(
@@ -111,7 +111,7 @@ class WorldModel(nn.Module):
             self.load_part(name, state, name)
 
     def load_part(self, target: str, state: Mapping[str, Mapping[str, Tensor]], part: str) -> None:
-        """Load the checkpoint part `part` into the submodule `target` (dotted). Raises `UserError` on a misfit."""
+        """Load checkpoint part `part` into the submodule `target`. Raises `UserError` on a misfit."""
         if part not in state:
             raise UserError(f"checkpoint part {part}: missing; run `dvc repro` to make a new checkpoint")
         module = self.get_submodule(target)
@@ -129,7 +129,7 @@ class WorldModel(nn.Module):
         module.load_state_dict(dict(theirs))
 
     def groups(self) -> dict[str, list[nn.Parameter]]:
-        """Parameters for the two optimisers of fine-tuning: `held` (encoder and pre-trained dynamics) and `rest`."""
+        """Parameters for fine-tuning's two optimisers: `held` (encoder, pre-trained dynamics) and `rest`."""
         held = [p for name in self.held for p in self.get_submodule(name).parameters()]
         known = {id(p) for p in held}
         return {"held": held, "rest": [p for p in self.parameters() if id(p) not in known]}
@@ -144,9 +144,10 @@ class WorldModel(nn.Module):
     def pretrain_losses(self, images: Tensor, is_first: Tensor) -> tuple[Losses, Outputs]:
         """Losses of a batch of video, scalars by name, and outputs without gradient.
 
-        Outputs: `post` (State (B, T, …)), `embed` (B, T, E), `feature` (B, T, F) and `metrics`, scalars by name.
+        Outputs: `post` (State (B, T, …)), `embed` (B, T, E), `feature` (B, T, F) and `metrics`, scalars by
+        name.
         """
-        seen, losses, outputs = self._losses(images, is_first, None)
+        _, losses, outputs = self._losses(images, is_first, None)
         return losses, outputs
 
     def finetune_losses(
@@ -159,9 +160,9 @@ class WorldModel(nn.Module):
     ) -> tuple[Losses, Outputs]:
         """Losses of a batch of experience, scalars by name, and outputs as in `pretrain_losses`.
 
-        `bonus` maps the feature it looks at (B, T, bonus_dim), without gradient, to rewards (B, T'), T' ≤ T. The
-        head `reward` then learns the sum of reward and bonus on the first T' steps, and the head `dual_reward`,
-        if there is one, the plain reward on all. Outputs then have `bonus` (B, T') too.
+        `bonus` maps the feature it looks at (B, T, bonus_dim), without gradient, to rewards (B, T'), T' ≤
+        T. The head `reward` then learns the sum of reward and bonus on the first T' steps, and the head
+        `dual_reward`, if there is one, the plain reward on all. Outputs then have `bonus` (B, T') too.
         """
         seen, losses, outputs = self._losses(images, is_first, action)
         seen_feature, target = feature(seen.post), reward.float()
@@ -254,8 +255,8 @@ class WorldModel(nn.Module):
     def imagine_step(self, state: State, action: Tensor, sample: bool = True) -> State:
         """One step of imagination from state (B, …) under action (B, A), with gradients.
 
-        The action is the robot's in fine-tuning, a latent one in PreLAR's pre-training, and counts for nothing in
-        action-free pre-training.
+        The action is the robot's in fine-tuning, a latent one in PreLAR's pre-training, and counts for
+        nothing in action-free pre-training.
         """
         return self.dynamics.img_step(state, self.action.step(action), sample)
 
@@ -265,7 +266,7 @@ class WorldModel(nn.Module):
         return predicted.float()
 
     def predict_dual_reward(self, feature: Tensor) -> Tensor:
-        """The plain reward beside a bonus: (…, F) -> (…). Raises `KeyError` where the model has no such head."""
+        """The plain reward: (…, F) -> (…). Raises `KeyError` where the model has no head for it."""
         predicted: Tensor = self.heads["dual_reward"](feature).squeeze(-1)
         return predicted.float()
 
