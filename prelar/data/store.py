@@ -287,7 +287,7 @@ class StoreWriter:
         """Add a clip, and return its first frame's number in the store.
 
         `frames` is uint8 (n, 64, 64, 3) with n >= 1, each of `arrays` float32 (n, D). None stands for a bad
-        clip: then `row` gives the `reason`, the store gets nothing and None is returned. `row` holds columns of
+        clip: then `row` gives the `reason`, the store gets nothing, None is returned. `row` holds columns of
         `INDEX_SCHEMA`; `frames`, `start` and `status` are filled in.
         """
         entry = _checked_row(row)
@@ -561,7 +561,7 @@ class Store:
         return self._readers["frames"].read(start, length)
 
     def read_many(self, starts: npt.ArrayLike, length: int, out: Frames | None = None) -> Frames:
-        """Segments of `length` frames from each of `starts`, uint8 (n, length, 64, 64, 3), into `out` if given."""
+        """Segments of `length` frames from `starts`, uint8 (n, length, 64, 64, 3), in `out` if given."""
         begins = np.asarray(starts, dtype=np.int64)
         shape = (len(begins), length, *FRAME)
         if out is None:
