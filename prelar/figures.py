@@ -1,0 +1,226 @@
+"""Line charts as small SVG texts.
+
+A chart takes its colours from the page's style sheet (classes `s0` … `s3`), so that it follows light and
+dark; each line also has its own dash pattern and marker, so that it is read without colour.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from html import escape
+
+import numpy as np
+
+WIDTH, HEIGHT = 400, 250
+LEFT, RIGHT, TOP, BOTTOM = 50, 14, 34, 40
+DASHES = ("", "7 4", "2 3", "9 3 2 3")
+MAX_POINTS = 200
+MAX_MARKED = 40
+
+
+@dataclass(frozen=True)
+class Series:
+    """One line: equally many x and y, x ascending. Points that are not finite are left out."""
+
+    label: str
+    x: Sequence[float]
+    y: Sequence[float]
+
+
+def number(value: float) -> str:
+    """A figure as a reader wants it: about three significant digits, thousands grouped, a true minus."""
+    if not math.isfinite(value):
+        return str(value)
+    size = abs(value)
+    if size >= 1000 or value == int(value):
+        text = f"{value:,.0f}"
+    elif size >= 1:
+        text = f"{value:.3g}"
+    elif size >= 1e-3:
+        text = f"{value:.{2 - math.floor(math.log10(size))}f}"
+    else:
+        mantissa, exponent = f"{value:.2e}".split("e")
+        text = f"{mantissa}e{int(exponent)}"
+    return text.replace("-", "\u2212")
+
+
+def short(value: float) -> str:
+    """A tick's figure, with k and M for thousands and millions."""
+    for size, unit in ((1e6, "M"), (1e3, "k")):
+        if abs(value) >= size:
+            return f"{value / size:g}{unit}".replace("-", "\u2212")
+    return f"{value:g}".replace("-", "\u2212")
+
+
+def linear_ticks(low: float, high: float, count: int = 5) -> list[float]:
+    """Round values, steps of 1, 2 or 5 times a power of ten, that lie in [low, high]."""
+    if not high > low:
+        return [low]
+    rough = (high - low) / count
+    power = 10.0 ** math.floor(math.log10(rough))
+    step = next(m * power for m in (1, 2, 5, 10) if m * power >= rough * (1 - 1e-9))
+    first, last = math.ceil(low / step - 1e-9), math.floor(high / step + 1e-9)
+    return [float(f"{i * step:.12g}") for i in range(first, last + 1)]
+
+
+def log_ticks(low: float, high: float) -> list[float]:
+    """Powers of ten in [low, high]; 2 and 5 times them too where fewer than three would be left."""
+    powers = range(math.floor(math.log10(low)) - 1, math.ceil(math.log10(high)) + 2)
+    for digits in ((1,), (1, 3), (1, 2, 5)):
+        ticks = [float(f"{digit}e{power}") for power in powers for digit in digits]
+        inside = [tick for tick in ticks if low * (1 - 1e-9) <= tick <= high * (1 + 1e-9)]
+        if len(inside) >= 3:
+            return inside
+    return inside
+
+
+def thin(x: Sequence[float], y: Sequence[float], limit: int = MAX_POINTS) -> tuple[np.ndarray, np.ndarray]:
+    """At most `limit` points: means over consecutive equal bins, after dropping what is not finite."""
+    xs, ys = np.asarray(x, dtype=np.float64), np.asarray(y, dtype=np.float64)
+    if xs.shape != ys.shape:
+        raise ValueError(f"x has shape {xs.shape}, y {ys.shape}")
+    finite = np.isfinite(xs) & np.isfinite(ys)
+    xs, ys = xs[finite], ys[finite]
+    if len(xs) <= limit:
+        return xs, ys
+    bins = np.array_split(np.arange(len(xs)), limit)
+    return np.array([xs[b].mean() for b in bins]), np.array([ys[b].mean() for b in bins])
+
+
+def line_chart(
+    series: Sequence[Series],
+    *,
+    identifier: str,
+    title: str,
+    description: str,
+    x_label: str,
+    y_label: str,
+    y_range: tuple[float, float] | None = None,
+    log: bool = False,
+) -> str:
+    """One chart as an `<svg>` element.
+
+    Args:
+        series: one to four lines.
+        identifier: unique in the page; the labels that assistive technology reads hang on it.
+        title, description: what the chart shows, and what a reader who cannot see it should know.
+        x_label, y_label: names of the axes with their units.
+        y_range: fixed limits of y; otherwise those of the data with a margin.
+        log: logarithmic y; all values are to be positive.
+
+    Raises:
+        ValueError: no finite point, more than four lines, or a logarithm of what is not positive.
+    """
+    if not 1 <= len(series) <= len(DASHES):
+        raise ValueError(f"{len(series)} lines; a chart shows 1 to {len(DASHES)}")
+    points = [thin(s.x, s.y) for s in series]
+    if not any(len(x) for x, _ in points):
+        raise ValueError(f"{title}: no finite point")
+    all_x, all_y = (np.concatenate([p[axis] for p in points]) for axis in (0, 1))
+    if log and (all_y <= 0).any():
+        raise ValueError(f"{title}: logarithm of a value that is not positive")
+    x_scale = _Scale(*_limits(all_x, 0.0), LEFT, WIDTH - RIGHT)
+    y_limits = y_range or (_log_limits(all_y) if log else _limits(all_y, 0.06))
+    y_scale = _Scale(*y_limits, HEIGHT - BOTTOM, TOP, log=log)
+    body = [
+        f'<svg viewBox="0 0 {WIDTH} {HEIGHT}" role="img" aria-labelledby="{identifier}-t {identifier}-d">',
+        f'<title id="{identifier}-t">{escape(title)}</title>',
+        f'<desc id="{identifier}-d">{escape(description)}</desc>',
+        *_axes(x_scale, y_scale, x_label, y_label + (" (log)" if log else "")),
+    ]
+    for style, (x, y) in enumerate(points):
+        body += _line(x, y, x_scale, y_scale, style)
+    if len(series) > 1:
+        body += _legend([s.label for s in series])
+    return "\n".join([*body, "</svg>"])
+
+
+@dataclass(frozen=True)
+class _Scale:
+    """From values low … high to pixels first … last."""
+
+    low: float
+    high: float
+    first: float
+    last: float
+    log: bool = False
+
+    def __call__(self, value: float) -> float:
+        if self.log:
+            share = math.log(value / self.low) / math.log(self.high / self.low)
+        else:
+            share = (value - self.low) / (self.high - self.low)
+        return round(self.first + min(max(share, 0.0), 1.0) * (self.last - self.first), 1)
+
+
+def _limits(values: np.ndarray, margin: float) -> tuple[float, float]:
+    low, high = float(values.min()), float(values.max())
+    if low == high:
+        size = max(abs(low) * 0.5, 1e-6 if low else 1.0)
+        return low - size, high + size
+    room = margin * (high - low)
+    return (0.0 if 0 <= low < 0.35 * high and margin else low - room), high + room
+
+
+def _log_limits(values: np.ndarray) -> tuple[float, float]:
+    low, high = float(values.min()), float(values.max())
+    factor = max((high / low) ** 0.05, 1.05)
+    return low / factor, high * factor
+
+
+def _axes(x_scale: _Scale, y_scale: _Scale, x_label: str, y_label: str) -> list[str]:
+    bottom, right = HEIGHT - BOTTOM, WIDTH - RIGHT
+    ticks = (log_ticks if y_scale.log else linear_ticks)(y_scale.low, y_scale.high)
+    parts = []
+    for tick in ticks:
+        y = y_scale(tick)
+        parts.append(f'<line class="grid" x1="{LEFT}" y1="{y}" x2="{right}" y2="{y}"/>')
+        parts.append(f'<text class="tick" x="{LEFT - 6}" y="{y + 4}" text-anchor="end">{short(tick)}</text>')
+    for tick in linear_ticks(x_scale.low, x_scale.high):
+        x = x_scale(tick)
+        parts.append(f'<line class="axis" x1="{x}" y1="{bottom}" x2="{x}" y2="{bottom + 4}"/>')
+        parts.append(
+            f'<text class="tick" x="{x}" y="{bottom + 17}" text-anchor="middle">{short(tick)}</text>'
+        )
+    parts.append(f'<line class="axis" x1="{LEFT}" y1="{bottom}" x2="{right}" y2="{bottom}"/>')
+    parts.append(
+        f'<text class="label" x="{right}" y="{HEIGHT - 6}" text-anchor="end">{escape(x_label)}</text>'
+    )
+    parts.append(f'<text class="label" x="4" y="13">{escape(y_label)}</text>')
+    return parts
+
+
+def _line(x: np.ndarray, y: np.ndarray, x_scale: _Scale, y_scale: _Scale, style: int) -> list[str]:
+    pixels = [(x_scale(a), y_scale(b)) for a, b in zip(x.tolist(), y.tolist(), strict=True)]
+    dash = f' stroke-dasharray="{DASHES[style]}"' if DASHES[style] else ""
+    path = " ".join(f"{a:g},{b:g}" for a, b in pixels)
+    parts = [f'<polyline class="line s{style}"{dash} points="{path}"/>'] if len(pixels) > 1 else []
+    if len(pixels) <= MAX_MARKED:
+        parts += [_marker(a, b, style) for a, b in pixels]
+    return parts
+
+
+def _marker(x: float, y: float, style: int) -> str:
+    if style == 0:
+        return f'<circle class="mark s0" cx="{x:g}" cy="{y:g}" r="3"/>'
+    if style == 1:
+        return f'<rect class="mark s1" x="{x - 2.7:g}" y="{y - 2.7:g}" width="5.4" height="5.4"/>'
+    shape = [(0, -3.8), (3.4, 2.6), (-3.4, 2.6)] if style == 2 else [(0, -4), (4, 0), (0, 4), (-4, 0)]
+    points = " ".join(f"{x + a:g},{y + b:g}" for a, b in shape)
+    return f'<polygon class="mark s{style}" points="{points}"/>'
+
+
+def _legend(labels: Sequence[str]) -> list[str]:
+    """A row of line samples above the plot, right-aligned by an estimate of the width of the text."""
+    widths = [34 + 6.2 * len(label) for label in labels]
+    x = WIDTH - RIGHT - sum(widths) + 6
+    parts = []
+    for style, (label, width) in enumerate(zip(labels, widths, strict=True)):
+        dash = f' stroke-dasharray="{DASHES[style]}"' if DASHES[style] else ""
+        parts.append(f'<line class="line s{style}"{dash} x1="{x:.1f}" y1="25" x2="{x + 20:.1f}" y2="25"/>')
+        parts.append(_marker(round(x + 10, 1), 25, style))
+        parts.append(f'<text class="label" x="{x + 24:.1f}" y="29">{escape(label)}</text>')
+        x += width
+    return parts

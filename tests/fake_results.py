@@ -1,0 +1,107 @@
+"""What the stages leave behind for the report, made up: small, complete, a function of nothing."""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+
+from prelar.media import enlarge, side_by_side, write_mp4
+from prelar.tables import write_tsv
+
+METRICS = {
+    "success_rate": 1 / 3,
+    "return": 412.25,
+    "prediction_error": 0.00412,
+    "prediction_error_copy": 0.0061,
+    "prediction_error_policy": 0.0021,
+    "prediction_error_policy_copy": 0.0019,
+}
+
+
+def moving(length: int = 12, height: int = 64, width: int = 64) -> np.ndarray:
+    """A square that crosses a sloping background, uint8 (length, height, width, 3)."""
+    y, x = np.mgrid[:height, :width]
+    ground = np.stack([60 + x, 90 + y, 140 - y // 2], -1).astype(np.uint8)
+    frames = np.repeat(ground[None], length, 0)
+    for t in range(length):
+        frames[t, 20:34, 4 * t : 4 * t + 14] = (220, 180, 60)
+    return frames
+
+
+def make_results(root: Path, *, pretrained: bool = True) -> None:
+    """Write metrics.json and the folders under reports/ that the page is made from."""
+    metrics = {k: v for k, v in METRICS.items() if pretrained or "policy" in k or "prediction" not in k}
+    (root / "metrics.json").write_text(json.dumps(metrics), encoding="utf-8")
+    curves = root / "reports/finetune/plots/metrics"
+    steps = list(range(0, 1501, 250))
+    write_tsv(curves / "eval/success.tsv", {"step": steps, "success": [0, 0, 0.2, 0.2, 0.6, 0.8, 0.8]})
+    write_tsv(curves / "eval/return.tsv", {"step": steps, "return": [80 + 60.5 * i for i in range(7)]})
+    if pretrained:
+        losses = root / "reports/pretrain/plots/metrics/loss"
+        updates = list(range(10, 2010, 10))
+        for name, size in (("image", 900.0), ("kl", 14.0), ("action_kl", 3.0), ("consistency", 0.7)):
+            values = [size * (0.02 + math.exp(-step / 300)) for step in updates]
+            write_tsv(losses / f"{name}.tsv", {"step": updates, name: values})
+    make_evaluation(root / "reports/evaluate", pretrained=pretrained)
+
+
+def make_evaluation(folder: Path, *, pretrained: bool = True) -> None:
+    """Write reports/evaluate."""
+    ahead = list(range(1, 12))
+    error = {"step": ahead, "model": [0.002 + 0.0004 * k for k in ahead], "copy": [0.001 * k for k in ahead]}
+    for kind in ("model", "copy"):
+        error[f"{kind}_psnr"] = [-10 * math.log10(value) for value in error[kind]]
+    write_tsv(
+        folder / "episodes.tsv",
+        {"episode": [0, 1, 2], "steps": [250] * 3, "return": [300.5, 310, 626.25], "success": [0, 0, 1]},
+    )
+    segments = {"clips": 8, "observed": 5, "length": 16}
+    summary = {
+        "episodes": {
+            "count": 3,
+            "successes": 1,
+            "time_limit": 250,
+            "return_min": 300.5,
+            "return_max": 626.25,
+        },
+        "policy": {"shown": 3},
+        "prediction_policy": segments,
+    }
+    names = ["prediction_policy"]
+    if pretrained:
+        summary["prediction"] = {**segments, "split": "validation", "latent": True}
+        names.append("prediction")
+    else:
+        summary["prediction_missing"] = "DreamerV2 has no pre-trained model."
+    for name in names:
+        write_tsv(folder / f"{name}.tsv", error)
+    (folder / "summary.json").write_text(json.dumps(summary), encoding="utf-8")
+    dataset = {
+        "frames": 3120,
+        "clips": 77,
+        "pairs": 3043,
+        "labels": 6,
+        "splits": {"train": 65, "validation": 12},
+        "bad": 3,
+        "shortest": 8,
+        "longest": 80,
+        "median": 41.0,
+        "sheet": 32,
+        "reasons": [{"reason": "not a video <script>", "count": 3, "examples": ["17", "41", "66"]}],
+        "attributes": {"source": "ssv2", "resize": "64x64 bicubic"},
+    }
+    (folder / "dataset.json").write_text(json.dumps(dataset), encoding="utf-8")
+    clip = moving()
+    for name in ("policy", "open_loop", "open_loop_policy"):
+        pair = np.stack([clip] * 4)
+        frames = side_by_side(pair, np.roll(pair, 1, axis=1), observed=5, factor=2)
+        if name == "policy":
+            frames = enlarge(np.concatenate([clip] * 3, axis=2), 2)
+        write_mp4(folder / f"{name}.mp4", frames, 10)
+        Image.fromarray(frames[6]).save(folder / f"{name}_poster.png")
+    Image.fromarray(np.concatenate([np.concatenate(clip[::2], axis=1)] * 3)).save(folder / "open_loop.png")
+    Image.fromarray(np.concatenate([np.concatenate(clip[:8], axis=1)] * 4)).save(folder / "contact_sheet.png")
