@@ -21,7 +21,7 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file, save
 from torch import Tensor
 
 from prelar.errors import UserError
@@ -46,7 +46,7 @@ def save_parts(folder: Path, parts: Mapping[str, Mapping[str, Tensor]], config: 
         staged.mkdir(parents=True)
         for name, weights in parts.items():
             whole = {key: tensor.detach().cpu().contiguous() for key, tensor in weights.items()}
-            save_file(whole, staged / f"{name}.safetensors")
+            (staged / f"{name}.safetensors").write_bytes(save(whole))
         content = {"schema": SCHEMA, "parts": sorted(parts), **config}
         (staged / "config.json").write_text(
             json.dumps(content, indent=2, sort_keys=True) + "\n", encoding="utf-8"

@@ -29,6 +29,32 @@ def enlarge(frames: npt.NDArray[np.uint8], factor: int) -> npt.NDArray[np.uint8]
     return frames.repeat(factor, axis=-3).repeat(factor, axis=-2)
 
 
+def side_by_side(
+    truth: npt.NDArray[np.uint8], predicted: npt.NDArray[np.uint8], *, observed: int, factor: int = 3
+) -> npt.NDArray[np.uint8]:
+    """Videos that compare predictions with what happened, frames uint8 (T, H', W', 3).
+
+    `truth` and `predicted` are uint8 (N, T, H, W, 3). Each of the N clips is a row: truth, prediction,
+    absolute difference, enlarged `factor` times. A bar above the predictions is grey while frames are
+    observed, the first `observed`, and orange where the model predicts without seeing.
+    """
+    error = np.abs(truth.astype(np.int16) - predicted).astype(np.uint8)
+    clips, length, height, width, _ = truth.shape
+    gap, cell, bar = 4, (height * factor, width * factor), 8
+    size = (bar + clips * (cell[0] + gap), 3 * cell[1] + 2 * gap)
+    canvas = np.full((length, *size, 3), 255, dtype=np.uint8)
+    for row in range(clips):
+        top = bar + gap + row * (cell[0] + gap)
+        for column, video in enumerate((truth, predicted, error)):
+            left = column * (cell[1] + gap)
+            place = canvas[:, top : top + cell[0], left : left + cell[1]]
+            place[:] = enlarge(video[row], factor)
+    middle = slice(cell[1] + gap, 2 * cell[1] + gap)
+    canvas[:observed, :bar, middle] = (150, 150, 150)
+    canvas[observed:, :bar, middle] = (230, 120, 0)
+    return canvas
+
+
 def write_mp4(path: Path, frames: npt.NDArray[np.uint8], fps: float) -> None:
     """Write frames uint8 (T, H, W, 3), RGB, as an H.264 video of even sides; it appears whole or not at all.
 

@@ -1,0 +1,186 @@
+"""The stage `pretrain`: a method's world model learns from the videos of a store, without actions.
+
+DreamerV2 does not pre-train: it takes zero steps and writes its untrained checkpoint the same way.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+
+from prelar.checkpoint import Snapshots, resume_key, save_parts
+from prelar.config import Config
+from prelar.data.batches import Prefetch, SegmentSampler, denormalise, normalise
+from prelar.data.store import Store, index_path
+from prelar.errors import UserError
+from prelar.loop import Hook, Scalars, adam, descend, set_up, train
+from prelar.media import side_by_side, write_mp4
+from prelar.methods import build_pretrain, find_method
+from prelar.model.world_model import WorldModel
+
+OUTPUT = Path("data/pretrain")
+REPORT = Path("reports/pretrain")
+VIDEO = REPORT / "open_loop.mp4"
+
+CODE = (
+    "checkpoint.py",
+    "data/batches.py",
+    "data/store.py",
+    "loop.py",
+    "media.py",
+    "methods.py",
+    "model",
+    "pretrain.py",
+)
+FLAT = (
+    "method",
+    "dataset",
+    "seed",
+    "beta",
+    "beta_a",
+    "beta_c",
+    "consistency",
+    "action_dim",
+    "action_kind",
+    "action_window",
+    "context_frame",
+    "device",
+    "precision",
+    "threads",
+)
+VIDEO_CLIPS = 4
+VIDEO_OBSERVED = 5
+VIDEO_FPS = 6.0
+
+
+def run(cfg: Config) -> None:
+    """Pre-train as `cfg` says, to `data/pretrain` and `reports/pretrain`.
+
+    Goes on from the newest snapshot of the very same run where there is one. Raises `UserError` where the
+    store is missing or its clips are too short, and where a loss is not finite.
+    """
+    store = Store.open(cfg.store)
+    params = {name: getattr(cfg, name) for name in FLAT} | {"pretrain": cfg.pretrain.model_dump()}
+    inputs = [store.path / "zarr.json", index_path(store.path)]
+    snapshots = Snapshots(resume_key("pretrain", params=params, inputs=inputs, code=CODE))
+    model = _train(cfg, store, snapshots)
+    save_parts(OUTPUT, model.state(), {"stage": "pretrain", "model": model.spec, "step": _steps(cfg)})
+    snapshots.remove()
+    print(f"pretrain: {cfg.method}, {_steps(cfg)} steps on {store.path} -> {OUTPUT}, {REPORT}", flush=True)
+
+
+def _steps(cfg: Config) -> int:
+    return cfg.pretrain.steps if find_method(cfg.method).pretrains else 0
+
+
+def build(cfg: Config) -> WorldModel:
+    """The untrained world model that the params ask for, its weights drawn from `seed`."""
+    torch.manual_seed(cfg.seed)
+    preset = cfg.pretrain
+    return build_pretrain(
+        method=cfg.method,
+        cnn_depth=preset.cnn_depth,
+        hidden=preset.hidden,
+        deter=preset.deter,
+        stoch=preset.stoch,
+        discrete=preset.discrete,
+        action_dim=cfg.action_dim,
+        action_kind=cfg.action_kind,
+        action_window=cfg.action_window,
+        consistency=cfg.consistency,
+        context_frame=cfg.context_frame,
+        beta=cfg.beta,
+        beta_a=cfg.beta_a,
+        beta_c=cfg.beta_c,
+    )
+
+
+def _train(cfg: Config, store: Store, snapshots: Snapshots) -> WorldModel:
+    """Train the model, or finish its training, with log and videos."""
+    preset = cfg.pretrain
+    fabric = set_up(device=cfg.device, precision=cfg.precision, threads=cfg.threads)
+    model = build(cfg).train()
+    optimizer = adam(model.parameters(), preset.lr)
+    module, wrapped = fabric.setup(model, optimizer)
+    module.mark_forward_method("pretrain_losses")
+    sampler = SegmentSampler(
+        store,
+        length=preset.length,
+        batch=preset.batch,
+        seed=cfg.seed,
+        rank=fabric.global_rank,
+        world=fabric.world_size,
+    )
+    split, frames = watched_clips(store, preset.length)
+    watched = frames.to(fabric.device)
+
+    with Prefetch(sampler.at) as batches:
+
+        def step(index: int) -> Scalars:
+            batch = batches.at(index)
+            images = normalise(batch["image"].to(fabric.device, non_blocking=True))
+            is_first = batch["is_first"].to(fabric.device, non_blocking=True)
+            losses, outputs = module.pretrain_losses(images, is_first)
+            loss = model.total(losses)
+            norm = descend(fabric, module, wrapped, loss)
+            scalars = {f"loss/{name}": value.detach() for name, value in losses.items()}
+            return scalars | {"loss/total": loss.detach(), "gradient_norm": norm} | outputs["metrics"]
+
+        train(
+            step,
+            name="pretrain",
+            steps=_steps(cfg),
+            seed=cfg.seed,
+            state={"model": model, "optimizer": optimizer},
+            snapshots=snapshots,
+            snapshot_every=preset.checkpoint_every,
+            log_folder=REPORT,
+            log_every=preset.log_every,
+            hooks=[
+                Hook(
+                    preset.video_every,
+                    lambda done: {f"{split}/prediction_error": show(model, watched, VIDEO)},
+                )
+            ],
+            device=fabric.device,
+            rank=fabric.global_rank,
+        )
+    return model
+
+
+def watched_clips(store: Store, length: int) -> tuple[str, Tensor]:
+    """The clips of the video: their split and their first `length` frames, uint8 (N, length, 64, 64, 3).
+
+    They are the first validation clips that are long enough; where there is none, training clips.
+    """
+    for split in ("validation", "train"):
+        clips = store.clips(split=split, min_length=length)[:VIDEO_CLIPS]
+        if len(clips) > 0:
+            return split, torch.from_numpy(store.read_many(store.clip_start[clips], length))
+    raise UserError(f"{store.path}: no clip has {length} frames; lower length to that of its clips")
+
+
+def show(model: WorldModel, frames: Tensor, path: Path) -> Tensor:
+    """Write the video that compares open-loop predictions with frames uint8 (N, T, 64, 64, 3).
+
+    The model sees the first frames only. Returns the mean squared error of the frames that it does not see,
+    of pixels in [0, 1], a 0-d tensor.
+    """
+    observed = min(VIDEO_OBSERVED, frames.shape[1] // 2)
+    images = normalise(frames)
+    is_first = torch.zeros(frames.shape[:2], dtype=torch.bool, device=frames.device)
+    is_first[:, 0] = True
+    predicted = model.open_loop(images, is_first, observed)
+    write_mp4(
+        path, side_by_side(_numpy(frames), _numpy(denormalise(predicted)), observed=observed), VIDEO_FPS
+    )
+    return (predicted - images)[:, observed:].square().mean()
+
+
+def _numpy(frames: Tensor) -> npt.NDArray[np.uint8]:
+    array: npt.NDArray[np.uint8] = frames.cpu().numpy()
+    return array
