@@ -1,0 +1,76 @@
+"""The agent as a policy over images: the world model filters, the actor chooses."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any, TypedDict
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+
+from prelar import methods
+from prelar.checkpoint import load_into, load_parts
+from prelar.control.behaviour import Actor
+from prelar.control.envs import Actions, Image
+from prelar.model.world_model import WorldModel
+
+State = dict[str, Tensor]
+
+
+class Memory(TypedDict):
+    """What the agent carries from step to step: the filter's state (N, …) and its last action (N, A)."""
+
+    state: State
+    action: Tensor
+
+
+def to_images(frames: Tensor) -> Tensor:
+    """Frames uint8 (…, H, W, 3) -> images float32 (…, 3, H, W) in [-0.5, 0.5], as the models take them."""
+    return frames.movedim(-1, -3).float().div(255).sub(0.5)
+
+
+class Agent:
+    """World model and actor as a `rollout.Policy`.
+
+    explore: draw actions from the policy instead of taking its mode. Latents are drawn either way, from
+    torch's global generator.
+    """
+
+    def __init__(self, model: WorldModel, actor: Actor, *, device: torch.device, explore: bool) -> None:
+        self.model, self.actor = model, actor
+        self.device, self.explore = device, explore
+
+    @torch.no_grad()
+    def act(
+        self, memory: Memory | None, images: Image, is_first: npt.NDArray[np.bool_]
+    ) -> tuple[Actions, Memory]:
+        """Actions (N, A) for images uint8 (N, 64, 64, 3); see `rollout.Policy`."""
+        seen = to_images(torch.from_numpy(images).to(self.device))
+        starts = torch.from_numpy(is_first).to(self.device)
+        state, action = self._recall(memory, len(images))
+        state = self.model.act_state(state, seen, action, starts)
+        policy = self.actor(self.model.feature(state))
+        action = policy.sample() if self.explore else policy.mode()
+        return action.cpu().numpy(), Memory(state=state, action=action)
+
+    def _recall(self, memory: Memory | None, count: int) -> tuple[State | None, Tensor]:
+        """State and last action on the agent's device; None and zeros where there is no memory."""
+        if memory is None:
+            return None, torch.zeros(count, self.actor.actions, device=self.device)
+        state = {name: value.to(self.device) for name, value in memory["state"].items()}
+        return state, memory["action"].to(self.device)
+
+
+def load_agent(folder: Path, *, device: torch.device) -> tuple[Agent, dict[str, Any]]:
+    """The agent of a fine-tuning checkpoint, acting by its policy's mode, and the checkpoint's config.
+
+    Raises `UserError` where the folder is no such checkpoint.
+    """
+    parts, config = load_parts(folder)
+    model = methods.build_finetune(**config["model"])
+    model.load_state(parts)
+    actor = Actor(**config["actor"])
+    load_into(actor, parts["actor"], f"{folder}/actor.safetensors")
+    return Agent(model.to(device).eval(), actor.to(device), device=device, explore=False), config

@@ -1,0 +1,109 @@
+"""One update of everything that learns from experience: world model, exploration bonus, actor and critic."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import numpy.typing as npt
+import torch
+from lightning_fabric import Fabric
+from torch import Tensor, nn
+
+from prelar.control.agent import to_images
+from prelar.control.behaviour import Behaviour
+from prelar.control.bonus import Bonus
+from prelar.loop import Stateful, adam, descend
+from prelar.model.world_model import WorldModel
+
+
+@contextlib.contextmanager
+def frozen(module: nn.Module) -> Iterator[None]:
+    """Let gradients pass through a module without computing those of its parameters."""
+    learning = [parameter for parameter in module.parameters() if parameter.requires_grad]
+    for parameter in learning:
+        parameter.requires_grad_(False)
+    try:
+        yield
+    finally:
+        for parameter in learning:
+            parameter.requires_grad_(True)
+
+
+class Learner:
+    """Model, behaviour and bonus with their optimisers.
+
+    lr, actor_lr, critic_lr: learning rates. hold: updates during which the model's held group has rate 0.
+    """
+
+    def __init__(
+        self,
+        fabric: Fabric,
+        model: WorldModel,
+        behaviour: Behaviour,
+        bonus: Bonus | None,
+        *,
+        lr: float,
+        actor_lr: float,
+        critic_lr: float,
+        hold: int,
+    ) -> None:
+        self.fabric, self.model, self.behaviour, self.bonus = fabric, model, behaviour, bonus
+        self.lr, self.hold = lr, hold
+        groups = model.groups()
+        self._groups = [{"params": groups[name], "name": name} for name in ("held", "rest") if groups[name]]
+        self._wrapped_model, self._model_optimizer = fabric.setup(model, adam(self._groups, lr))
+        self._wrapped_behaviour, self._actor_optimizer, self._critic_optimizer = fabric.setup(
+            behaviour,
+            adam(behaviour.actor.parameters(), actor_lr),
+            adam(behaviour.critic.parameters(), critic_lr),
+        )
+        self._wrapped_model.mark_forward_method("finetune_losses")
+        self._wrapped_behaviour.mark_forward_method("losses")
+
+    def update(self, batch: Mapping[str, npt.NDArray[Any]], number: int) -> dict[str, Tensor]:
+        """Do update `number` (from 0) on a batch of `Replay.sample`, and return metrics, scalars by name."""
+        data = {name: torch.from_numpy(value).to(self.fabric.device) for name, value in batch.items()}
+        post, metrics = self._update_model(data, number)
+        return metrics | self._update_behaviour(post, number)
+
+    def _update_model(
+        self, data: Mapping[str, Tensor], number: int
+    ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+        """Fit the world model and its heads; returns the posterior states (B, T, …) and metrics."""
+        for group in self._model_optimizer.param_groups:
+            group["lr"] = 0.0 if group["name"] == "held" and number < self.hold else self.lr
+        self._wrapped_model.train()
+        losses, outputs = self._wrapped_model.finetune_losses(
+            to_images(data["image"]), data["action"], data["reward"], data["is_first"], bonus=self.bonus
+        )
+        norm = descend(self.fabric, self._wrapped_model, self._model_optimizer, self.model.total(losses))
+        metrics = {f"loss/{name}": value.detach() for name, value in losses.items()}
+        metrics |= {f"model/{name}": value for name, value in outputs["metrics"].items()}
+        if "bonus" in outputs:
+            metrics["bonus/mean"] = outputs["bonus"].mean()
+        return outputs["post"], metrics | {"norm/model": norm}
+
+    def _update_behaviour(self, post: dict[str, Tensor], number: int) -> dict[str, Tensor]:
+        """Improve the policy in imagination from every posterior state of the batch; returns metrics."""
+        with frozen(self.model):
+            start = self.model.start(post)
+            actor_loss, critic_loss, found = self._wrapped_behaviour.losses(self.model, start)
+            actor_norm = descend(self.fabric, self._wrapped_behaviour, self._actor_optimizer, actor_loss)
+        critic_norm = descend(self.fabric, self._wrapped_behaviour, self._critic_optimizer, critic_loss)
+        self.behaviour.refresh(number)
+        metrics = {f"behaviour/{name}": value for name, value in found.items()}
+        losses = {"loss/actor": actor_loss.detach(), "loss/critic": critic_loss.detach()}
+        return metrics | losses | {"norm/actor": actor_norm, "norm/critic": critic_norm}
+
+    def stateful(self) -> dict[str, Stateful]:
+        """Everything that updates change, by name, for the loop's snapshots."""
+        parts: dict[str, Stateful] = {
+            "model": self.model,
+            "behaviour": self.behaviour,
+            "model_optimizer": self._model_optimizer,
+            "actor_optimizer": self._actor_optimizer,
+            "critic_optimizer": self._critic_optimizer,
+        }
+        return parts if self.bonus is None else parts | {"bonus": self.bonus}

@@ -1,0 +1,97 @@
+"""Whole episodes under a policy: for learning curves, for the evaluation and for videos."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from prelar.control.envs import Actions, Image, PixelEnv
+
+
+class Policy(Protocol):
+    """Maps images to actions, with a memory that it alone understands."""
+
+    def act(self, memory: Any, images: Image, is_first: npt.NDArray[np.bool_]) -> tuple[Actions, Any]:
+        """Choose actions (N, A) for images uint8 (N, 64, 64, 3).
+
+        memory: what the last call returned, None at first. is_first (N,): where an episode starts.
+        """
+
+
+@dataclass(frozen=True)
+class Episode:
+    """One finished episode of T steps.
+
+    rewards float32 (T,); actions float32 (T, A); success: whether the task was solved at any step; frames
+    uint8 (T + 1, 64, 64, 3), or None where they were not kept.
+    """
+
+    rewards: npt.NDArray[np.float32]
+    actions: Actions
+    success: bool
+    frames: Image | None
+
+    @property
+    def total(self) -> float:
+        """Undiscounted return: the sum of the rewards."""
+        return float(self.rewards.sum(dtype=np.float64))
+
+
+class RandomPolicy:
+    """Uniform actions in [-1, 1]^A. The n-th action is a pure function of (seed, n)."""
+
+    def __init__(self, action_dim: int, seed: int) -> None:
+        self.action_dim, self.seed = action_dim, seed
+
+    def act(self, memory: int | None, images: Image, is_first: npt.NDArray[np.bool_]) -> tuple[Actions, int]:
+        """Draw actions (N, A); the memory is the number of draws so far."""
+        draw = memory or 0
+        random = np.random.default_rng([self.seed, draw])
+        actions = random.uniform(-1, 1, (len(images), self.action_dim)).astype(np.float32)
+        return actions, draw + 1
+
+
+def play(env: PixelEnv, policy: Policy, *, episode: int, seed: int, keep_frames: bool = False) -> Episode:
+    """Play one episode to its end: a pure function of (env's seed, episode, policy, seed).
+
+    seed: for the latents that the policy samples. torch's global generators are left as they were.
+    """
+    with torch.random.fork_rng(range(torch.cuda.device_count())):
+        torch.manual_seed(int(np.random.SeedSequence([seed, episode]).generate_state(1)[0]))
+        image, _ = env.reset(options={"episode": episode})
+        frames = [image]
+        actions: list[Actions] = []
+        rewards: list[float] = []
+        success = ended = False
+        memory: Any = None
+        while not ended:
+            action, memory = policy.act(memory, image[None], np.array([not actions]))
+            image, reward, terminated, truncated, info = env.step(action[0])
+            ended = terminated or truncated
+            success = success or bool(info["success"])
+            actions.append(action[0])
+            rewards.append(reward)
+            if keep_frames:
+                frames.append(image)
+    kept = np.stack(frames) if keep_frames else None
+    return Episode(np.asarray(rewards, np.float32), np.stack(actions), success, kept)
+
+
+def play_episodes(
+    env: PixelEnv, policy: Policy, *, episodes: int, seed: int, keep_frames: int = 0
+) -> list[Episode]:
+    """Play the episodes 0 to `episodes` - 1 of the environment's seed; keep the frames of the first few."""
+    return [play(env, policy, episode=n, seed=seed, keep_frames=n < keep_frames) for n in range(episodes)]
+
+
+def summarise(played: Sequence[Episode]) -> dict[str, float]:
+    """Share of episodes with success, and mean return."""
+    return {
+        "success": float(np.mean([episode.success for episode in played])),
+        "return": float(np.mean([episode.total for episode in played])),
+    }

@@ -1,0 +1,240 @@
+"""Stage `finetune`: learn a task from pixels in the imagination of a pre-trained world model.
+
+One step of the loop is one environment step, and logs have environment steps as their axis. Which updates
+follow a step, which episodes are played and what is drawn are functions of the step's number, the seed and
+the state that snapshots hold.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from lightning_fabric import Fabric
+
+from prelar.checkpoint import Snapshots, load_parts, resume_key, save_parts
+from prelar.config import Config, Finetune
+from prelar.control.agent import Agent
+from prelar.control.behaviour import Behaviour
+from prelar.control.bonus import Bonus
+from prelar.control.collector import Collector
+from prelar.control.envs import PixelEnv, Purpose, World, episode_seed, make_envs
+from prelar.control.learner import Learner
+from prelar.control.replay import Replay
+from prelar.control.rollout import RandomPolicy, play_episodes, summarise
+from prelar.errors import UserError
+from prelar.loop import Hook, Scalars, set_up, train
+from prelar.methods import build_finetune, load_pretrained, loads
+from prelar.model.world_model import WorldModel
+from prelar.sim import ACTION_DIM, Simulator
+
+PRETRAINED = Path("data/pretrain")
+OUTPUT = Path("data/finetune")
+LOGS = Path("reports/finetune")
+CODE = ("control", "model", "checkpoint.py", "finetune.py", "gl.py", "loop.py", "methods.py", "sim.py")
+PARAMS = ("method", "task", "seed", "naive", "bonus", "dual_reward", "context_augment", "device", "precision")
+SIZES = ("cnn_depth", "hidden", "deter", "stoch", "discrete", "action_dim", "context_frame")
+
+
+def run(cfg: Config) -> None:
+    """Fine-tune as params.yaml says: `data/pretrain` to `data/finetune`, logs to `reports/finetune`."""
+    preset = cfg.finetune
+    check(preset)
+    fabric = set_up(device=cfg.device, precision=cfg.precision, threads=cfg.threads)
+    torch.manual_seed(cfg.seed)
+    model = load_model(cfg)
+    params = cfg.model_dump(include={*PARAMS, "threads"}) | {"finetune": preset.model_dump()}
+    snapshots = Snapshots(resume_key("finetune", params=params, inputs=[PRETRAINED], code=CODE))
+
+    def make_world() -> World:
+        return Simulator(cfg.task, time_limit=preset.time_limit)
+
+    behaviour = learn(
+        fabric,
+        model,
+        make_world,
+        preset,
+        seed=cfg.seed,
+        bonus=cfg.bonus,
+        snapshots=snapshots,
+        log_folder=LOGS,
+    )
+    agent = {name: getattr(behaviour, name) for name in ("actor", "critic", "slow_critic")}
+    config = {
+        "stage": "finetune",
+        "method": cfg.method,
+        "task": cfg.task,
+        "model": model.spec,
+        "actor": _actor_sizes(model, preset),
+        "env_steps": preset.env_steps,
+        "updates": updates_after(preset.env_steps, preset),
+    }
+    save_parts(OUTPUT, model.state() | {name: part.state_dict() for name, part in agent.items()}, config)
+    snapshots.remove()
+
+
+def check(preset: Finetune) -> None:
+    """Refuse numbers that do not fit together. Raises `UserError`."""
+    if preset.prefill < preset.time_limit * preset.envs:
+        raise UserError(
+            f"finetune.prefill = {preset.prefill}: ends before an episode does; "
+            f"make it at least time_limit · envs ({preset.time_limit * preset.envs})"
+        )
+    if preset.train_every % preset.envs:
+        raise UserError(
+            f"finetune.envs = {preset.envs}: does not divide train_every ({preset.train_every}); "
+            "change either"
+        )
+    if preset.replay <= preset.time_limit:
+        raise UserError(
+            f"finetune.replay = {preset.replay}: holds no whole episode; "
+            f"make it larger than time_limit ({preset.time_limit})"
+        )
+
+
+def load_model(cfg: Config) -> WorldModel:
+    """The world model to fine-tune, with what its method loads from the pre-training checkpoint."""
+    parts, pretrained = load_parts(PRETRAINED, loads(cfg.method, cfg.naive))
+    if pretrained["method"] != cfg.method:
+        raise UserError(
+            f"{PRETRAINED}: of method {pretrained['method']}, not {cfg.method}; run `dvc repro pretrain`"
+        )
+    model = build_finetune(
+        method=cfg.method,
+        **{name: pretrained["model"][name] for name in SIZES},
+        robot_action_dim=ACTION_DIM,
+        units=cfg.finetune.units,
+        layers=cfg.finetune.layers,
+        naive=cfg.naive,
+        dual_reward=cfg.dual_reward,
+        bonus=cfg.bonus,
+        context_augment=cfg.context_augment,
+        beta=cfg.finetune.beta,
+    )
+    load_pretrained(model, parts)
+    return model
+
+
+def learn(
+    fabric: Fabric,
+    model: WorldModel,
+    make_world: Callable[[], World],
+    preset: Finetune,
+    *,
+    seed: int,
+    bonus: float,
+    snapshots: Snapshots,
+    log_folder: Path,
+) -> Behaviour:
+    """Fine-tune `model` in place on the worlds that `make_world` makes; returns the behaviour learnt.
+
+    bonus: weight of the exploration bonus, for models that have one.
+    """
+    behaviour = Behaviour(
+        **_actor_sizes(model, preset),
+        horizon=preset.horizon,
+        discount=preset.discount,
+        lam=preset.lam,
+        entropy=preset.entropy,
+        slow_every=preset.slow_every,
+    )
+    explorer = make_bonus(model, bonus, seed=seed, device=fabric.device)
+    learner = Learner(
+        fabric,
+        model,
+        behaviour,
+        explorer,
+        lr=preset.lr,
+        actor_lr=preset.actor_lr,
+        critic_lr=preset.critic_lr,
+        hold=preset.hold,
+    )
+    actions = model.spec["robot_action_dim"]
+    with contextlib.ExitStack() as stack:
+        replay = Replay(
+            snapshots.folder / "replay.bin",
+            capacity=preset.replay,
+            margin=3 * preset.checkpoint_every + 3 * (preset.time_limit + 1) * preset.envs,
+            action_dim=actions,
+        )
+        stack.callback(replay.close)
+        streams = {purpose: episode_seed(seed, purpose) for purpose in Purpose}
+        envs = make_envs(make_world, count=preset.envs, seed=streams[Purpose.TRAIN], action_dim=actions)
+        stack.callback(envs.close)
+        watched = PixelEnv(make_world(), seed=streams[Purpose.CURVE], action_dim=actions)
+        stack.callback(watched.close)
+        collector = Collector(envs, replay)
+        train(
+            Stepper(preset, learner, collector, seed=seed),
+            name="finetune",
+            steps=preset.env_steps,
+            seed=seed,
+            state=learner.stateful() | {"collector": collector, "replay": replay},
+            snapshots=snapshots,
+            snapshot_every=preset.checkpoint_every,
+            log_folder=log_folder,
+            log_every=preset.log_every,
+            hooks=[Hook(preset.eval_every, curve(watched, learner, preset.eval_episodes, seed))],
+            device=fabric.device,
+        )
+    return behaviour
+
+
+def make_bonus(model: WorldModel, weight: float, *, seed: int, device: torch.device) -> Bonus | None:
+    """The exploration bonus of a model; None where its method, or a weight of 0, has none."""
+    return Bonus(model.bonus_dim, weight=weight, seed=seed, device=device) if model.bonus_dim else None
+
+
+def updates_after(env_steps: int, preset: Finetune) -> int:
+    """How many updates are done after `env_steps` environment steps."""
+    if env_steps < preset.prefill:
+        return 0
+    return preset.pretrain_updates + (env_steps - preset.prefill) // preset.train_every
+
+
+class Stepper:
+    """Called with the number of an environment step: acts, then does the updates that follow it."""
+
+    def __init__(self, preset: Finetune, learner: Learner, collector: Collector, *, seed: int) -> None:
+        self.preset, self.learner, self.collector, self.seed = preset, learner, collector, seed
+        device = learner.fabric.device
+        self._agent = Agent(learner.model, learner.behaviour.actor, device=device, explore=True)
+        self._random = RandomPolicy(learner.behaviour.actor.actions, seed)
+
+    def __call__(self, index: int) -> Scalars:
+        """Do environment step `index`, counted over all environments, which act together."""
+        metrics: dict[str, Any] = {}
+        if index == self.preset.prefill:
+            self.collector.forget()
+        if index % self.preset.envs == 0:
+            metrics |= self.collector.step(self._random if index < self.preset.prefill else self._agent)
+        for number in range(updates_after(index, self.preset), updates_after(index + 1, self.preset)):
+            batch = self.collector.replay.sample(
+                batch=self.preset.batch, length=self.preset.length, seed=self.seed, update=number
+            )
+            metrics |= self.learner.update(batch, number)
+        return metrics
+
+
+def curve(env: PixelEnv, learner: Learner, episodes: int, seed: int) -> Callable[[int], Scalars]:
+    """A hook that adds a point to the learning curve: success and return of the policy's mode."""
+    agent = Agent(learner.model, learner.behaviour.actor, device=learner.fabric.device, explore=False)
+
+    def evaluate(done: int) -> Scalars:
+        played = play_episodes(env, agent, episodes=episodes, seed=seed)
+        return {f"eval/{name}": value for name, value in summarise(played).items()}
+
+    return evaluate
+
+
+def _actor_sizes(model: WorldModel, preset: Finetune) -> dict[str, int]:
+    """The keywords that size the actor."""
+    return {
+        "features": model.feature_dim,
+        "actions": model.spec["robot_action_dim"],
+        "units": preset.units,
+        "layers": preset.layers,
+    }

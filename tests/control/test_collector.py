@@ -1,0 +1,84 @@
+"""Collecting experience: what the replay gets, and going on from a state in mid-episode."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from prelar.control.collector import Collector
+from prelar.control.envs import make_envs
+from prelar.control.replay import Replay
+from prelar.control.rollout import RandomPolicy
+from tests.control.toy import ACTIONS, DotWorld
+
+
+class Steps(RandomPolicy):
+    """Random actions; keeps which steps it was told start an episode."""
+
+    def __init__(self) -> None:
+        super().__init__(ACTIONS, 0)
+        self.starts: list[list[bool]] = []
+
+    def act(self, memory: Any, images: Any, is_first: Any) -> Any:
+        self.starts.append(is_first.tolist())
+        return super().act(memory, images, is_first)
+
+
+def make(path: Path, count: int = 2, time_limit: int = 4) -> Collector:
+    replay = Replay(path / "replay.bin", capacity=100, margin=50, action_dim=ACTIONS)
+    return Collector(make_envs(lambda: DotWorld(time_limit), count=count, seed=3, action_dim=ACTIONS), replay)
+
+
+def test_episodes_reach_the_replay_whole(tmp_path: Path) -> None:
+    collector, policy = make(tmp_path), Steps()
+    metrics = [collector.step(policy) for _ in range(9)]
+    assert [n for n, found in enumerate(metrics) if found] == [3, 7]
+    assert policy.starts == [[n % 4 == 0] * 2 for n in range(9)]
+    assert collector.replay.episodes == 4 and len(collector.replay) == 20
+    got = collector.replay.sample(batch=30, length=5, seed=0, update=0)
+    assert (got["reward"][:, 0] == 0).all() and (got["action"][:, 0] == 0).all()
+    returns = {round(float(total), 4) for total in got["reward"].sum(1)}
+    assert len(returns) == 4
+    assert abs(np.mean([found["train/return"] for found in metrics if found]) - np.mean(list(returns))) < 1e-4
+
+
+def test_images_and_rewards_belong_to_the_action_that_led_there(tmp_path: Path) -> None:
+    collector = make(tmp_path, count=1)
+    for _ in range(4):
+        collector.step(Steps())
+    got = collector.replay.sample(batch=1, length=5, seed=0, update=0)
+    column = got["image"][0, :, :, :, 0].max(1).argmax(1)
+    np.testing.assert_allclose(column[1:], 4 + 52 * got["reward"][0, 1:], atol=0.51)
+    moved = np.diff(got["reward"][0, 1:])
+    np.testing.assert_allclose(moved[moved > 0], 0.1 * got["action"][0, 2:, 0][moved > 0], atol=1e-5)
+
+
+def test_a_restored_collector_goes_on_bit_for_bit(tmp_path: Path) -> None:
+    straight, first = make(tmp_path / "a"), make(tmp_path / "b")
+    policy = RandomPolicy(ACTIONS, 0)
+    for _ in range(6):
+        straight.step(policy)
+        first.step(policy)
+    torch.save(
+        {"collector": first.state_dict(), "replay": first.replay.state_dict()}, tmp_path / "state.pt"
+    )
+    first.step(policy)
+    first.replay.close()
+    state = torch.load(tmp_path / "state.pt", weights_only=True)
+    second = make(tmp_path / "b")
+    second.replay.load_state_dict(state["replay"])
+    second.load_state_dict(state["collector"])
+    for _ in range(6):
+        assert straight.step(policy) == second.step(policy)
+    draws = [one.replay.sample(batch=9, length=5, seed=0, update=1) for one in (straight, second)]
+    for name, value in draws[0].items():
+        np.testing.assert_array_equal(value, draws[1][name])
+
+
+def test_a_state_before_the_first_step_is_nothing(tmp_path: Path) -> None:
+    collector = make(tmp_path)
+    collector.load_state_dict(make(tmp_path).state_dict())
+    assert collector.step(Steps()) == {}

@@ -1,0 +1,60 @@
+"""A world simple enough to be learnt in minutes on a CPU: a dot to be pushed to the right of the picture."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+import numpy as np
+import numpy.typing as npt
+
+from prelar.sim import Step
+
+ACTIONS = 2
+SPEED = 0.1
+
+
+class DotWorld:
+    """A white dot in the unit square, moved by up to 0.1 per step; the reward is its horizontal position.
+
+    It starts at a random place in the left half, drawn from (seed, episode). Success: to the right of 0.8.
+    """
+
+    def __init__(self, time_limit: int = 20) -> None:
+        self.time_limit = time_limit
+        self.steps = 0
+        self.drawn = 0
+        self.closed = False
+        self._place = np.zeros(2)
+
+    def reset(self, seed: int, episode: int) -> Step:
+        self._place = np.random.default_rng([seed, episode]).uniform([0, 0], [0.5, 1])
+        self.steps = 0
+        return self._answer(0.0)
+
+    def step(self, action: npt.ArrayLike) -> Step:
+        if self.steps >= self.time_limit:
+            raise RuntimeError("the episode is over")
+        taken = np.asarray(action, np.float32)
+        self._place = np.clip(self._place + SPEED * taken.astype(np.float64), 0, 1)
+        self.steps += 1
+        return self._answer(float(self._place[0]))
+
+    def replay(self, seed: int, episode: int, actions: Iterable[npt.ArrayLike]) -> Step:
+        answer = self.reset(seed, episode)
+        for action in actions:
+            answer = self.step(action)
+        return answer
+
+    def render(self) -> npt.NDArray[np.uint8]:
+        self.drawn += 1
+        image = np.zeros((64, 64, 3), np.uint8)
+        column, row = (int(round(4 + 52 * x)) for x in self._place)
+        image[row : row + 8, column : column + 8] = 255
+        return image
+
+    def close(self) -> None:
+        self.closed = True
+
+    def _answer(self, reward: float) -> Step:
+        success = bool(self._place[0] > 0.8)
+        return Step(self._place.copy(), reward, success, self.steps >= self.time_limit)
