@@ -3,7 +3,8 @@
 `ensure()` settles MUJOCO_GL before mujoco is imported: a user's own setting is kept, otherwise EGL where a
 graphics card answers, else OSMesa, else EGL in software. The answer goes into the environment, so that worker
 processes inherit it and only the first process of a run pays for the probe (about 0.3 s). Software drawing is
-pinned to llvmpipe, one thread per process: the same pixels in every process of a machine.
+pinned to llvmpipe, one thread per process and no shader cache in the user's home: the same pixels in every
+process of a machine.
 
 `python -m prelar.gl` says whether a backend works (exit status 0) or what to install (exit status 2);
 with `--install` it first tries to install one through apt.
@@ -27,6 +28,7 @@ PACKAGES = (("libosmesa6",), ("libegl1", "libgl1", "libgl1-mesa-dri"))
 REMEDY = "no OpenGL for headless MuJoCo; run `apt-get install libosmesa6` as root"
 SOFTWARE = ("llvmpipe", "softpipe", "swrast", "software")
 TIMEOUT = 60.0
+MESA = {"GALLIUM_DRIVER": "llvmpipe", "LP_NUM_THREADS": "1", "MESA_SHADER_CACHE_DISABLE": "true"}
 
 _PROBE = """
 import mujoco
@@ -48,7 +50,7 @@ def probe(backend: str) -> str | None:
     None where the backend cannot draw, crashes or hangs.
     """
     settings = {name: value for name, value in os.environ.items() if name != "PYOPENGL_PLATFORM"}
-    settings |= {"MUJOCO_GL": backend}
+    settings |= MESA | {"MUJOCO_GL": backend}
     try:
         answer = subprocess.run(
             [sys.executable, "-c", _PROBE], env=settings, capture_output=True, text=True, timeout=TIMEOUT
@@ -73,7 +75,7 @@ def ensure() -> str:
     Call it before mujoco is imported. Raises `UserError` where no backend works, or where mujoco is already
     loaded without one.
     """
-    for name, value in {"GALLIUM_DRIVER": "llvmpipe", "LP_NUM_THREADS": "1"}.items():
+    for name, value in MESA.items():
         os.environ.setdefault(name, value)
     chosen = os.environ.get("MUJOCO_GL", "").strip().lower()
     if chosen and chosen not in KNOWN:

@@ -14,7 +14,7 @@ from prelar.errors import UserError
 @pytest.fixture
 def unset(monkeypatch: pytest.MonkeyPatch) -> None:
     """No OpenGL chosen, mujoco not yet imported, and the environment put back afterwards."""
-    for name in ("MUJOCO_GL", "GALLIUM_DRIVER", "LP_NUM_THREADS"):
+    for name in ("MUJOCO_GL", *gl.MESA):
         monkeypatch.setenv(name, "")
         monkeypatch.delenv(name)
     monkeypatch.delitem(sys.modules, "mujoco", raising=False)

@@ -1,0 +1,310 @@
+"""The embedded sample: an archive in the shape of Something-Something V2, for people without it.
+
+Scripted Meta-World experts act under varied goals, cameras, speeds and widths; their clips are encoded and
+packed exactly as the published archive is:
+
+    20bn-something-something-download-package-labels.zip
+        labels/labels.json, train.json, validation.json, test.json, test-answers.csv
+    20bn-something-something-v2-00, -01, ...
+        one tar.gz of 20bn-something-something-v2/<id>.webm, cut in pieces
+
+The clips are VP9 webm, 240 pixels high, 12 frames a second. The bytes depend on the parameters, the machine
+and the versions of the libraries only.
+"""
+
+from __future__ import annotations
+
+import concurrent.futures
+import dataclasses
+import gzip
+import io
+import itertools
+import json
+import subprocess
+import tarfile
+import tempfile
+import zipfile
+from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
+
+import ffmpeg
+import imageio_ffmpeg
+import numpy as np
+import numpy.typing as npt
+from tqdm import tqdm
+
+from prelar import gl
+from prelar.config import Config
+from prelar.files import STAGING, publish, remove
+from prelar.sim import ACTION_DIM, MAX_STEPS, Simulator
+from prelar.workers import processors, worker_pool
+
+OUTPUT = Path("data/sample")
+NAME = "20bn-something-something-v2"
+LABELS = "20bn-something-something-download-package-labels.zip"
+
+HEIGHT = 240
+WIDTHS = (427, 320, 426, 352, 240)
+FPS = 12
+SHORTEST, LONGEST, USEFUL = 8, 80, 25
+SHORT_SHARE = 0.125
+CAMERAS = ("corner", "corner2", "corner3", "corner4", "topview")
+NOISE = 0.15
+TAIL = 12
+ATTEMPTS = 20
+IDS = 220_847
+
+# Meta-World task: SSv2-like template and what stands in its brackets.
+SCENES: dict[str, tuple[str, tuple[str, ...]]] = {
+    "drawer-open": ("Opening [something]", ("a drawer",)),
+    "drawer-close": ("Closing [something]", ("a drawer",)),
+    "dial-turn": ("Turning [something]", ("a dial",)),
+    "button-press-topdown": ("Pressing [something] from above", ("a button",)),
+    "door-open": ("Opening [something]", ("a door",)),
+    "window-close": ("Closing [something]", ("a window",)),
+    "push": ("Pushing [something] across [something]", ("a puck", "a table")),
+    "pick-place": ("Lifting [something] off [something]", ("a puck", "a table")),
+    "lever-pull": ("Pulling [something] up", ("a lever",)),
+    "peg-insert-side": ("Inserting [something] into [something]", ("a peg", "a box")),
+    "window-open": ("Opening [something]", ("a window",)),
+    "door-close": ("Closing [something]", ("a door",)),
+    "faucet-open": ("Turning [something]", ("a tap",)),
+    "shelf-place": ("Placing [something] on [something]", ("a cube", "a shelf")),
+    "box-close": ("Placing [something] on [something]", ("a lid", "a box")),
+    "coffee-pull": ("Pulling [something] towards the edge", ("a mug",)),
+    "hammer": ("Hitting [something] with [something]", ("a nail", "a hammer")),
+    "basketball": ("Dropping [something] into [something]", ("a ball", "a basket")),
+    "sweep": ("Pushing [something] across [something]", ("a cube", "a table")),
+    "handle-press": ("Pressing [something] from above", ("a handle",)),
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Clip:
+    """What one clip of the sample shows. `frames` frames are spread over the expert's episode."""
+
+    id: str
+    split: str
+    task: str
+    camera: str
+    width: int
+    frames: int
+    seed: int
+    episode: int
+
+    @property
+    def template(self) -> str:
+        """The label with its brackets."""
+        return SCENES[self.task][0]
+
+    @property
+    def placeholders(self) -> list[str]:
+        """What stands in the brackets."""
+        return list(SCENES[self.task][1])
+
+    @property
+    def label(self) -> str:
+        """The template with its brackets filled in, in lower case as in SSv2."""
+        text = self.template.lower()
+        for placeholder in self.placeholders:
+            text = text.replace("[something]", placeholder, 1)
+        return text
+
+
+def plan(clips: int, seed: int) -> list[Clip]:
+    """What every clip shows, a pure function of the two numbers. Seven of eight have 25 frames or more."""
+    random = np.random.Generator(np.random.PCG64([seed, clips]))
+    short = int(clips * SHORT_SHARE)
+    lengths = np.concatenate(
+        [
+            np.linspace(SHORTEST, USEFUL - 1, max(short, 1)).round()[:short],
+            (USEFUL + (LONGEST - USEFUL) * np.linspace(0, 1, clips - short) ** 2).round(),
+        ]
+    )
+    lengths = random.permutation(lengths).astype(int)
+    test, validation = max(1, clips // 10), max(1, clips // 6)
+    splits = ["test"] * test + ["validation"] * validation + ["train"] * (clips - test - validation)
+    order = random.permutation(clips)
+    ids = random.choice(np.arange(1, IDS + 1), size=clips, replace=False)
+    tasks = list(SCENES)
+    return [
+        Clip(
+            id=str(ids[number]),
+            split=splits[order[number]],
+            task=tasks[number % len(tasks)],
+            camera=CAMERAS[(number + number // len(tasks)) % len(CAMERAS)],
+            width=WIDTHS[int(random.integers(len(WIDTHS)))],
+            frames=int(lengths[number]),
+            seed=seed,
+            episode=number,
+        )
+        for number in range(clips)
+    ]
+
+
+def play(simulator: Simulator, clip: Clip) -> tuple[int, list[npt.NDArray[np.float64]]]:
+    """An episode in which the noisy expert solves the clip's task: its number, and its actions.
+
+    They end shortly after the success, or later where the clip has more frames. Raises `RuntimeError` if the
+    expert fails in every attempt.
+    """
+    for episode in itertools.islice(itertools.count(clip.episode, IDS), ATTEMPTS):
+        random = np.random.Generator(np.random.PCG64([clip.seed, episode]))
+        noise = random.normal(scale=NOISE, size=(MAX_STEPS, ACTION_DIM))
+        simulator.reset(clip.seed, episode)
+        actions: list[npt.NDArray[np.float64]] = []
+        solved = MAX_STEPS
+        while len(actions) < min(max(solved + TAIL, clip.frames), MAX_STEPS):
+            actions.append(simulator.expert() + noise[len(actions)])
+            if simulator.step(actions[-1]).success:
+                solved = min(solved, len(actions))
+        if solved < MAX_STEPS:
+            return episode, actions
+    raise RuntimeError(f"{clip.task}: the expert failed in {ATTEMPTS} episodes from {clip.episode}")
+
+
+def film(simulator: Simulator, clip: Clip) -> Iterator[npt.NDArray[np.uint8]]:
+    """Draw a clip: its frames, uint8 (240, width, 3), evenly spread over an episode of the noisy expert.
+
+    The episode is played once to find where the task is solved, and a second time to draw the frames.
+    """
+    episode, actions = play(simulator, clip)
+    moments = np.linspace(0, len(actions), clip.frames).round().astype(int)
+    simulator.reset(clip.seed, episode)
+    margin = (max(WIDTHS) - clip.width) // 2
+    for before, moment in itertools.pairwise([0, *moments.tolist()]):
+        for action in actions[before:moment]:
+            simulator.step(action)
+        picture = simulator.render(clip.camera, max(WIDTHS), HEIGHT)
+        yield np.ascontiguousarray(picture[:, margin : margin + clip.width])
+
+
+def encode(frames: Iterable[npt.NDArray[np.uint8]], width: int, path: Path) -> None:
+    """Encode frames as VP9 webm, the same bytes each time. Raises `RuntimeError` with ffmpeg's words."""
+    raw = ffmpeg.input("pipe:", format="rawvideo", pix_fmt="rgb24", s=f"{width}x{HEIGHT}", r=FPS)
+    command = raw.output(
+        str(path),
+        format="webm",
+        vcodec="libvpx-vp9",
+        pix_fmt="yuv420p",
+        sws_flags="accurate_rnd+bitexact",
+        crf=34,
+        deadline="realtime",
+        threads=1,
+        map_metadata=-1,
+        **{"b:v": 0, "cpu-used": 6, "row-mt": 0, "fflags": "+bitexact", "flags:v": "+bitexact"},
+    )
+    command = command.global_args("-v", "error", "-nostdin").overwrite_output()
+    with tempfile.TemporaryFile() as words:
+        process = subprocess.Popen(
+            command.compile(imageio_ffmpeg.get_ffmpeg_exe()), stdin=subprocess.PIPE, stderr=words
+        )
+        assert process.stdin is not None
+        try:
+            for frame in frames:
+                process.stdin.write(frame.data)
+            process.stdin.close()
+        except BrokenPipeError:
+            pass
+        except BaseException:
+            process.kill()
+            raise
+        finally:
+            status = process.wait()
+        words.seek(0)
+        if status != 0:
+            raise RuntimeError(f"ffmpeg, status {status}: {words.read().decode(errors='replace').strip()}")
+
+
+def make_clips(clips: Sequence[Clip], folder: Path) -> int:
+    """Draw and encode clips of one task as `<folder>/<id>.webm`; how many they are. Runs in a worker."""
+    with Simulator(clips[0].task) as simulator:
+        for clip in clips:
+            encode(film(simulator, clip), clip.width, folder / f"{clip.id}.webm")
+    return len(clips)
+
+
+def write_labels(clips: Sequence[Clip], path: Path) -> None:
+    """Write the labels package of SSv2's shape."""
+    templates = sorted({template for template, _ in SCENES.values()})
+    numbers = {_plain(template): str(number) for number, template in enumerate(templates)}
+    described = {
+        split: [
+            {"id": clip.id, "label": clip.label, "template": clip.template, "placeholders": clip.placeholders}
+            for clip in clips
+            if clip.split == split
+        ]
+        for split in ("train", "validation")
+    }
+    tested = [clip for clip in clips if clip.split == "test"]
+    texts = {
+        "labels.json": json.dumps(numbers, indent=0),
+        "train.json": json.dumps(described["train"], indent=0),
+        "validation.json": json.dumps(described["validation"], indent=0),
+        "test.json": json.dumps([{"id": clip.id} for clip in tested], indent=0),
+        "test-answers.csv": "".join(f"{clip.id};{_plain(clip.template)}\n" for clip in tested),
+    }
+    with zipfile.ZipFile(path, "w") as archive:
+        for name, text in texts.items():
+            entry = zipfile.ZipInfo(f"labels/{name}", date_time=(1980, 1, 1, 0, 0, 0))
+            entry.compress_type, entry.external_attr, entry.create_system = (
+                zipfile.ZIP_DEFLATED,
+                0o644 << 16,
+                3,
+            )
+            archive.writestr(entry, text)
+
+
+def _plain(template: str) -> str:
+    """A template as it is written in labels.json: without its square brackets."""
+    return template.replace("[", "").replace("]", "")
+
+
+def pack(webms: Sequence[Path], folder: Path, parts: int) -> None:
+    """Pack clips as one tar.gz, cut into `parts` pieces of the same size, the last one a little smaller."""
+    packed = io.BytesIO()
+    with (
+        gzip.GzipFile(filename="", mode="wb", fileobj=packed, compresslevel=6, mtime=0) as zipped,
+        tarfile.open(fileobj=zipped, mode="w|", format=tarfile.USTAR_FORMAT) as archive,
+    ):
+        top = tarfile.TarInfo(NAME)
+        top.type, top.mode = tarfile.DIRTYPE, 0o755
+        archive.addfile(top)
+        for webm in webms:
+            entry = tarfile.TarInfo(f"{NAME}/{webm.name}")
+            entry.size, entry.mode = webm.stat().st_size, 0o644
+            with webm.open("rb") as content:
+                archive.addfile(entry, content)
+    whole = packed.getvalue()
+    step = -(-len(whole) // parts)
+    for part in range(parts):
+        (folder / f"{NAME}-{part:02d}").write_bytes(whole[part * step : (part + 1) * step])
+
+
+def make_sample(folder: Path, *, clips: int, parts: int, seed: int, workers: int) -> None:
+    """Make the whole sample in an empty `folder`. The bytes do not depend on `workers`."""
+    gl.ensure()
+    planned = plan(clips, seed)
+    by_task = [[clip for clip in planned if clip.task == task] for task in SCENES]
+    scratch = folder / ".clips"
+    scratch.mkdir(parents=True)
+    with (
+        worker_pool(workers) as pool,
+        tqdm(total=clips, desc="sample", unit="clip", disable=None) as progress,
+    ):
+        jobs = [pool.submit(make_clips, group, scratch) for group in by_task if group]
+        for job in concurrent.futures.as_completed(jobs):
+            progress.update(job.result())
+    webms = [scratch / f"{clip.id}.webm" for clip in sorted(planned, key=lambda clip: int(clip.id))]
+    pack(webms, folder, parts)
+    write_labels(planned, folder / LABELS)
+    remove(scratch)
+
+
+def run(config: Config) -> None:
+    """The stage `sample`: make the archive beside, then publish it as data/sample."""
+    sizes = config.sample
+    staged = STAGING / "sample"
+    remove(staged)
+    make_sample(staged, clips=sizes.clips, parts=sizes.parts, seed=sizes.seed, workers=processors())
+    publish(staged, OUTPUT)
