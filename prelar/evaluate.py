@@ -29,7 +29,7 @@ from prelar.loop import set_up
 from prelar.media import write_mp4
 from prelar.methods import METHODS, build_pretrain
 from prelar.model.world_model import WorldModel
-from prelar.panels import contact_sheet, abreast, write_png
+from prelar.panels import abreast, contact_sheet, write_png
 from prelar.prediction import Prediction, measure, write_prediction
 from prelar.sim import ACTION_DIM, Simulator
 from prelar.tables import write_tsv

@@ -1,0 +1,161 @@
+"""The evaluation on untrained checkpoints and a small store: what it writes, and that it is repeatable."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from prelar import evaluate
+from prelar.checkpoint import save_parts
+from prelar.config import Config, load_config
+from prelar.control.behaviour import Actor
+from prelar.control.rollout import Episode
+from prelar.data.store import Store, StoreWriter
+from prelar.errors import UserError
+from prelar.methods import build_finetune, build_pretrain
+from prelar.tables import read_tsv
+from tests.conftest import ROOT
+from tests.fake_results import moving
+
+SIZES: dict[str, Any] = {
+    "cnn_depth": 4,
+    "hidden": 16,
+    "deter": 16,
+    "stoch": 4,
+    "discrete": 4,
+    "action_dim": 8,
+}
+UNITS = {"units": 16, "layers": 1}
+
+
+def make_store(path: Path, *, splits: tuple[str, ...] = ("train", "validation")) -> Store:
+    """Seven clips of 4 to 10 frames, and a bad one."""
+    with StoreWriter(path) as writer:
+        for number, length in enumerate(range(4, 11)):
+            row = {"id": str(number), "split": splits[number % len(splits)], "label": f"label {number % 3}"}
+            writer.append(np.roll(moving(length), number, axis=2), row)
+        writer.append(None, {"id": "99", "reason": "not a video"})
+        return writer.finish({"source": "test"})
+
+
+def make_checkpoints(method: str, task: str) -> None:
+    """Untrained models as the stages before would leave them."""
+    torch.manual_seed(0)
+    before = build_pretrain(method=method, **SIZES)
+    save_parts(evaluate.PRETRAIN, before.state(), {"stage": "pretrain", "model": before.spec})
+    after = build_finetune(method=method, robot_action_dim=4, **SIZES, **UNITS)
+    policy = {"features": after.feature_dim, "actions": 4, **UNITS}
+    parts = {**after.state(), "actor": Actor(**policy).state_dict()}
+    described = {"stage": "finetune", "method": method, "task": task, "model": after.spec, "actor": policy}
+    save_parts(evaluate.FINETUNE, parts, described)
+
+
+@pytest.fixture
+def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """An empty project folder as the working directory."""
+    monkeypatch.chdir(tmp_path)
+    shutil.copy(ROOT / "params.yaml", tmp_path)
+    return tmp_path
+
+
+def configure(**changes: Any) -> Config:
+    """params.yaml at a tiny size."""
+    config = load_config()
+    evaluation = config.evaluate.model_copy(
+        update={"episodes": 2, "time_limit": 12, "clips": 3, "observed": 2, "length": 6}
+    )
+    smoke = config.scales.smoke.model_copy(update={"evaluate": evaluation})
+    scales = config.scales.model_copy(update={"smoke": smoke})
+    return config.model_copy(update={"scales": scales, "device": "cpu", "task": "reach", **changes})
+
+
+def contents(root: Path) -> dict[str, bytes]:
+    """Every file that the evaluation writes."""
+    paths = [root / "metrics.json", *(p for p in (root / "reports").rglob("*") if p.is_file())]
+    return {str(path.relative_to(root)): path.read_bytes() for path in paths}
+
+
+@pytest.mark.parametrize("method", ["prelar", "contextwm"])
+def test_evaluation_writes_metrics_tables_videos_and_page_twice_the_same(place: Path, method: str) -> None:
+    make_store(place / "data/ssv2.zarr")
+    make_checkpoints(method, "reach")
+    config = configure(method=method)
+    evaluate.run(config)
+    metrics = json.loads((place / "metrics.json").read_text())
+    errors = {
+        "prediction_error",
+        "prediction_error_copy",
+        "prediction_error_policy",
+        "prediction_error_policy_copy",
+    }
+    assert metrics.keys() == {"success_rate", "return"} | errors
+    assert all(0 < metrics[name] < 1 for name in errors)
+    assert read_tsv(place / "reports/evaluate/prediction.tsv")["step"] == [1, 2, 3, 4]
+    played = read_tsv(place / "reports/evaluate/episodes.tsv")
+    assert played["steps"] == [12, 12] and np.mean(played["return"]) == pytest.approx(metrics["return"])
+    summary = json.loads((place / "reports/evaluate/summary.json").read_text())
+    assert summary["prediction"]["latent"] == (method == "prelar")
+    dataset = json.loads((place / "reports/evaluate/dataset.json").read_text())
+    assert (dataset["clips"], dataset["frames"], dataset["pairs"]) == (7, 49, 42)
+    assert dataset["splits"] == {"train": 4, "validation": 3}
+    assert dataset["reasons"] == [{"reason": "not a video", "count": 1, "examples": ["99"]}]
+    first = contents(place)
+    assert str(place).encode() not in b"".join(first.values())
+    evaluate.run(config)
+    assert contents(place) == first
+
+
+def test_a_method_without_pretraining_and_its_page(place: Path) -> None:
+    make_store(place / "data/ssv2.zarr")
+    make_checkpoints("dreamerv2", "reach")
+    evaluate.run(configure(method="dreamerv2"))
+    metrics = json.loads((place / "metrics.json").read_text())
+    assert "prediction_error" not in metrics and metrics["prediction_error_policy"] > 0
+    assert "DreamerV2 has no pre-training" in (place / "reports/index.html").read_text()
+
+
+def test_a_store_without_held_out_clips_is_said(place: Path) -> None:
+    make_store(place / "data/ssv2.zarr", splits=("train",))
+    make_checkpoints("prelar", "reach")
+    evaluate.run(configure())
+    assert "prediction_error" not in json.loads((place / "metrics.json").read_text())
+    assert "no clip of the validation split has 6 frames" in (place / "reports/index.html").read_text()
+
+
+def test_checkpoints_of_another_run_are_refused(place: Path) -> None:
+    make_checkpoints("prelar", "reach")
+    with pytest.raises(
+        UserError, match=r"data/finetune: made with task = reach, params.yaml says drawer-open"
+    ):
+        evaluate.run(configure(task="drawer-open"))
+    with pytest.raises(UserError, match=r"data/pretrain: made with method = prelar, params.yaml says apv"):
+        evaluate.run(configure(method="apv"))
+
+
+def test_held_out_segments_lie_in_validation_clips(tmp_path: Path) -> None:
+    store = make_store(tmp_path / "x.zarr")
+    found = evaluate.held_out(store, length=5, count=10, seed=3)
+    assert found is not None and found.shape == (3, 5, 64, 64, 3)
+    clips = [store.read(int(store.clip_start[c]), int(store.clip_length[c])) for c in (1, 3, 5)]
+    for segment, clip in zip(found, clips, strict=True):
+        windows = [clip[start : start + 5] for start in range(len(clip) - 4)]
+        assert any(np.array_equal(segment, window) for window in windows)
+    assert evaluate.held_out(store, length=10, count=10, seed=3) is None
+
+
+def test_segments_of_episodes_hold_the_action_that_led_to_each_frame() -> None:
+    frames = np.arange(11, dtype=np.uint8)[:, None, None, None] * np.ones((64, 64, 3), np.uint8)
+    actions = np.arange(1, 11, dtype=np.float32)[:, None]
+    episode = Episode(np.zeros(10, np.float32), actions, False, frames)
+    cut = evaluate.cut_segments([episode], length=4, count=5)
+    assert cut is not None
+    images, led = cut
+    assert images[:, :, 0, 0, 0].tolist() == [[0, 1, 2, 3], [4, 5, 6, 7]]
+    assert led[..., 0].tolist() == [[0, 1, 2, 3], [0, 5, 6, 7]]
+    assert evaluate.cut_segments([episode], length=12, count=5) is None

@@ -1,0 +1,110 @@
+"""Charts as SVG: scales, ticks, and what is left out."""
+
+from __future__ import annotations
+
+import math
+import re
+import xml.etree.ElementTree as ElementTree
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from prelar.figures import (
+    BOTTOM,
+    HEIGHT,
+    LEFT,
+    RIGHT,
+    TOP,
+    WIDTH,
+    Series,
+    line_chart,
+    linear_ticks,
+    log_ticks,
+    number,
+    short,
+    thin,
+)
+
+TEXTS = {"identifier": "c", "title": "A < B", "description": "d", "x_label": "x", "y_label": "y"}
+
+
+@pytest.mark.parametrize(
+    ("value", "text"),
+    [
+        (0, "0"),
+        (3.0, "3"),
+        (1234567.8, "1,234,568"),
+        (412.25, "412"),
+        (1 / 3, "0.333"),
+        (0.00412, "0.00412"),
+        (-0.5, "−0.500"),
+        (0.0000123, "1.23e−5"),
+        (math.nan, "nan"),
+    ],
+)
+def test_numbers_as_a_reader_wants_them(value: float, text: str) -> None:
+    assert number(value) == text
+
+
+def test_ticks_are_short() -> None:
+    assert [short(v) for v in (0, 0.25, 1500, 2e6, -20)] == ["0", "0.25", "1.5k", "2M", "−20"]
+
+
+@given(st.floats(-1e6, 1e6), st.floats(1e-6, 1e6))
+def test_linear_ticks_lie_inside_and_are_even(low: float, span: float) -> None:
+    high = low + span
+    ticks = linear_ticks(low, high)
+    slack = 1e-6 * max(abs(low), abs(high), span)
+    assert all(low - slack <= tick <= high + slack for tick in ticks)
+    if span > 1e-3 * abs(low):
+        assert 2 <= len(ticks) <= 7
+        assert np.allclose(np.diff(ticks, 2), 0, atol=slack)
+
+
+def test_log_ticks() -> None:
+    assert log_ticks(0.5, 2000) == [1, 10, 100, 1000]
+    assert log_ticks(2, 30) == [3, 10, 30]
+    assert log_ticks(1, 6) == [1, 2, 5]
+
+
+def test_thin_averages_equal_bins_and_drops_what_is_not_finite() -> None:
+    x, y = thin([0, 1, 2, 3, 4], [1, math.nan, 3, 5, 7], limit=2)
+    assert x.tolist() == [1, 3.5] and y.tolist() == [2, 6]
+    with pytest.raises(ValueError, match="shape"):
+        thin([1], [1, 2])
+
+
+@given(st.lists(st.floats(-1e9, 1e9), min_size=1, max_size=500))
+def test_a_chart_is_xml_and_its_lines_stay_inside(values: list[float]) -> None:
+    chart = line_chart([Series("a", range(len(values)), values), Series("b", [0, 1], [0, 1])], **TEXTS)
+    root = ElementTree.fromstring(chart)
+    for line in root.iter("polyline"):
+        points = np.array([p.split(",") for p in line.attrib["points"].split()], float)
+        assert points[:, 0].min() >= LEFT and points[:, 0].max() <= WIDTH - RIGHT
+        assert points[:, 1].min() >= TOP and points[:, 1].max() <= HEIGHT - BOTTOM
+
+
+def test_ends_of_the_data_meet_ends_of_the_axes() -> None:
+    chart = line_chart([Series("a", [0, 10], [0, 1])], **TEXTS, y_range=(0, 1))
+    points = re.search(r'points="([^"]+)"', chart)
+    assert points and points[1] == f"{LEFT},{HEIGHT - BOTTOM} {WIDTH - RIGHT},{TOP}"
+
+
+def test_lines_differ_in_more_than_colour() -> None:
+    chart = line_chart([Series(name, [0, 1], [0, k]) for k, name in enumerate("abcd")], **TEXTS)
+    root = ElementTree.fromstring(chart)
+    dashes = {e.get("stroke-dasharray") for e in root.iter("polyline")}
+    assert len(dashes) == 4
+    assert {e.tag for e in root.iter() if "mark" in e.get("class", "")} == {"circle", "rect", "polygon"}
+    assert [t.text for t in root.iter("title")] == ["A < B"]
+
+
+def test_what_cannot_be_drawn_is_refused() -> None:
+    with pytest.raises(ValueError, match="no finite point"):
+        line_chart([Series("a", [1], [math.nan])], **TEXTS)
+    with pytest.raises(ValueError, match="not positive"):
+        line_chart([Series("a", [1, 2], [0, 1])], **TEXTS, log=True)
+    with pytest.raises(ValueError, match="5 lines"):
+        line_chart([Series("a", [1], [1])] * 5, **TEXTS)

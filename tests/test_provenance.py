@@ -1,0 +1,83 @@
+"""Commit, dirt, hashes and commands of a run."""
+
+from __future__ import annotations
+
+import shutil
+import subprocess
+from pathlib import Path
+
+import pytest
+
+from prelar.config import load_config
+from prelar.provenance import find_provenance
+from tests.conftest import ROOT
+
+LOCK = """
+schema: '2.0'
+stages:
+  ssv2:
+    params: {params.yaml: {ssv2: {min_frames: 8}}}
+    outs: [{path: data/ssv2.zarr, hash: md5, md5: aa.dir}]
+  rlbench:
+    outs: [{path: data/rlbench.zarr, hash: md5, md5: bb.dir}]
+  pretrain:
+    params: {params.yaml: {beta_a: 1.0, scales.smoke.pretrain: {steps: 200}}}
+    outs: [{path: data/pretrain, hash: md5, md5: cc.dir}]
+"""
+
+
+def git(root: Path, *arguments: str) -> str:
+    identity = ["-c", "user.name=t", "-c", "user.email=t@example.org"]
+    done = subprocess.run(
+        ["git", *identity, *arguments], cwd=root, check=True, capture_output=True, text=True
+    )
+    return done.stdout.strip()
+
+
+@pytest.fixture
+def project(tmp_path: Path) -> Path:
+    shutil.copy(ROOT / "params.yaml", tmp_path)
+    (tmp_path / "code.py").write_text("a = 1\n")
+    (tmp_path / "dvc.lock").write_text(LOCK)
+    git(tmp_path, "init", "-q")
+    git(tmp_path, "add", ".")
+    git(tmp_path, "commit", "-q", "-m", "x")
+    return tmp_path
+
+
+def edit(path: Path, old: str, new: str) -> None:
+    text = path.read_text()
+    assert old in text
+    path.write_text(text.replace(old, new))
+
+
+def test_a_clean_tree(project: Path) -> None:
+    found = find_provenance(load_config(project / "params.yaml"), project)
+    assert found.commit == git(project, "rev-parse", "HEAD")
+    assert found.modified == () and not found.needs_more
+    assert found.hashes == (("data/ssv2.zarr", "aa.dir"), ("data/pretrain", "cc.dir"))
+    assert found.stale == ()
+    assert found.commands == [f"git checkout {found.commit}", "make repro"]
+
+
+def test_changed_params_become_settings_and_stale_stages_are_named(project: Path) -> None:
+    edit(project / "params.yaml", "beta_a: 1.0 ", "beta_a: 0.1 ")
+    edit(project / "params.yaml", "tasks: [drawer-open, reach, dial-turn]", "tasks: [reach]")
+    (project / "dvc.lock").write_text(LOCK + "# a run writes this\n")
+    found = find_provenance(load_config(project / "params.yaml"), project)
+    assert found.modified == ("params.yaml",) and not found.needs_more
+    assert found.changed == {"beta_a": 0.1, "rlbench.tasks": ["reach"]}
+    assert found.stale == ("pretrain",)
+    assert found.commands[-1] == ".venv/bin/dvc exp run -S beta_a=0.1 -S 'rlbench.tasks=[reach]'"
+
+
+def test_changed_code_is_told(project: Path) -> None:
+    edit(project / "code.py", "1", "2")
+    found = find_provenance(load_config(project / "params.yaml"), project)
+    assert found.modified == ("code.py",) and found.needs_more
+
+
+def test_outside_of_git_and_dvc(tmp_path: Path) -> None:
+    found = find_provenance(load_config(ROOT / "params.yaml"), tmp_path)
+    assert (found.commit, found.modified, found.hashes) == (None, (), ())
+    assert found.commands == ["make repro"]

@@ -1,0 +1,206 @@
+"""The page: one file, complete, true to the numbers it is made from, readable by people and by machines."""
+
+from __future__ import annotations
+
+import json
+import re
+from html.parser import HTMLParser
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from prelar import report
+from prelar.config import Config, load_config
+from prelar.errors import UserError
+from prelar.figures import number
+from tests.conftest import ROOT
+from tests.fake_results import METRICS, make_results
+
+VOID = {"meta", "link", "img", "br", "hr", "input", "source", "wbr"}
+ADDRESSES = {"src", "href", "poster", "srcset", "data", "action", "xlink:href"}
+
+
+class Page(HTMLParser):
+    """Checks that elements are closed in order, and collects them."""
+
+    def __init__(self, text: str) -> None:
+        super().__init__()
+        self.open: list[str] = []
+        self.elements: list[tuple[str, dict[str, str | None]]] = []
+        self.shown: dict[str, str] = {}
+        self._metric: str | None = None
+        self.feed(text)
+        self.close()
+        assert self.open == []
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        found = dict(attrs)
+        assert len(found) == len(attrs), f"<{tag}> repeats an attribute"
+        self.elements.append((tag, found))
+        if tag not in VOID:
+            self.open.append(tag)
+        if "data-metric" in found:
+            self._metric = found["data-metric"]
+
+    def handle_startendtag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.elements.append((tag, dict(attrs)))
+
+    def handle_endtag(self, tag: str) -> None:
+        assert self.open and self.open.pop() == tag, f"</{tag}> closes another element"
+        self._metric = None
+
+    def handle_data(self, data: str) -> None:
+        if self._metric:
+            self.shown[self._metric] = data
+
+    def all(self, *tags: str) -> list[dict[str, str | None]]:
+        return [attributes for tag, attributes in self.elements if tag in tags]
+
+
+@pytest.fixture
+def config() -> Config:
+    return load_config(ROOT / "params.yaml")
+
+
+@pytest.fixture(scope="module")
+def results(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    root = tmp_path_factory.mktemp("results")
+    make_results(root)
+    return root
+
+
+@pytest.fixture
+def text(results: Path, config: Config) -> str:
+    return report.render(config, results)
+
+
+def test_the_page_parses_and_every_reference_stays_inside(text: str) -> None:
+    page = Page(text)
+    for _, attributes in page.elements:
+        for name in ADDRESSES & attributes.keys():
+            assert re.match(r"(data:|#)", attributes[name] or ""), f"{name} leaves the page"
+    assert not page.all("script", "iframe", "object", "embed", "base")
+    style = text.split("<style>")[1].split("</style>")[0]
+    assert "url(" not in style and "@import" not in style and "@font-face" not in style
+    assert "http:" not in text and "https:" not in text
+
+
+def test_landmarks_labels_and_texts_for_what_is_seen(text: str) -> None:
+    page = Page(text)
+    assert [len(page.all(tag)) for tag in ("header", "nav", "main", "footer", "h1")] == [1] * 5
+    assert page.all("html")[0]["lang"] == "en"
+    identifiers = [a["id"] for _, a in page.elements if "id" in a]
+    assert len(identifiers) == len(set(identifiers))
+    for attributes in page.all("img"):
+        assert len(attributes["alt"] or "") > 20
+    assert len(page.all("img")) == 2
+    videos = page.all("video")
+    assert len(videos) == 3
+    assert all("controls" in v and v["aria-label"] and "poster" in v and "autoplay" not in v for v in videos)
+    for chart in page.all("svg"):
+        assert chart["role"] == "img"
+        assert set((chart["aria-labelledby"] or "").split()) <= set(identifiers)
+    for link in page.all("a"):
+        assert (link["href"] or "")[1:] in identifiers
+
+
+def test_numbers_shown_are_those_of_metrics_json(text: str, results: Path) -> None:
+    page = Page(text)
+    values = {a["data-metric"]: a["value"] for a in page.all("data")}
+    assert values.keys() >= {"success_rate", "return", "prediction_error", "prediction_error_copy"}
+    measured = json.loads((results / "metrics.json").read_text())
+    for name, value in values.items():
+        assert name is not None and value is not None
+        assert json.loads(value) == measured[name] == METRICS[name]
+        expected = number(100 * measured[name]) + "%" if name == "success_rate" else number(measured[name])
+        assert page.shown[name] == expected
+
+
+def test_the_page_is_a_function_of_its_inputs(text: str, results: Path, config: Config) -> None:
+    assert report.render(config, results) == text
+    assert str(results) not in text and str(ROOT) not in text
+
+
+def test_what_stands_in_the_data_is_text_not_markup(text: str) -> None:
+    assert "not a video &lt;script&gt;" in text and "not a video <script>" not in text
+
+
+def test_every_parameter_of_the_run_is_shown(text: str, config: Config) -> None:
+    for key in ("beta_a", "action_window", "ssv2.min_frames", "evaluate.observed"):
+        assert re.search(rf'<td class="mono">{re.escape(key)}</td>', text), key
+    assert "rlbench.keep_failures" not in text
+    shown = {k for values in report.params_groups(config).values() for k in values}
+    assert {k for k, v in config.model_dump().items() if not isinstance(v, dict)} <= shown
+
+
+@pytest.mark.parametrize("method", ["dreamerv2", "prelar"])
+def test_a_run_without_pretraining_says_so(tmp_path: Path, config: Config, method: str) -> None:
+    make_results(tmp_path, pretrained=False)
+    page = report.render(config.model_copy(update={"method": method}), tmp_path)
+    Page(page)
+    assert ("DreamerV2 has no pre-training" in page) == (method == "dreamerv2")
+    assert ("holds no losses" in page) == (method == "prelar")
+    assert '<data value="0.0021"' in page
+
+
+def test_a_page_of_bare_metrics(tmp_path: Path, config: Config) -> None:
+    (tmp_path / "metrics.json").write_text("{}")
+    report.run(config, tmp_path)
+    text = (tmp_path / report.PAGE).read_text()
+    Page(text)
+    for sentence in ("Not measured", "No learning curve", "was not described", "No dvc.lock"):
+        assert sentence in text
+
+
+def test_the_link_to_the_validation_stands_where_there_is_one(tmp_path: Path, config: Config) -> None:
+    (tmp_path / "metrics.json").write_text("{}")
+    (tmp_path / "reports/validation").mkdir(parents=True)
+    (tmp_path / "reports/validation/index.html").write_text("")
+    assert 'href="validation/index.html"' in report.render(config, tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("content", "told"), [(None, "metrics.json: no such file; run"), ("{", "metrics.json: not JSON")]
+)
+def test_missing_and_broken_metrics_end_in_one_line(
+    tmp_path: Path, config: Config, content: str | None, told: str
+) -> None:
+    if content:
+        (tmp_path / "metrics.json").write_text(content)
+    with pytest.raises(UserError, match=told):
+        report.run(config, tmp_path)
+
+
+def test_curves_with_a_diverged_value_are_still_drawn(tmp_path: Path) -> None:
+    folder = tmp_path / "loss"
+    folder.mkdir()
+    (folder / "image.tsv").write_text("step\timage\n10\t900\n20\tnan\n30\t5\n")
+    (folder / "kl.tsv").write_text("step\tkl\n")
+    (figure,) = report.loss_curves(tmp_path, "pre")
+    assert figure.rows == (("10", "900"), ("30", "5"))
+    assert "nan" not in figure.svg and "reconstruction (log)" in figure.svg
+
+
+def contrast(first: str, second: str) -> float:
+    """Contrast ratio of two colours #rrggbb (WCAG 2.2)."""
+
+    def luminance(colour: str) -> float:
+        parts = [int(colour[i : i + 2], 16) / 255 for i in (1, 3, 5)]
+        linear = [p / 12.92 if p <= 0.04045 else ((p + 0.055) / 1.055) ** 2.4 for p in parts]
+        return 0.2126 * linear[0] + 0.7152 * linear[1] + 0.0722 * linear[2]
+
+    light, dark = sorted((luminance(first), luminance(second)), reverse=True)
+    return (light + 0.05) / (dark + 0.05)
+
+
+def test_text_and_lines_have_contrast_in_light_and_dark() -> None:
+    style = (report.TEMPLATES / "report.css").read_text()
+    themes: list[dict[str, Any]] = []
+    for block in re.findall(r":root \{(.*?)\}", style, flags=re.DOTALL):
+        themes.append(dict(re.findall(r"--([\w]+): (#[0-9a-f]{6});", block)))
+    assert len(themes) == 2 and themes[0].keys() == themes[1].keys()
+    for theme in themes:
+        for ground in ("paper", "panel"):
+            for ink in ("ink", "muted", "accent", "warn", "s0", "s1", "s2", "s3"):
+                assert contrast(theme[ink], theme[ground]) >= 4.5, (ink, ground, theme[ink])
