@@ -1,0 +1,207 @@
+"""Clips to frames: ffmpeg decodes and resizes, this module asks it and judges the answer.
+
+One ffmpeg process takes several clips as inputs and writes each to an output of its own, which costs less
+than a process a clip and keeps every clip's frames apart. Clips travel through anonymous files in memory:
+they can be sought in, nothing is left behind by a crash, and no clip's name reaches a command line. Frames
+are exactly the decoded ones in order: none is dropped or doubled for the sake of a frame rate. Bytes depend
+neither on the processor (`SCALE`) nor on which clips share a process.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import re
+import subprocess
+from collections.abc import Sequence
+
+import ffmpeg
+import imageio_ffmpeg
+import numpy as np
+
+from prelar.data.store import FRAME, SIZE, Frames
+from prelar.errors import UserError
+
+SCALE = f"scale={SIZE}:{SIZE}:flags=bicubic+accurate_rnd+bitexact"
+FRAME_BYTES = FRAME[0] * FRAME[1] * FRAME[2]
+MAX_FRAMES = 10_000
+MAX_PIXELS = 4096 * 4096
+MAX_SECONDS = 600
+MAX_CPU_SECONDS = 300
+MAX_LOG = 1 << 20
+FORMATS = "matroska,webm,mov,mp4,avi"
+
+_STREAM = re.compile(r"^\[info\]\s+Stream #(\d+):\d+.*?: Video: (.*)$")
+_SIZE = re.compile(r"(?:^|, )(\d{1,5})x(\d{1,5})(?=[ ,]|$)")
+_FPS = re.compile(r", ([\d.]+)(k?) fps")
+_CONSEQUENCE = re.compile(
+    r"Error opening (input|output) files?\b|Error while|Nothing was written|Could not open encoder|"
+    r"Cannot determine format|Conversion failed|Task finished|Terminating thread"
+)
+_TROUBLE = re.compile(r"^(?:\[[^\]]*@[^\]]*\] )*\[(?:error|fatal|panic)\] (.*)$")
+
+
+@dataclasses.dataclass(frozen=True)
+class Clip:
+    """One decoded clip: frames uint8 (n, 64, 64, 3), or None and the reason.
+
+    `width`, `height` (pixels) and `fps` are those of the file, None where it does not tell.
+    """
+
+    frames: Frames | None
+    reason: str | None = None
+    width: int | None = None
+    height: int | None = None
+    fps: float | None = None
+
+
+class Decoder:
+    """Decodes clips with one ffmpeg binary: `path`, or the static one of imageio-ffmpeg."""
+
+    def __init__(self, path: str | None = None) -> None:
+        """Raises `UserError` where the binary does not run."""
+        self.path = path or imageio_ffmpeg.get_ffmpeg_exe()
+        try:
+            answer = subprocess.run([self.path, "-version"], capture_output=True, timeout=60, check=True)
+        except (OSError, subprocess.SubprocessError) as error:
+            raise UserError(
+                f"ssv2.ffmpeg = {self.path}: does not run ({error}); name another, or null"
+            ) from None
+        found = re.match(rb"ffmpeg version (\S+)", answer.stdout)
+        if not found:
+            raise UserError(f"ssv2.ffmpeg = {self.path}: is not ffmpeg; name another, or null")
+        self.version = found[1].decode()
+
+    def decode(self, clips: Sequence[bytes]) -> list[Clip]:
+        """Decode clips, each given as the bytes of its file.
+
+        Where anything in a shared process goes wrong, its clips are decoded one by one, so that a bad clip
+        names its own trouble and its neighbours are as if it had not been there.
+        """
+        usable = [content for content in clips if content]
+        together = self._attempt(usable) if len(usable) > 1 else None
+        each = iter(together if together is not None else [self._alone(content) for content in usable])
+        return [next(each) if content else Clip(None, "the file is empty") for content in clips]
+
+    def _attempt(self, clips: Sequence[bytes]) -> list[Clip] | None:
+        """All clips in one process, or None if there was any trouble."""
+        try:
+            frames, log, status = self._run(clips)
+        except subprocess.TimeoutExpired:
+            return None
+        if status or troubles(log) or any(not 0 < len(part) <= MAX_FRAMES for part in frames):
+            return None
+        return [Clip(part, None, *stream(log, number)) for number, part in enumerate(frames)]
+
+    def _alone(self, content: bytes) -> Clip:
+        try:
+            (frames,), log, status = self._run([content])
+        except subprocess.TimeoutExpired:
+            return Clip(None, f"decoding took more than {MAX_SECONDS} s")
+        about = stream(log, 0)
+        trouble = troubles(log)
+        if len(frames) > MAX_FRAMES:
+            return Clip(None, f"more than {MAX_FRAMES} frames", *about)
+        if trouble or status:
+            return Clip(None, f"ffmpeg: {trouble or f'exit status {status}'}", *about)
+        if not len(frames):
+            return Clip(None, "no video frame", *about)
+        return Clip(frames, None, *about)
+
+    def _run(self, clips: Sequence[bytes]) -> tuple[list[Frames], str, int]:
+        """Frames of each clip, what ffmpeg said, and its exit status."""
+        inputs = [os.memfd_create(f"clip{number}") for number in range(len(clips))]
+        outputs = [os.memfd_create(f"frames{number}") for number in range(len(clips))]
+        log = os.memfd_create("log")
+        try:
+            for handle, content in zip(inputs, clips, strict=True):
+                _write(handle, content)
+            done = subprocess.run(
+                command(self.path, inputs, outputs),
+                pass_fds=[*inputs, *outputs],
+                stdin=subprocess.DEVNULL,
+                stdout=subprocess.DEVNULL,
+                stderr=log,
+                timeout=MAX_SECONDS,
+                check=False,
+            )
+            said = os.pread(log, MAX_LOG, 0).decode("utf-8", "replace")
+            if os.fstat(log).st_size > MAX_LOG:
+                said += f"\n[error] more than {MAX_LOG} bytes of messages"
+            return [_frames(handle) for handle in outputs], said, done.returncode
+        finally:
+            for handle in (*inputs, *outputs, log):
+                os.close(handle)
+
+
+def command(binary: str, inputs: Sequence[int], outputs: Sequence[int]) -> list[str]:
+    """The arguments that decode open file `inputs[i]` into raw RGB frames in open file `outputs[i]`.
+
+    Only container formats that hold video are tried, so that a playlist posing as a clip opens nothing.
+    """
+    limit = ["-timelimit", str(MAX_CPU_SECONDS)]
+    streams = []
+    for source, target in zip(inputs, outputs, strict=True):
+        opened = ffmpeg.input(
+            f"/proc/self/fd/{source}",
+            threads=1,
+            an=None,
+            sn=None,
+            dn=None,
+            format_whitelist=FORMATS,
+            protocol_whitelist="file",
+            max_pixels=MAX_PIXELS,
+        )
+        written = ffmpeg.output(
+            opened["V:0"],
+            f"/proc/self/fd/{target}",
+            vf=SCALE,
+            pix_fmt="rgb24",
+            fps_mode="passthrough",
+            format="rawvideo",
+            **{"frames:v": MAX_FRAMES + 1},
+        )
+        streams.append(written)
+    merged = ffmpeg.merge_outputs(*streams).global_args(
+        "-nostdin", "-hide_banner", "-nostats", "-v", "level+info", "-filter_threads", "1", "-y", *limit
+    )
+    arguments: list[str] = merged.compile(cmd=binary)
+    return arguments
+
+
+def _write(handle: int, content: bytes) -> None:
+    view = memoryview(content)
+    while len(view):
+        view = view[os.write(handle, view) :]
+
+
+def _frames(handle: int) -> Frames:
+    """The whole frames in an open file, uint8 (n, 64, 64, 3)."""
+    count = os.fstat(handle).st_size // FRAME_BYTES
+    frames = np.empty((count, *FRAME), dtype=np.uint8)
+    view, offset = frames.reshape(-1).data, 0
+    while offset < len(view):
+        offset += os.preadv(handle, [view[offset:]], offset)
+    return frames
+
+
+def stream(log: str, number: int) -> tuple[int | None, int | None, float | None]:
+    """Width, height (pixels) and frames a second of input `number`'s first video stream, as ffmpeg tells."""
+    for line in log.partition("Stream mapping:")[0].splitlines():
+        found = _STREAM.match(line)
+        if found and int(found[1]) == number:
+            size, rate = _SIZE.search(found[2]), _FPS.search(found[2])
+            fps = float(rate[1]) * (1000 if rate[2] else 1) if rate else None
+            return (int(size[1]), int(size[2]), fps) if size else (None, None, fps)
+    return None, None, None
+
+
+def troubles(log: str) -> str:
+    """What ffmpeg complained of, in words that do not change from run to run; empty if it did not."""
+    found = set()
+    for line in log.splitlines():
+        match = _TROUBLE.match(line)
+        if match:
+            found.add(re.sub(r"/proc/self/fd/\d+", "the clip", match[1]).strip().rstrip("."))
+    causes = {message for message in found if not _CONSEQUENCE.match(message)}
+    return "; ".join(sorted(causes or found))[:200]
