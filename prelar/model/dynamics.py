@@ -73,13 +73,12 @@ class RSSM(nn.Module):
     def _noise(self, *batch: int, like: Tensor, sample: bool) -> Tensor | None:
         return gumbel((*batch, self.stoch, self.discrete), like.device) if sample else None
 
-    def observe(
+    def filter(
         self, embed: Tensor, action: Tensor, is_first: Tensor, state: State | None = None, sample: bool = True
-    ) -> tuple[State, State]:
-        """Filter embed (B, T, E) under action (B, T, A), is_first (B, T) -> posterior and prior (B, T, …).
+    ) -> State:
+        """Filter embed (B, T, E) under action (B, T, A), is_first (B, T) -> the posterior (B, T, …).
 
-        `state` (B, …) precedes the first step (zeros by default). The prior has no `stoch`: nothing is drawn
-        from it. `sample=False` takes modes.
+        `state` (B, …) precedes the first step (zeros by default). `sample=False` takes modes.
         """
         batch, time = embed.shape[:2]
         state = self.initial(batch, embed.device) if state is None else state
@@ -100,15 +99,27 @@ class RSSM(nn.Module):
             logits.append(logit)
             stochs.append(stoch)
             deters.append(deter)
-        hidden = torch.stack(deters, 1)
-        post = {"logit": torch.stack(logits, 1), "stoch": torch.stack(stochs, 1), "deter": hidden}
-        return post, {"logit": self.prior(hidden), "deter": hidden}
+        return {
+            "logit": torch.stack(logits, 1),
+            "stoch": torch.stack(stochs, 1),
+            "deter": torch.stack(deters, 1),
+        }
+
+    def observe(
+        self, embed: Tensor, action: Tensor, is_first: Tensor, state: State | None = None, sample: bool = True
+    ) -> tuple[State, State]:
+        """As `filter`, but the posterior and the prior (B, T, …).
+
+        The prior has no `stoch`: nothing is drawn from it.
+        """
+        post = self.filter(embed, action, is_first, state, sample)
+        return post, {"logit": self.prior(post["deter"]), "deter": post["deter"]}
 
     def obs_step(
         self, state: State, action: Tensor, embed: Tensor, is_first: Tensor, sample: bool = True
     ) -> State:
         """Filter one step: state (B, …), action (B, A), embed (B, E), is_first (B,) -> posterior (B, …)."""
-        post, _ = self.observe(embed[:, None], action[:, None], is_first[:, None], state, sample)
+        post = self.filter(embed[:, None], action[:, None], is_first[:, None], state, sample)
         return {key: value[:, 0] for key, value in post.items()}
 
     def img_step(self, state: State, action: Tensor, sample: bool = True) -> State:
@@ -155,9 +166,7 @@ class StackedRSSM(nn.Module):
         return upper | {f"lower_{key}": value for key, value in lower.items()}
 
     @staticmethod
-    def _split(state: State | None) -> tuple[State | None, State | None]:
-        if state is None:
-            return None, None
+    def _split(state: State) -> tuple[State, State]:
         lower = {k.removeprefix("lower_"): v for k, v in state.items() if k.startswith("lower_")}
         return lower, {k: v for k, v in state.items() if not k.startswith("lower_")}
 
@@ -169,7 +178,7 @@ class StackedRSSM(nn.Module):
         self, embed: Tensor, action: Tensor, is_first: Tensor, state: State | None = None, sample: bool = True
     ) -> tuple[State, State]:
         """As `RSSM.observe`, for both."""
-        lower, upper = self._split(state)
+        lower, upper = (None, None) if state is None else self._split(state)
         low_post, low_prior = self.lower.observe(embed, torch.zeros_like(action), is_first, lower, sample)
         post, prior = self.upper.observe(feature(low_post), action, is_first, upper, sample)
         return self._join(low_post, post), self._join(low_prior, prior)
@@ -178,8 +187,9 @@ class StackedRSSM(nn.Module):
         self, state: State, action: Tensor, embed: Tensor, is_first: Tensor, sample: bool = True
     ) -> State:
         """As `RSSM.obs_step`, for both."""
-        post, _ = self.observe(embed[:, None], action[:, None], is_first[:, None], state, sample)
-        return {key: value[:, 0] for key, value in post.items()}
+        lower, upper = self._split(state)
+        low_post = self.lower.obs_step(lower, torch.zeros_like(action), embed, is_first, sample)
+        return self._join(low_post, self.upper.obs_step(upper, action, feature(low_post), is_first, sample))
 
     def img_step(self, state: State, action: Tensor, sample: bool = True) -> State:
         """As `RSSM.img_step`, for the upper one."""

@@ -1,7 +1,7 @@
 """Weights under the names of the published code, translated to ours.
 
-The published checkpoints come whole (names that start with `wm.`) or by part (`rssm_variables.pt` and so on, names
-without the part). Shapes are the same on both sides.
+The published checkpoints come whole (names that start with `wm.`) or by part (`rssm_variables.pt` and so on,
+names without the part). Shapes are the same on both sides.
 """
 
 from __future__ import annotations
@@ -104,8 +104,8 @@ def convert(
 ) -> tuple[dict[str, dict[str, Tensor]], list[str]]:
     """Translate published weights: the state dict of each part found, and the names that belong to none.
 
-    `part` ("encoder", "decoder", "dynamics" or "action") says which one a file of a single part holds; without it
-    the names say. Counters of batch normalisation are dropped; ours have none.
+    `part` ("encoder", "decoder", "dynamics" or "action") says which one a file of a single part holds;
+    without it the names say. Counters of batch normalisation are dropped; ours have none.
     """
     parts: dict[str, dict[str, Tensor]] = {}
     unknown = []

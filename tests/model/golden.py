@@ -50,8 +50,8 @@ def _take_back_training_pass(model: WorldModel, images: Tensor) -> None:
     """Restore the encoder's running statistics of before the pass with batch statistics.
 
     The golden files hold the encoder's statistics after the one pass that gave `embed_train_mode`, while all
-    other outputs were computed before it. Each statistic moved by a tenth towards the batch's, which that pass
-    gives again.
+    other outputs were computed before it. Each moved by a tenth towards the batch's, which that pass gives
+    again.
     """
     layers = [module for module in model.encoder.modules() if isinstance(module, BatchNorm)]
     stored = {layer: (layer.running_mean.clone(), layer.running_var.clone()) for layer in layers}
