@@ -103,7 +103,7 @@ def _train(cfg: Config, store: Store, snapshots: Snapshots) -> WorldModel:
     """Train the model, or finish its training, with log and videos."""
     preset = cfg.pretrain
     fabric = set_up(device=cfg.device, precision=cfg.precision, threads=cfg.threads)
-    model = build(cfg).train()
+    model = build(cfg).train().to(memory_format=torch.channels_last)
     optimizer = adam(model.parameters(), preset.lr)
     module, wrapped = fabric.setup(model, optimizer)
     module.mark_forward_method("pretrain_losses")
@@ -130,6 +130,9 @@ def _train(cfg: Config, store: Store, snapshots: Snapshots) -> WorldModel:
             scalars = {f"loss/{name}": value.detach() for name, value in losses.items()}
             return scalars | {"loss/total": loss.detach(), "gradient_norm": norm} | outputs["metrics"]
 
+        def watch(done: int) -> Scalars:
+            return {f"{split}/prediction_error": show(model, watched, VIDEO)}
+
         train(
             step,
             name="pretrain",
@@ -140,12 +143,7 @@ def _train(cfg: Config, store: Store, snapshots: Snapshots) -> WorldModel:
             snapshot_every=preset.checkpoint_every,
             log_folder=REPORT,
             log_every=preset.log_every,
-            hooks=[
-                Hook(
-                    preset.video_every,
-                    lambda done: {f"{split}/prediction_error": show(model, watched, VIDEO)},
-                )
-            ],
+            hooks=[Hook(preset.video_every, watch)],
             device=fabric.device,
             rank=fabric.global_rank,
         )
