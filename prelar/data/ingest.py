@@ -73,7 +73,7 @@ def files_source(paths: Sequence[Path], labels_path: Path | None) -> Source:
 
 
 def staging_key(source: Source, version: str, min_frames: int) -> str:
-    """A name for everything that decides the result, so that only work towards the same result is continued."""
+    """A name for all that decides the result, so that only work towards the same result is continued."""
     files = [piece.path for piece in source.pieces] or list(source.clips)
     stamps = [(path.name, path.stat().st_size, path.stat().st_mtime_ns) for path in files]
     decides = {
@@ -108,14 +108,15 @@ def batches(members: Iterable[Member], size: int) -> Iterator[list[Member]]:
 
 
 def after_committed(members: Iterator[Member], writer: StoreWriter) -> Iterator[Member]:
-    """The members that the staged store lacks. Raises `UserError` where what it holds came from other files."""
+    """The members that the staged store lacks. Raises `UserError` where it holds clips of other files."""
     for row in itertools.islice(writer.rows(), writer.count):
         member = next(members, None)
         if member is None:
             break
         if member.id != row["id"] or (member.content and _sha256(member.content) != row.get("sha256")):
+            staged = writer.path.parent
             raise UserError(
-                f"clip {row['id']}: the source changed since the last run; delete {writer.path.parent} and run again"
+                f"clip {row['id']}: the source changed since {staged} was begun; delete that folder"
             )
     yield from members
 
