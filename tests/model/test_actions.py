@@ -30,7 +30,14 @@ from prelar.model.world_model import WorldModel
 
 
 def video_action(**changes: Any) -> VideoAction:
-    settings = {"cnn_depth": 2, "hidden": 8, "action_dim": 8, "kind": "gaussian", "window": 2, "consistency": "order"}
+    settings = {
+        "cnn_depth": 2,
+        "hidden": 8,
+        "action_dim": 8,
+        "kind": "gaussian",
+        "window": 2,
+        "consistency": "order",
+    }
     part = VideoAction(**(settings | changes))
     initialise(part)
     return part
@@ -113,7 +120,7 @@ def test_distance_of_a_posterior_to_itself_is_zero(kind: str) -> None:
 
 
 def test_discrete_needs_whole_groups() -> None:
-    with pytest.raises(UserError, match="action_dim = 10: .*multiple of 8"):
+    with pytest.raises(UserError, match=r"action_dim = 10: .*multiple of 8"):
         tiny(action_kind="discrete", action_dim=10)
 
 
@@ -140,7 +147,9 @@ def test_action_mlp_is_linear_elu_linear() -> None:
     part = ActionMLP(robot_action_dim=4, hidden=6, action_dim=3)
     action = torch.randn(2, 3, 4)
     expected = part.out(torch.nn.functional.elu(part.hidden(action)))
-    torch.testing.assert_close(part(torch.zeros(2, 3, 3, 64, 64), action, torch.zeros(2, 3), True, True).action, expected)
+    torch.testing.assert_close(
+        part(torch.zeros(2, 3, 3, 64, 64), action, torch.zeros(2, 3), True, True).action, expected
+    )
     torch.testing.assert_close(part.step(action[:, 0]), expected[:, 0])
 
 
@@ -209,7 +218,9 @@ def test_pairs_across_a_clip_start_do_not_count() -> None:
     stats = {key: value.clone() for key, value in found.stats.items()}
     stats["mean"][1, 2] += 3
     torch.manual_seed(0)
-    after = model.action.losses(type(found)(found.action, stats), seen.post, seen.prior, model.dynamics, is_first)
+    after = model.action.losses(
+        type(found)(found.action, stats), seen.post, seen.prior, model.dynamics, is_first
+    )
     assert torch.equal(before["action_kl"], after["action_kl"])
     assert torch.equal(before["consistency"], after["consistency"])
 
@@ -246,7 +257,7 @@ def test_consistency_moves_the_action_encoder_only() -> None:
 
 
 def test_an_encoder_learns_the_order_of_known_state_distances() -> None:
-    """Brightness steps of known size: d_state is set by hand, the video action encoder learns to agree with it."""
+    """Brightness steps of known size set d_state by hand; the video action encoder learns to agree."""
     torch.manual_seed(0)
     part = video_action()
     batch = 24

@@ -134,7 +134,9 @@ def test_stack_feeds_the_lower_no_action_and_the_upper_its_feature() -> None:
     torch.testing.assert_close(feature(post), feature(upper))
     losses, value = rssm.kl(post, prior)
     torch.testing.assert_close(losses["kl"], rssm.upper.kl(post, prior)[0]["kl"])
-    torch.testing.assert_close(losses["lower_kl"], rssm.lower.kl(lower, {"logit": prior["lower_logit"]})[0]["kl"])
+    torch.testing.assert_close(
+        losses["lower_kl"], rssm.lower.kl(lower, {"logit": prior["lower_logit"]})[0]["kl"]
+    )
     assert value.shape == (BATCH, TIME)
 
 

@@ -132,7 +132,7 @@ def test_free_nats_stop_the_gradient_below_them() -> None:
 
 
 def test_order_by_hand() -> None:
-    """Two entries in the right order, one nat apart: the gap is scaled by 1 + mean|gap|, the diagonal in it."""
+    """Two entries in the right order, one nat apart; the scale is 1 + mean|gap|, with the diagonal."""
     state, action, valid = torch.tensor([1.0, 5.0]), torch.tensor([2.0, 3.0]), torch.ones(2)
     margin = 1 / (1 + 0.5)
     assert order(state, action, valid).item() == pytest.approx(math.log1p(math.exp(-margin)))
@@ -170,12 +170,18 @@ def test_order_falls_and_rank_correlation_rises_under_gradient_descent(seed: int
         return gaussian_kl(mean, std, mean[other], std[other])
 
     optimiser = torch.optim.Adam([mean, raw], lr=0.03)
-    before, rank_before = order(state, distances(), torch.ones(number)), spearmanr(state, distances().detach())[0]
+    before, rank_before = (
+        order(state, distances(), torch.ones(number)),
+        spearmanr(state, distances().detach())[0],
+    )
     for _ in range(200):
         optimiser.zero_grad()
         order(state, distances(), torch.ones(number)).backward()
         optimiser.step()
-    after, rank_after = order(state, distances(), torch.ones(number)), spearmanr(state, distances().detach())[0]
+    after, rank_after = (
+        order(state, distances(), torch.ones(number)),
+        spearmanr(state, distances().detach())[0],
+    )
     assert after < before - 0.1
     assert rank_after > 0.9 > rank_before
 

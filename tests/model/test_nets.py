@@ -59,7 +59,9 @@ def test_gru_cell_by_hand() -> None:
     cell = NormGRUCell(2, 1)
     x, state = torch.randn(3, 2), torch.randn(3, 1)
     gates = torch.cat([x, state], -1) @ cell.gates.weight.T + cell.gates.bias
-    normal = (gates - gates.mean(-1, keepdim=True)) / (gates.var(-1, unbiased=False, keepdim=True) + 1e-3).sqrt()
+    normal = (gates - gates.mean(-1, keepdim=True)) / (
+        gates.var(-1, unbiased=False, keepdim=True) + 1e-3
+    ).sqrt()
     reset, candidate, update = normal.split(1, -1)
     update = (update - 1).sigmoid()
     expected = update * (reset.sigmoid() * candidate).tanh() + (1 - update) * state
