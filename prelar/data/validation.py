@@ -1,8 +1,8 @@
 """Great Expectations over a store and its index, with results in words.
 
 A `Suite` is a table with checks on it; each `Check` is one expectation and the sentence it stands for.
-`validate` runs suites, writes a page that loads nothing from elsewhere and a summary for the report, and raises
-`UserError` with the failed sentences. Stores of other sources add suites of their own.
+`validate` runs suites, writes a page that loads nothing from elsewhere and a summary for the report, and
+raises `UserError` with the failed sentences. Stores of other sources add suites of their own.
 """
 
 from __future__ import annotations
