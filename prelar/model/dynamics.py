@@ -25,7 +25,8 @@ def feature(state: State) -> Tensor:
 def _compute(x: Tensor) -> Tensor:
     """`x` in the type that autocast computes with, cast once instead of at every time step."""
     kind = x.device.type
-    return x.to(torch.get_autocast_dtype(kind)) if torch.is_autocast_enabled(kind) else x
+    on = torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind)
+    return x.to(torch.get_autocast_dtype(kind)) if on else x
 
 
 class Head(nn.Module):

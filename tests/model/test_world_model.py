@@ -341,3 +341,20 @@ def test_spec_rebuilds_the_model() -> None:
         k: v.shape for k, v in model.state_dict().items()
     }
     assert twin.encoder.augment == "erase"
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_every_tensor_is_made_on_the_models_device(method: str) -> None:
+    """On the meta device any tensor made elsewhere, or read on the host, raises."""
+    images, action, reward, is_first = (tensor.to("meta") for tensor in batch())
+    model = pretrain(method, action_window=3).to("meta")
+    losses, outputs = model.pretrain_losses(images, is_first)
+    assert model.total(losses).device.type == "meta"
+    model = finetune(method, context_augment="erase").to("meta")
+    losses, outputs = model.finetune_losses(images, action, reward, is_first)
+    assert model.total(losses).device.type == "meta"
+    state = model.imagine_step(model.start(outputs["post"]), action.flatten(0, 1))
+    assert state["deter"].device.type == "meta"
+    state = model.act_state(None, images[:, 0], action[:, 0], is_first[:, 0])
+    assert state["deter"].device.type == "meta"
+    assert model.open_loop(images, is_first, 2, action).shape == images.shape
