@@ -103,7 +103,7 @@ def _train(cfg: Config, store: Store, snapshots: Snapshots) -> WorldModel:
     """Train the model, or finish its training, with log and videos."""
     preset = cfg.pretrain
     fabric = set_up(device=cfg.device, precision=cfg.precision, threads=cfg.threads)
-    model = build(cfg).train().to(memory_format=torch.channels_last)
+    model = build(cfg).train().to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     optimizer = adam(model.parameters(), preset.lr)
     module, wrapped = fabric.setup(model, optimizer)
     module.mark_forward_method("pretrain_losses")
