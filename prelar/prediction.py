@@ -22,7 +22,7 @@ Frames = npt.NDArray[np.uint8]
 Predict = Callable[[Tensor, Tensor, int, Tensor | None], Tensor]
 
 BATCH = 16
-SHOWN = 4
+SHOWN = 3
 FPS = 8
 LEAST_ERROR = 1e-10
 

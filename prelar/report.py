@@ -139,7 +139,10 @@ def gather(config: Config, root: Path) -> dict[str, Any]:
 def params_groups(config: Config) -> dict[str, dict[str, str]]:
     """The parameters that this run used, as text: for ablations, for the data, and the chosen presets."""
     flat = flatten(config.model_dump(mode="json"))
-    groups: dict[str, dict[str, str]] = {"Ablation": {}, "Data": {}, f"Preset “{config.scale}”": {}}
+    stages = ("pretrain", "finetune", "evaluate")
+    groups: dict[str, dict[str, str]] = {"Ablation": {}, "Data": {}} | {
+        f"scales.{config.scale}.{stage}": {} for stage in stages
+    }
     for key, value in flat.items():
         text = json.dumps(value) if not isinstance(value, str) else value
         if "." not in key:
@@ -147,7 +150,8 @@ def params_groups(config: Config) -> dict[str, dict[str, str]]:
         elif key.startswith((f"{config.dataset}.", "sample.")):
             groups["Data"][key] = text
         elif key.startswith(f"scales.{config.scale}."):
-            groups[f"Preset “{config.scale}”"][key.removeprefix(f"scales.{config.scale}.")] = text
+            group, _, name = key.rpartition(".")
+            groups[group][name] = text
     return groups
 
 
@@ -168,7 +172,7 @@ def learning_curves(folder: Path) -> list[Figure]:
                 title=f"{title} during fine-tuning",
                 description=_trend(title, steps, values, "environment steps"),
                 x_label="environment steps",
-                y_label=title.lower(),
+                y_label=_lower(title),
                 y_range=limits,
             )
             figures.append(_figure(chart, f"{title}, {unit}.", "Environment steps", {title: curve}))
@@ -198,7 +202,7 @@ def loss_curves(folder: Path, prefix: str) -> list[Figure]:
             title=f"{title} during pre-training",
             description=" ".join(_trend(place, *curve, "updates") for place, curve in lines.items()),
             x_label="updates",
-            y_label=title.lower(),
+            y_label=_lower(title),
             log=log,
         )
         headings = {title if len(lines) == 1 else place: curve for place, curve in lines.items()}
@@ -269,6 +273,11 @@ def _trend(name: str, steps: list[float], values: list[float], unit: str) -> str
     return (
         f"{name}: from {first} to {last} {unit}; lowest {number(min(values))}, highest {number(max(values))}."
     )
+
+
+def _lower(title: str) -> str:
+    """A title as it stands within a sentence."""
+    return title[0].lower() + title[1:]
 
 
 def _episodes(path: Path) -> list[dict[str, float]]:

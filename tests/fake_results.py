@@ -67,6 +67,7 @@ def make_evaluation(folder: Path, *, pretrained: bool = True) -> None:
             "time_limit": 250,
             "return_min": 300.5,
             "return_max": 626.25,
+            "random": {"success": 0, "return": 61.5},
         },
         "policy": {"shown": 3},
         "prediction_policy": segments,
@@ -97,7 +98,7 @@ def make_evaluation(folder: Path, *, pretrained: bool = True) -> None:
     (folder / "dataset.json").write_text(json.dumps(dataset), encoding="utf-8")
     clip = moving()
     for name in ("policy", "open_loop", "open_loop_policy"):
-        pair = np.stack([clip] * 4)
+        pair = np.stack([clip] * 3)
         frames = side_by_side(pair, np.roll(pair, 1, axis=1), observed=5, factor=2)
         if name == "policy":
             frames = enlarge(np.concatenate([clip] * 3, axis=2), 2)

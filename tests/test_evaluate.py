@@ -72,7 +72,9 @@ def configure(**changes: Any) -> Config:
     )
     smoke = config.scales.smoke.model_copy(update={"evaluate": evaluation})
     scales = config.scales.model_copy(update={"smoke": smoke})
-    return config.model_copy(update={"scales": scales, "device": "cpu", "threads": 1, "task": "reach", **changes})
+    return config.model_copy(
+        update={"scales": scales, "device": "cpu", "threads": 1, "task": "reach", **changes}
+    )
 
 
 def contents(root: Path) -> dict[str, bytes]:

@@ -127,7 +127,7 @@ def test_what_stands_in_the_data_is_text_not_markup(text: str) -> None:
 
 
 def test_every_parameter_of_the_run_is_shown(text: str, config: Config) -> None:
-    for key in ("beta_a", "action_window", "ssv2.min_frames", "evaluate.observed"):
+    for key in ("beta_a", "action_window", "ssv2.min_frames", "cnn_depth", "observed"):
         assert re.search(rf'<td class="mono">{re.escape(key)}</td>', text), key
     assert "rlbench.keep_failures" not in text
     shown = {k for values in report.params_groups(config).values() for k in values}
