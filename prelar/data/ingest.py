@@ -72,7 +72,7 @@ def files_source(paths: Sequence[Path], labels_path: Path | None) -> Source:
     return Source(tuple(archive.find_pieces([path for path in paths if path != found])), (), found)
 
 
-def staging_key(source: Source, version: str, min_frames: int) -> str:
+def staging_key(source: Source, known: Labels, version: str, min_frames: int) -> str:
     """A name for all that decides the result, so that only work towards the same result is continued."""
     files = [piece.path for piece in source.pieces] or list(source.clips)
     stamps = [(path.name, path.stat().st_size, path.stat().st_mtime_ns) for path in files]
@@ -82,15 +82,9 @@ def staging_key(source: Source, version: str, min_frames: int) -> str:
         "ffmpeg": version,
         "min_frames": min_frames,
         "files": stamps,
-        "labels": _labels_digest(source.labels),
+        "labels": [sorted(known.names.items()), [(i, c.split, c.label) for i, c in known.clips.items()]],
     }
     return hashlib.sha256(json.dumps(decides).encode()).hexdigest()[:16]
-
-
-def _labels_digest(path: Path) -> str:
-    known = labels.read_labels(path)
-    content = [sorted(known.names.items()), [(i, c.split, c.label) for i, c in known.clips.items()]]
-    return hashlib.sha256(json.dumps(content).encode()).hexdigest()
 
 
 def batches(members: Iterable[Member], size: int) -> Iterator[list[Member]]:

@@ -1,0 +1,206 @@
+"""What every flow needs around it: Prefect's settings, a server while the flow runs, and an end that comes.
+
+Prefect reads its settings when it is imported, so importing any flow first sets them (`flows/__init__.py`).
+What the user has set already stays.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import fcntl
+import os
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+import warnings
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+from prelar.errors import UserError, run_main
+
+HOME = Path(".prefect")
+API = "PREFECT_API_URL"
+PATIENCE = 180
+GRACE = 30
+SETTINGS = {
+    "DO_NOT_TRACK": "1",
+    "PREFECT_SERVER_ANALYTICS_ENABLED": "false",
+    "PREFECT_SERVER_ALLOW_EPHEMERAL_MODE": "true",
+    "PREFECT_SERVER_EPHEMERAL_STARTUP_TIMEOUT_SECONDS": str(PATIENCE),
+    "PREFECT_API_BLOCKS_REGISTER_ON_START": "false",
+    "PREFECT_LOGGING_HANDLERS_CONSOLE_LEVEL": "CRITICAL",
+    "PREFECT_RESULTS_PERSIST_BY_DEFAULT": "false",
+    "PREFECT_SERVER_UI_SHOW_PROMOTIONAL_CONTENT": "false",
+}
+
+
+def surround() -> None:
+    """Set Prefect's surroundings in the environment of this process and its children."""
+    os.environ.setdefault("PREFECT_HOME", str(HOME.absolute()))
+    for name, value in SETTINGS.items():
+        os.environ.setdefault(name, value)
+
+
+def run(main: Callable[[], None]) -> None:
+    """Run a flow's entry point, `run_main`, and see that the process ends soon after it."""
+    status = 1
+    try:
+        run_main(main)
+        status = 0
+    except SystemExit as end:
+        status = end.code if isinstance(end.code, int) else 1
+        raise
+    finally:
+        _end_within(GRACE, status)
+
+
+def _end_within(seconds: float, status: int) -> None:
+    """End the process with `status` if something still holds it up after `seconds`."""
+
+    def end() -> None:
+        time.sleep(seconds)
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(status)
+
+    threading.Thread(target=end, daemon=True).start()
+
+
+@contextlib.contextmanager
+def server() -> Iterator[str]:
+    """Yield the URL of a Prefect API that answers: the user's, or a temporary server's for as long as needed.
+
+    A `PREFECT_API_URL` that does not answer is named in one line, and a temporary server takes its place. The
+    temporary server ends with this process, however this process ends.
+    """
+    given = os.environ.get(API)
+    if given and _answers(given):
+        yield given
+        return
+    if given:
+        print(
+            f"{API}={_shown(given)}: no Prefect server answers there; using a temporary one", file=sys.stderr
+        )
+    with _temporary() as url:
+        os.environ[API] = url
+        _refresh()
+        try:
+            yield url
+        finally:
+            _drain()
+            del os.environ[API]
+            if given:
+                os.environ[API] = given
+
+
+def _answers(url: str, seconds: float = 5.0) -> bool:
+    import httpx
+
+    try:
+        return httpx.get(f"{url.rstrip('/')}/health", timeout=seconds).status_code == 200
+    except (httpx.HTTPError, httpx.InvalidURL):
+        return False
+
+
+def _shown(url: str) -> str:
+    """A URL without user, password and query."""
+    import httpx
+
+    try:
+        parsed = httpx.URL(url)
+    except httpx.InvalidURL:
+        return "(not a URL)"
+    return f"{parsed.scheme}://{parsed.host}{f':{parsed.port}' if parsed.port else ''}{parsed.path}"
+
+
+@contextlib.contextmanager
+def _temporary() -> Iterator[str]:
+    """A server of our own on a free port of this machine.
+
+    Servers that start together would create the same data base, so they start one after the other.
+    """
+    home = Path(os.environ["PREFECT_HOME"])
+    home.mkdir(parents=True, exist_ok=True)
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        url = f"http://127.0.0.1:{listener.getsockname()[1]}/api"
+        with (home / "start.lock").open("w") as lock, (home / "server.log").open("w") as log:
+            fcntl.flock(lock, fcntl.LOCK_EX)
+            process = subprocess.Popen(
+                [
+                    sys.executable,
+                    "-c",
+                    f"from flows.runtime import serve; serve({listener.fileno()}, {os.getpid()})",
+                ],
+                pass_fds=[listener.fileno()],
+                stdin=subprocess.DEVNULL,
+                stdout=log,
+                stderr=log,
+                start_new_session=True,
+            )
+            try:
+                _wait(process, url, home / "server.log")
+            except BaseException:
+                _stop(process)
+                raise
+    try:
+        yield url
+    finally:
+        _stop(process)
+
+
+def _wait(process: subprocess.Popen[bytes], url: str, log: Path) -> None:
+    """Wait until a server answers. Raises `UserError` where it ends or takes too long."""
+    end = time.monotonic() + PATIENCE
+    while time.monotonic() < end:
+        if process.poll() is not None:
+            raise UserError(f"the temporary Prefect server ended at once; {log} says why")
+        if _answers(url, seconds=2.0):
+            return
+        time.sleep(0.1)
+    raise UserError(
+        f"the temporary Prefect server did not answer within {PATIENCE} s; run again, or see {log}"
+    )
+
+
+def _stop(process: subprocess.Popen[bytes]) -> None:
+    process.terminate()
+    try:
+        process.wait(timeout=5)
+    except subprocess.TimeoutExpired:
+        process.kill()
+        process.wait()
+
+
+def _refresh() -> None:
+    """Let Prefect, imported before the server was there, see its address."""
+    if "prefect" in sys.modules:
+        from prefect.context import refresh_global_settings_context
+
+        refresh_global_settings_context()
+
+
+def _drain() -> None:
+    """Send what Prefect has still to tell its server, which goes away next."""
+    if "prefect" in sys.modules:
+        from prefect.events.worker import EventsWorker
+        from prefect.logging.handlers import APILogWorker
+
+        with contextlib.suppress(Exception):
+            EventsWorker.drain_all(timeout=10)
+            APILogWorker.drain_all(timeout=10)
+
+
+def serve(listener: int, parent: int) -> None:
+    """Be the temporary server on an open socket until the parent process ends."""
+    ctypes.CDLL(None, use_errno=True).prctl(1, signal.SIGKILL)
+    if os.getppid() != parent:
+        return
+    warnings.simplefilter("ignore")
+    import uvicorn
+    from prefect.server.api.server import create_app
+
+    uvicorn.run(create_app(ephemeral=True, final=True), fd=listener, log_level="error")
