@@ -1,0 +1,242 @@
+"""The stage pretrain: checkpoint, log and video of each method, the same bytes however often it was stopped."""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import random
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import imageio_ffmpeg
+import numpy as np
+import pytest
+import torch
+from ruamel.yaml import YAML
+
+from prelar import pretrain
+from prelar.checkpoint import load_parts
+from prelar.config import Config, read_yaml
+from prelar.data.store import StoreWriter
+from prelar.errors import UserError
+from prelar.files import remove
+from prelar.loop import descend
+from prelar.methods import build_pretrain
+from tests.conftest import ROOT, TINY, merge
+
+PROCESSES = multiprocessing.get_context("forkserver")
+PROCESSES.set_forkserver_preload(["tests.test_pretrain"])
+
+
+def config(**changes: Any) -> Config:
+    """The project's params at the size of the tests."""
+    params = read_yaml(ROOT / "params.yaml")
+    merge(params, TINY)
+    merge(params, {"threads": 1, **changes})
+    return Config.model_validate(params)
+
+
+def disc(number: int, length: int) -> np.ndarray:
+    """A coloured disc that moves over a plain ground, uint8 (length, 64, 64, 3)."""
+    generator = np.random.default_rng(number)
+    place, speed = generator.uniform(20, 44, 2), generator.uniform(-2, 2, 2)
+    ground, colour = generator.integers(0, 256, (2, 3))
+    grid = np.stack(np.mgrid[:64, :64], -1)
+    inside = [((grid - place - speed * t) ** 2).sum(-1, keepdims=True) < 80 for t in range(length)]
+    return np.where(inside, colour, ground).astype(np.uint8)
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("made") / "data"
+    folder.mkdir()
+    with StoreWriter(folder / "ssv2.zarr") as writer:
+        for number in range(12):
+            split = "validation" if number % 3 == 0 else "train"
+            writer.append(disc(number, 5 + number), {"id": str(number), "split": split})
+        writer.finish({"source": {}, "resize": "rule", "ffmpeg": "7"})
+    return folder
+
+
+def stage(folder: Path, cfg: Config, kill_at: int | None = None) -> None:
+    """Run the stage in `folder`; die before the descent number `kill_at`."""
+    os.chdir(folder)
+    calls = 0
+
+    def counted(*arguments: Any) -> torch.Tensor:
+        nonlocal calls
+        calls += 1
+        if calls - 1 == kill_at:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return descend(*arguments)
+
+    pretrain.descend = counted  # type: ignore[assignment]
+    pretrain.run(cfg)
+
+
+def run(folder: Path, data: Path, cfg: Config, **settings: Any) -> int:
+    """Exit status of the stage in a process of its own, in a folder that holds `data`."""
+    if not folder.exists():
+        shutil.copytree(data, folder / "data")
+    process = PROCESSES.Process(target=stage, args=(folder, cfg), kwargs=settings)
+    process.start()
+    process.join(300)
+    assert process.exitcode is not None
+    return int(process.exitcode)
+
+
+def outputs(folder: Path) -> dict[str, bytes]:
+    places = (folder / "data/pretrain", folder / "reports")
+    return {str(f.relative_to(folder)): f.read_bytes() for p in places for f in p.rglob("*") if f.is_file()}
+
+
+@pytest.fixture(scope="module")
+def undisturbed(tmp_path_factory: pytest.TempPathFactory, data: Path) -> dict[str, bytes]:
+    folder = tmp_path_factory.mktemp("undisturbed") / "run"
+    assert run(folder, data, config()) == 0
+    assert not any((folder / "data/.resume").iterdir()), "a finished run leaves nothing to resume"
+    return outputs(folder)
+
+
+@pytest.mark.parametrize("method", ["dreamerv2", "apv", "contextwm", "prelar"])
+def test_every_method_leaves_a_checkpoint_a_log_and_a_video(tmp_path: Path, data: Path, method: str) -> None:
+    cfg = config(method=method, action_dim=8)
+    assert run(tmp_path / "run", data, cfg) == 0
+    parts, about = load_parts(tmp_path / "run/data/pretrain")
+    steps = 0 if method == "dreamerv2" else 4
+    assert about["stage"] == "pretrain" and about["model"]["method"] == method and about["step"] == steps
+    model = build_pretrain(**about["model"])
+    model.load_state(parts)
+    start = pretrain.build(cfg).state()
+    moved = {
+        name for name in parts if any(not torch.equal(parts[name][k], start[name][k]) for k in start[name])
+    }
+    assert moved == (set() if steps == 0 else set(parts))
+    video = next(imageio_ffmpeg.read_frames(str(tmp_path / "run/reports/pretrain/open_loop.mp4")))
+    assert video["size"] == (584, 596), "three clips of 192 and a gap of 4, below a bar of 8"
+    logged = {path.stem for path in (tmp_path / "run/reports/pretrain/plots/metrics/loss").glob("*.tsv")}
+    assert logged == ({"total", *model.weights} if steps else set())
+    error = (tmp_path / "run/reports/pretrain/plots/metrics/validation/prediction_error.tsv").read_text()
+    assert [row.split("\t")[0] for row in error.splitlines()] == ["step", str(steps)]
+
+
+def test_the_same_params_give_the_same_bytes(
+    tmp_path: Path, data: Path, undisturbed: dict[str, bytes]
+) -> None:
+    assert run(tmp_path / "run", data, config()) == 0
+    assert outputs(tmp_path / "run") == undisturbed
+    assert run(tmp_path / "other", data, config(seed=1)) == 0
+    other = outputs(tmp_path / "other")
+    assert other.keys() == undisturbed.keys()
+    assert other["data/pretrain/encoder.safetensors"] != undisturbed["data/pretrain/encoder.safetensors"]
+
+
+def test_a_killed_run_ends_as_it_would_have(
+    tmp_path: Path, data: Path, undisturbed: dict[str, bytes]
+) -> None:
+    folder = tmp_path / "run"
+    assert run(folder, data, config(), kill_at=3) == -signal.SIGKILL
+    assert not (folder / "data/pretrain").exists()
+    assert run(folder, data, config(seed=1), kill_at=1) == -signal.SIGKILL
+    remove(folder / "reports")
+    assert run(folder, data, config(), kill_at=1) == -signal.SIGKILL, "it went on from step 2"
+    assert run(folder, data, config(), kill_at=2) == 0, "it went on from step 2, of 4"
+    assert outputs(folder) == undisturbed
+
+
+def command(folder: Path) -> subprocess.Popen[str]:
+    surroundings = {**os.environ, "PYTHONPATH": str(ROOT)}
+    return subprocess.Popen(
+        [sys.executable, "-m", "prelar", "pretrain"],
+        cwd=folder,
+        env=surroundings,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+
+
+def project(folder: Path, data: Path, **pretrain_preset: Any) -> Config:
+    """A folder with data and params.yaml, and those params."""
+    shutil.copytree(data, folder / "data")
+    cfg = config(scales={"smoke": {"pretrain": pretrain_preset}})
+    YAML().dump(cfg.model_dump(), folder / "params.yaml")
+    return cfg
+
+
+def test_the_command_keeps_a_snapshot_when_it_is_terminated(tmp_path: Path, data: Path) -> None:
+    folder = tmp_path / "run"
+    cfg = project(folder, data, steps=40, checkpoint_every=2, log_every=7, video_every=25)
+    process = command(folder)
+    until = time.monotonic() + 120
+    while not list(folder.glob("data/.resume/*/step-*.pt")):
+        assert time.monotonic() < until and process.poll() is None, process.communicate()
+        time.sleep(0.01)
+    process.send_signal(signal.SIGTERM)
+    assert process.wait(60) == 143
+    assert not (folder / "data/pretrain").exists()
+    process = command(folder)
+    told, complaints = process.communicate(timeout=200)
+    assert process.returncode == 0, complaints
+    assert "going on from step" in told
+    assert complaints == "", "quiet without a terminal"
+    assert run(tmp_path / "whole", data, cfg) == 0
+    assert outputs(folder) == outputs(tmp_path / "whole")
+
+
+@pytest.mark.long
+def test_a_storm_of_kills_ends_as_it_would_have(tmp_path: Path, data: Path) -> None:
+    moments = random.Random(0)
+    folder = tmp_path / "run"
+    cfg = project(folder, data, steps=40, checkpoint_every=3, log_every=4, video_every=7)
+    for _ in range(20):
+        process = command(folder)
+        try:
+            process.wait(moments.uniform(4, 12))
+        except subprocess.TimeoutExpired:
+            process.kill()
+        process.wait()
+    process = command(folder)
+    assert process.wait(300) == 0
+    assert run(tmp_path / "whole", data, cfg) == 0
+    assert outputs(folder) == outputs(tmp_path / "whole")
+
+
+def test_short_clips_are_named_before_training(tmp_path: Path, data: Path) -> None:
+    shutil.copytree(data, tmp_path / "data")
+    cfg = config(scales={"smoke": {"pretrain": {"length": 40}}})
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(UserError, match="no clip has 40 frames"):
+        patch.chdir(tmp_path)
+        pretrain.run(cfg)
+    assert not (tmp_path / "reports").exists()
+
+
+class Spy:
+    """A config that remembers which of its keys were read."""
+
+    def __init__(self, cfg: Config) -> None:
+        self.cfg = cfg
+        self.read: set[str] = set()
+
+    def __getattr__(self, name: str) -> Any:
+        self.read.add(name)
+        return getattr(self.cfg, name)
+
+
+def test_the_stage_reads_the_params_that_its_key_and_dvc_track(
+    tmp_path: Path, data: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shutil.copytree(data, tmp_path / "data")
+    monkeypatch.chdir(tmp_path)
+    spy = Spy(config(method="dreamerv2"))
+    pretrain.run(spy)  # type: ignore[arg-type]
+    assert spy.read == {*pretrain.FLAT, "pretrain", "store"}
+    tracked = read_yaml(ROOT / "dvc.yaml")["stages"]["pretrain"]
+    assert set(tracked["params"]) == {*pretrain.FLAT, "scale", "scales.${scale}.pretrain"}
+    code = {path.removeprefix("prelar/") for path in tracked["deps"] if path.startswith("prelar/")}
+    assert code == set(pretrain.CODE)
