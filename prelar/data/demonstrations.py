@@ -1,0 +1,279 @@
+"""Demonstrations: episodes with actions, from any source, as clips of a store.
+
+A source names its jobs, one an episode, and collects each of them on its own in a worker process. Here also
+lies the default source, Meta-World's scripted experts; others answer the same calls (`Source`).
+
+Alignment of the per-frame arrays, the same for every source: `actions[t]` is the action taken after frame t,
+which leads to frame t + 1, so `pairs` and `actions` share their index. The last frame of a clip has no action
+after it: its row is zero. `gripper[t]` is the hand as frame t shows it.
+
+An episode becomes one clip per camera. Either all of its cameras are stored or none: an episode with a fault
+stands in the index under each camera with status "bad" and the reason. An expert's failure is no fault: it is
+kept out too (unless asked for), with `success` false.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import zlib
+from collections.abc import Iterable, Iterator, Mapping
+from typing import Any, Protocol
+
+import numpy as np
+import numpy.typing as npt
+
+from prelar.data.store import FRAME, SIZE, Frames, Row
+from prelar.errors import UserError
+from prelar.sim import ACTION_DIM, GRIPPER_DIM, MAX_STEPS, Simulator, check_camera, check_task
+
+ALIGNMENT = "actions[t] is taken after frame t and leads to frame t + 1; zero at the last frame of a clip"
+HELD_OUT = 10
+TAIL = 10
+MOTION = 8
+RATE = 80.0
+FIRST_EPISODE = 1_000_000
+
+Array = npt.NDArray[np.float32]
+
+
+@dataclasses.dataclass(frozen=True)
+class Job:
+    """One episode to collect; `files` are what a source that reads files takes it from, by camera."""
+
+    task: str
+    variation: int
+    episode: int
+    files: tuple[tuple[str, str], ...] = ()
+
+    def clip_id(self, camera: str) -> str:
+        """Name of the episode's clip from one camera."""
+        return f"{self.task}-v{self.variation}-e{self.episode}-{camera}"
+
+
+@dataclasses.dataclass(frozen=True)
+class Episode:
+    """What came of a job.
+
+    frames: camera to uint8 (T, 64, 64, 3), upright. arrays: name to float32 (T, D), aligned as this module
+    says. success: whether the task was solved, None if unknown. fps: frames a second of simulated time.
+    reason: why there is nothing to store, else None.
+    """
+
+    job: Job
+    frames: Mapping[str, Frames] = dataclasses.field(default_factory=dict)
+    arrays: Mapping[str, Array] = dataclasses.field(default_factory=dict)
+    success: bool | None = None
+    fps: float | None = None
+    reason: str | None = None
+
+
+class Source(Protocol):
+    """Where demonstrations come from: a picklable value, so that workers can collect."""
+
+    @property
+    def cameras(self) -> tuple[str, ...]:
+        """Cameras of every episode, in the order in which their clips are stored."""
+
+    @property
+    def arrays(self) -> dict[str, int]:
+        """Per-frame arrays of every episode and their widths."""
+
+    @property
+    def action_limit(self) -> float:
+        """Largest magnitude of a sound action."""
+
+    @property
+    def solved_only(self) -> bool:
+        """Whether only episodes that solve their task are stored."""
+
+    def jobs(self) -> list[Job]:
+        """All episodes in the order in which they are stored. Raises `UserError` where that is impossible."""
+
+    def collect(self, job: Job) -> Episode:
+        """Collect one episode; a pure function of the source and the job. Runs in a worker process."""
+
+    def attributes(self) -> dict[str, Any]:
+        """What the store's attributes tell about the source."""
+
+
+# --- From episodes to clips ---------------------------------------------------------------------------------
+
+
+def fault(episode: Episode, cameras: Iterable[str], arrays: Mapping[str, int]) -> str | None:
+    """What makes an episode unfit to be stored, in words; None for a sound one."""
+    lengths = {}
+    for camera in cameras:
+        frames = episode.frames.get(camera)
+        if frames is None:
+            return f"camera {camera}: no frames"
+        if frames.dtype != np.uint8 or frames.ndim != 4 or frames.shape[1:] != FRAME:
+            return (
+                f"camera {camera}: frames are {frames.dtype} {frames.shape}, not uint8 (T, {SIZE}, {SIZE}, 3)"
+            )
+        lengths[camera] = len(frames)
+    length = max(lengths.values())
+    for camera, frames_of_camera in lengths.items():
+        if frames_of_camera != length:
+            return f"camera {camera}: {frames_of_camera} frames where another camera has {length}"
+    if length < 2:
+        return f"{length} frames; two are needed"
+    for name, width in arrays.items():
+        values = episode.arrays.get(name)
+        if values is None or values.shape != (length, width):
+            shape = None if values is None else values.shape
+            return f"{name}: shape {shape}, expected {(length, width)}"
+        if not np.isfinite(values).all():
+            return f"{name}: not finite at frame {int(np.argmin(np.isfinite(values).all(axis=1)))}"
+    if not any(_moves(episode.frames[camera]) for camera in lengths):
+        return "nothing moves in any camera"
+    return None
+
+
+def _moves(frames: Frames) -> bool:
+    """Whether any pixel departs from the first frame by more than noise."""
+    return any(bool((np.abs(frame.astype(np.int16) - frames[0]) > MOTION).any()) for frame in frames[1:])
+
+
+class Splits:
+    """Deals stored episodes into train and validation, in the order of the store.
+
+    Of each task the first episode is held out for validation, and every tenth after it; where a task is
+    given a single episode, it is for training.
+    """
+
+    def __init__(self, jobs: Iterable[Job], rows: Iterable[Row]) -> None:
+        """Continue after the stored clips `rows`."""
+        self._planned: dict[str, int] = {}
+        for job in jobs:
+            self._planned[job.task] = self._planned.get(job.task, 0) + 1
+        stored = {(row["task"], row["variation"], row["episode"]) for row in rows if row["status"] == "ok"}
+        self._stored: dict[str, int] = {}
+        for task, _, _ in stored:
+            self._stored[task] = self._stored.get(task, 0) + 1
+
+    def deal(self, task: str) -> str:
+        """The split of the next stored episode of a task."""
+        number = self._stored.get(task, 0)
+        self._stored[task] = number + 1
+        return "validation" if self._planned[task] > 1 and number % HELD_OUT == 0 else "train"
+
+
+Clip = tuple[Frames | None, dict[str, Any], dict[str, Array]]
+
+
+def clips(episode: Episode, source: Source, label_id: int, splits: Splits) -> Iterator[Clip]:
+    """An episode as what `StoreWriter.append` takes: one clip per camera, with its row and its arrays."""
+    job = episode.job
+    reason = episode.reason or fault(episode, source.cameras, source.arrays)
+    split = None if reason else splits.deal(job.task)
+    for camera in source.cameras:
+        row = {
+            "id": job.clip_id(camera),
+            "split": split,
+            "label": job.task,
+            "label_id": label_id,
+            "width": SIZE,
+            "height": SIZE,
+            "fps": episode.fps,
+            "task": job.task,
+            "variation": job.variation,
+            "camera": camera,
+            "episode": job.episode,
+            "success": episode.success,
+            "reason": reason,
+        }
+        if reason:
+            yield None, row, {}
+        else:
+            yield episode.frames[camera], row, {name: episode.arrays[name] for name in source.arrays}
+
+
+# --- Meta-World ---------------------------------------------------------------------------------------------
+
+
+@dataclasses.dataclass(frozen=True)
+class Metaworld:
+    """Scripted experts of Meta-World.
+
+    noise: standard deviation of the normal noise on each of the expert's actions, which are clipped to
+    [-1, 1] after it; what is stored is the action that was taken. An episode ends some steps after its
+    success. Goals differ from those of fine-tuning and evaluation under the same seed.
+    """
+
+    tasks: tuple[str, ...]
+    episodes: int
+    cameras: tuple[str, ...]
+    noise: float
+    keep_failures: bool
+    seed: int
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "tasks", tuple(check_task(task) for task in self.tasks))
+        for camera in self.cameras:
+            check_camera(camera)
+        for key, names in (("tasks", self.tasks), ("cameras", self.cameras)):
+            if len(set(names)) < len(names):
+                raise UserError(f"rlbench.{key} = {list(names)}: name each one once")
+
+    @property
+    def arrays(self) -> dict[str, int]:
+        """Actions: hand displacement x, y, z (cm) and gripper force; gripper: as `Simulator.gripper`."""
+        return {"actions": ACTION_DIM, "gripper": GRIPPER_DIM}
+
+    @property
+    def action_limit(self) -> float:
+        """Actions are clipped."""
+        return 1.0
+
+    @property
+    def solved_only(self) -> bool:
+        """Unless failures are asked for."""
+        return not self.keep_failures
+
+    def jobs(self) -> list[Job]:
+        """Every episode of every task, task after task."""
+        return [Job(task, 0, episode) for task in self.tasks for episode in range(self.episodes)]
+
+    def collect(self, job: Job) -> Episode:
+        """Let the expert act; draw only an episode that is kept."""
+        simulator = _simulator(job.task)
+        actions, success = self._act(simulator, job)
+        if not success and not self.keep_failures:
+            reason = f"the expert did not solve the task in {len(actions)} steps"
+            return Episode(job, success=False, fps=RATE, reason=reason)
+        frames = {camera: np.empty((len(actions) + 1, *FRAME), dtype=np.uint8) for camera in self.cameras}
+        gripper = np.empty((len(actions) + 1, GRIPPER_DIM), dtype=np.float32)
+        simulator.reset(self.seed, FIRST_EPISODE + job.episode)
+        for moment in range(len(actions) + 1):
+            if moment:
+                simulator.step(actions[moment - 1])
+            gripper[moment] = simulator.gripper
+            for camera in self.cameras:
+                frames[camera][moment] = simulator.render(camera, SIZE, SIZE)
+        taken = np.concatenate([actions, np.zeros((1, ACTION_DIM), dtype=np.float32)])
+        return Episode(job, frames, {"actions": taken, "gripper": gripper}, success=success, fps=RATE)
+
+    def _act(self, simulator: Simulator, job: Job) -> tuple[Array, bool]:
+        """Actions of an episode, float32 (T - 1, 4), and whether they solve the task."""
+        random = np.random.Generator(np.random.PCG64([self.seed, zlib.crc32(job.task.encode()), job.episode]))
+        noise = random.normal(scale=self.noise, size=(MAX_STEPS, ACTION_DIM))
+        simulator.reset(self.seed, FIRST_EPISODE + job.episode)
+        actions: list[npt.NDArray[Any]] = []
+        solved = None
+        while len(actions) < MAX_STEPS and (solved is None or len(actions) < solved + TAIL):
+            actions.append(np.clip(simulator.expert() + noise[len(actions)], -1, 1).astype(np.float32))
+            if simulator.step(actions[-1]).success and solved is None:
+                solved = len(actions)
+        return np.stack(actions), solved is not None
+
+    def attributes(self) -> dict[str, Any]:
+        """The source and how it was asked."""
+        source = {"name": "metaworld", "noise": self.noise, "seed": self.seed}
+        return {"source": source, "resize": f"rendered at {SIZE}x{SIZE}", "alignment": ALIGNMENT}
+
+
+@functools.lru_cache(maxsize=1)
+def _simulator(task: str) -> Simulator:
+    """The worker's simulator; a used one equals a fresh one."""
+    return Simulator(task)

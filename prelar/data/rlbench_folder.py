@@ -1,0 +1,250 @@
+"""Demonstrations in the folders that RLBench's own generator writes.
+
+    <task>/variation<i>/episodes/episode<j>/<camera>_rgb/<n>.png    one picture a step, from 0
+    <task>/variation<i>/episodes/episode<j>/low_dim_obs.pkl         a pickle of RLBench's Demo
+
+The pickle is anybody's: it is read by an unpickler that knows the few names such a file needs, builds inert
+stand-ins for them, and refuses all others. RLBench is not needed.
+
+Actions are the 7 joint velocities (rad/s) and the gripper's opening, as in RLBench's action mode of
+`JointVelocity` and `Discrete`: those of step t move the arm from frame t to frame t + 1.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import pickle
+import re
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+from PIL import Image, UnidentifiedImageError
+
+from prelar.data.demonstrations import ALIGNMENT, Array, Episode, Job
+from prelar.data.store import SIZE, Frames
+from prelar.errors import UserError
+
+CAMERAS = ("left_shoulder", "right_shoulder", "overhead", "wrist", "front")
+JOINTS, POSE = 7, 7
+RATE = 20.0
+MAX_PIXELS = 2048 * 2048
+MAX_BYTES = 256 << 20
+EPISODE = re.compile(r"(?P<task>[^/]+)/variation(?P<variation>\d+)/episodes/episode(?P<episode>\d+)")
+LOW_DIM = "low_dim_obs.pkl"
+
+
+@dataclasses.dataclass(frozen=True)
+class RlbenchFolder:
+    """All episodes below a folder, from the given cameras."""
+
+    folder: Path
+    cameras: tuple[str, ...] = CAMERAS
+
+    @property
+    def arrays(self) -> dict[str, int]:
+        """Actions: joint velocities, opening. Gripper: x, y, z, quaternion x, y, z, w, opening."""
+        return {"actions": JOINTS + 1, "gripper": POSE + 1}
+
+    @property
+    def action_limit(self) -> float:
+        """Joint velocities in rad/s, with room."""
+        return 100.0
+
+    @property
+    def solved_only(self) -> bool:
+        """The generator writes successful demonstrations only."""
+        return True
+
+    def jobs(self) -> list[Job]:
+        """Episodes by task, variation and number. Raises `UserError` where there is none."""
+        if not self.folder.is_dir():
+            raise UserError(f"rlbench.path = {self.folder}: no such folder; name the data set's folder")
+        found = []
+        for path in self.folder.glob("*/variation*/episodes/episode*"):
+            parts = EPISODE.fullmatch(path.relative_to(self.folder).as_posix())
+            if parts and path.is_dir():
+                found.append((parts["task"], int(parts["variation"]), int(parts["episode"])))
+        if not found:
+            raise UserError(
+                f"rlbench.path = {self.folder}: holds no <task>/variation<i>/episodes/episode<j>; "
+                "name the data set's folder"
+            )
+        return [Job(*key) for key in sorted(found)]
+
+    def collect(self, job: Job) -> Episode:
+        """Read an episode; what cannot be read is its reason."""
+        folder = self.folder / job.task / f"variation{job.variation}" / "episodes" / f"episode{job.episode}"
+        try:
+            arrays = read_low_dim(folder / LOW_DIM)
+            length = len(arrays["actions"])
+            frames = {camera: read_pictures(folder / f"{camera}_rgb", length) for camera in self.cameras}
+        except ValueError as error:
+            return Episode(job, reason=str(error))
+        return Episode(job, frames, arrays, success=True, fps=RATE)
+
+    def attributes(self) -> dict[str, Any]:
+        """The source; the folder is the user's and stays unnamed."""
+        resize = f"Pillow bicubic to {SIZE}x{SIZE}"
+        return {"source": {"name": "rlbench_folder"}, "resize": resize, "alignment": ALIGNMENT}
+
+
+def read_pictures(folder: Path, length: int) -> Frames:
+    """A camera's pictures 0 to length - 1, uint8 (length, 64, 64, 3). `ValueError` names a bad one."""
+    numbers = {int(path.stem) for path in folder.glob("*.png") if path.stem.isdecimal()}
+    expected = set(range(length))
+    if numbers != expected:
+        odd = min(numbers ^ expected)
+        state = "missing" if odd in expected else f"left over: the episode has {length} steps"
+        raise ValueError(f"{folder.name}/{odd}.png: {state}")
+    frames = np.empty((length, SIZE, SIZE, 3), dtype=np.uint8)
+    for number in range(length):
+        path = folder / f"{number}.png"
+        try:
+            with Image.open(path, formats=["PNG"]) as picture:
+                if picture.width * picture.height > MAX_PIXELS:
+                    raise ValueError(f"{picture.width}x{picture.height} pixels")
+                colours = picture.convert("RGB")
+        except (OSError, ValueError, SyntaxError, UnidentifiedImageError) as error:
+            raise ValueError(f"{folder.name}/{path.name}: {_without_path(error, path)}") from None
+        if colours.size != (SIZE, SIZE):
+            colours = colours.resize((SIZE, SIZE), Image.Resampling.BICUBIC)
+        frames[number] = np.asarray(colours)
+    return frames
+
+
+def _without_path(error: Exception, path: Path) -> str:
+    return " ".join(str(error).replace(str(path), path.name).split())
+
+
+def read_low_dim(path: Path) -> dict[str, Array]:
+    """`actions` (T, 8) and `gripper` (T, 8) of an episode's pickle. Raises `ValueError` where it is unfit."""
+    try:
+        if path.stat().st_size > MAX_BYTES:
+            raise ValueError(f"{path.stat().st_size} bytes, more than {MAX_BYTES}")
+        with path.open("rb") as handle:
+            steps = _Reader(handle).load().state["_observations"]
+        rows = [_row(step.state) for step in steps]
+    except FileNotFoundError:
+        raise ValueError(f"{path.name}: missing") from None
+    except Exception as error:
+        raise ValueError(f"{path.name}: {' '.join(str(error).split()) or type(error).__name__}") from None
+    if not rows:
+        raise ValueError(f"{path.name}: no step")
+    actions = np.stack([action for action, _ in rows]).astype(np.float32)
+    actions[-1] = 0
+    return {"actions": actions, "gripper": np.stack([gripper for _, gripper in rows]).astype(np.float32)}
+
+
+def _row(step: dict[str, Any]) -> tuple[npt.NDArray[np.float64], npt.NDArray[np.float64]]:
+    """Action and gripper of one observation."""
+    opening = _number(step["gripper_open"])
+    velocities, pose = _vector(step["joint_velocities"], JOINTS), _vector(step["gripper_pose"], POSE)
+    return np.append(velocities, opening), np.append(pose, opening)
+
+
+def _number(value: Any) -> float:
+    if isinstance(value, _Scalar):
+        return float(np.frombuffer(value.content, dtype=value.kind.numpy, count=1)[0])
+    if not isinstance(value, (int, float)):
+        raise ValueError(f"gripper_open is a {type(value).__name__}")
+    return float(value)
+
+
+def _vector(value: Any, width: int) -> npt.NDArray[np.float64]:
+    if not isinstance(value, _Numbers):
+        raise ValueError("a joint or pose vector is missing")
+    vector = value.array()
+    if vector.shape != (width,):
+        raise ValueError(f"a joint or pose vector has shape {vector.shape}, not ({width},)")
+    return vector
+
+
+# --- The restricted unpickler -------------------------------------------------------------------------------
+
+
+class _Record:
+    """Stands in for RLBench's Demo and Observation: holds the attributes, does nothing."""
+
+    def __init__(self) -> None:
+        self.state: dict[str, Any] = {}
+
+    def __setstate__(self, state: Any) -> None:
+        if not isinstance(state, dict):
+            raise ValueError("an object's state is no dict")
+        self.state = state
+
+
+class _Kind:
+    """Stands in for numpy's dtype: plain numbers only."""
+
+    _CODES = frozenset({"f8", "f4", "f2", "i8", "i4", "i2", "i1", "u8", "u4", "u2", "u1", "b1"})
+
+    def __init__(self, code: str, *_: object) -> None:
+        if code not in self._CODES:
+            raise ValueError(f"dtype {code!r} is refused")
+        self.code = code
+        self.order = "<"
+
+    def __setstate__(self, state: Any) -> None:
+        if not isinstance(state, tuple) or len(state) < 2 or state[1] not in ("<", ">", "|", "="):
+            raise ValueError("a dtype's state is refused")
+        self.order = state[1]
+
+    @property
+    def numpy(self) -> np.dtype[Any]:
+        """The real dtype."""
+        return np.dtype(self.order + self.code)
+
+
+class _Numbers:
+    """Stands in for numpy's ndarray: shape, kind and bytes, checked when they are used."""
+
+    def __init__(self, *_: object) -> None:
+        self.state: Any = None
+
+    def __setstate__(self, state: Any) -> None:
+        self.state = state
+
+    def array(self) -> npt.NDArray[np.float64]:
+        """The numbers as float64. Raises `ValueError` where shape, kind and bytes disagree."""
+        _, shape, kind, by_column, content = self.state
+        if not isinstance(kind, _Kind) or not isinstance(content, bytes):
+            raise ValueError("an array's content is refused")
+        flat = np.frombuffer(content, dtype=kind.numpy)
+        return flat.reshape(shape, order="F" if by_column else "C").astype(np.float64)
+
+
+class _Scalar:
+    """Stands in for numpy's scalars."""
+
+    def __init__(self, kind: _Kind, content: bytes) -> None:
+        if not isinstance(kind, _Kind) or not isinstance(content, bytes):
+            raise ValueError("a scalar's content is refused")
+        self.kind, self.content = kind, content
+
+
+_KNOWN: dict[tuple[str, str], type] = {
+    ("rlbench.demo", "Demo"): _Record,
+    ("rlbench.backend.observation", "Observation"): _Record,
+    ("numpy", "ndarray"): _Numbers,
+    ("numpy", "dtype"): _Kind,
+    **{(f"numpy.{core}.multiarray", "_reconstruct"): _Numbers for core in ("core", "_core")},
+    **{(f"numpy.{core}.multiarray", "scalar"): _Scalar for core in ("core", "_core")},
+}
+
+
+class _Reader(pickle.Unpickler):
+    """Reads a pickle in which nothing but the known names occurs, and builds stand-ins for them."""
+
+    def find_class(self, module: str, name: str) -> Any:
+        """The stand-in for a known name. Raises `ValueError` for all others."""
+        try:
+            return _KNOWN[module, name]
+        except KeyError:
+            raise ValueError(f"names {module}.{name}, which no demonstration needs: refused") from None
+
+    def persistent_load(self, identity: Any) -> Any:
+        """Refused."""
+        raise ValueError("refers to something outside of the file: refused")
