@@ -1,4 +1,4 @@
-"""The stage pretrain: checkpoint, log and video of each method, the same bytes however often it was stopped."""
+"""The stage pretrain: checkpoint, log and video of every method, the same bytes however often it stopped."""
 
 from __future__ import annotations
 
