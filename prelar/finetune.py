@@ -98,13 +98,14 @@ def check(preset: Finetune) -> None:
 def load_model(cfg: Config) -> WorldModel:
     """The world model to fine-tune, with what its method loads from the pre-training checkpoint."""
     parts, pretrained = load_parts(PRETRAINED, loads(cfg.method, cfg.naive))
-    if pretrained["method"] != cfg.method:
+    sizes = pretrained["model"]
+    if sizes["method"] != cfg.method:
         raise UserError(
-            f"{PRETRAINED}: of method {pretrained['method']}, not {cfg.method}; run `dvc repro pretrain`"
+            f"{PRETRAINED}: of method {sizes['method']}, not {cfg.method}; run `dvc repro pretrain`"
         )
     model = build_finetune(
         method=cfg.method,
-        **{name: pretrained["model"][name] for name in SIZES},
+        **{name: sizes[name] for name in SIZES},
         robot_action_dim=ACTION_DIM,
         units=cfg.finetune.units,
         layers=cfg.finetune.layers,

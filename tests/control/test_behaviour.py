@@ -1,8 +1,6 @@
-"""The actor-critic: distributions and losses by hand, gradients, and learning in a world with a known answer."""
+"""The actor-critic: distributions and losses by hand, gradients, and learning where the answer is known."""
 
 from __future__ import annotations
-
-import math
 
 import numpy as np
 import pytest
@@ -112,7 +110,7 @@ def test_each_loss_reaches_its_own_network_only() -> None:
 
 
 def test_the_gradient_flows_through_the_dynamics() -> None:
-    """With one step, no entropy and a discount of 0 the actor's gradient is that of the reward one step later."""
+    """Without entropy and future, the actor's gradient is that of the reward one step later."""
     behaviour = make(horizon=2, discount=1e-9, entropy=0.0)
     start = {"x": torch.zeros(1, 3)}
     torch.manual_seed(0)
@@ -120,7 +118,9 @@ def test_the_gradient_flows_through_the_dynamics() -> None:
     got = torch.autograd.grad(loss, list(behaviour.actor.parameters()))
     torch.manual_seed(0)
     wanted = (behaviour.actor(start["x"]).sample() - 0.5).square().sum()
-    for ours, theirs in zip(got, torch.autograd.grad(wanted, list(behaviour.actor.parameters())), strict=True):
+    for ours, theirs in zip(
+        got, torch.autograd.grad(wanted, list(behaviour.actor.parameters())), strict=True
+    ):
         torch.testing.assert_close(ours, theirs)
 
 
@@ -137,10 +137,10 @@ def test_the_slow_critic_is_copied_when_due() -> None:
 
 def test_it_learns_where_the_best_action_is_known() -> None:
     torch.manual_seed(0)
-    behaviour, world = make(horizon=3), Line(goal=0.6)
-    actor_optimizer = torch.optim.Adam(behaviour.actor.parameters(), lr=1e-3)
-    critic_optimizer = torch.optim.Adam(behaviour.critic.parameters(), lr=1e-3)
-    for update in range(500):
+    behaviour, world = make(horizon=3), Line(goal=0.2)
+    actor_optimizer = torch.optim.Adam(behaviour.actor.parameters(), lr=3e-3)
+    critic_optimizer = torch.optim.Adam(behaviour.critic.parameters(), lr=3e-3)
+    for update in range(400):
         actor, critic, _ = behaviour.losses(world, {"x": torch.rand(64, 3) * 2 - 1})
         for optimizer, loss in ((actor_optimizer, actor), (critic_optimizer, critic)):
             optimizer.zero_grad()
@@ -148,9 +148,7 @@ def test_it_learns_where_the_best_action_is_known() -> None:
             optimizer.step()
         behaviour.refresh(update)
     with torch.no_grad():
-        x = torch.rand(256, 3) * 0.4
-        best = 0.6 - 0.5 * x
-        assert (behaviour.actor(x).mode() - best).abs().mean() < 0.1
-        policy = behaviour.actor(torch.full((1, 3), 0.6))
-    assert policy.std.mean() < 0.3
-    assert math.isfinite(policy.entropy().item())
+        x = torch.rand(256, 3) * 2 - 1
+        policy = behaviour.actor(x)
+        assert (policy.mode() - (0.2 - 0.5 * x)).abs().mean() < 0.1
+        assert policy.std.mean() < 0.2

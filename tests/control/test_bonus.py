@@ -11,7 +11,15 @@ CPU = torch.device("cpu")
 
 
 def make(**changes: float) -> Bonus:
-    settings = {"weight": 1.0, "seed": 0, "size": 6, "window": 3, "capacity": 20, "neighbours": 2, "momentum": 0.9}
+    settings = {
+        "weight": 1.0,
+        "seed": 0,
+        "size": 6,
+        "window": 3,
+        "capacity": 20,
+        "neighbours": 2,
+        "momentum": 0.9,
+    }
     return Bonus(7, device=CPU, **(settings | changes))  # type: ignore[arg-type]
 
 

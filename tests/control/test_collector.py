@@ -62,9 +62,7 @@ def test_a_restored_collector_goes_on_bit_for_bit(tmp_path: Path) -> None:
     for _ in range(6):
         straight.step(policy)
         first.step(policy)
-    torch.save(
-        {"collector": first.state_dict(), "replay": first.replay.state_dict()}, tmp_path / "state.pt"
-    )
+    torch.save({"collector": first.state_dict(), "replay": first.replay.state_dict()}, tmp_path / "state.pt")
     first.step(policy)
     first.replay.close()
     state = torch.load(tmp_path / "state.pt", weights_only=True)

@@ -29,8 +29,14 @@ def make(path: Path, capacity: int = 100, margin: int = 30) -> Replay:
 
 
 @settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
-@given(lengths=st.lists(st.integers(3, 40), min_size=1, max_size=12), length=st.integers(1, 3), seed=st.integers(0))
-def test_sequences_lie_within_one_episode_held(tmp_path: Path, lengths: list[int], length: int, seed: int) -> None:
+@given(
+    lengths=st.lists(st.integers(3, 40), min_size=1, max_size=12),
+    length=st.integers(1, 3),
+    seed=st.integers(0),
+)
+def test_sequences_lie_within_one_episode_held(
+    tmp_path: Path, lengths: list[int], length: int, seed: int
+) -> None:
     replay = make(tmp_path)
     for number, steps in enumerate(lengths):
         replay.add(episode(number, steps))

@@ -48,7 +48,7 @@ class DotWorld:
     def render(self) -> npt.NDArray[np.uint8]:
         self.drawn += 1
         image = np.zeros((64, 64, 3), np.uint8)
-        column, row = (int(round(4 + 52 * x)) for x in self._place)
+        column, row = (round(4 + 52 * x) for x in self._place)
         image[row : row + 8, column : column + 8] = 255
         return image
 

@@ -1,0 +1,237 @@
+"""Fine-tuning as a whole: schedule, determinism, going on after crashes and kills, and learning."""
+
+from __future__ import annotations
+
+import csv
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+
+from prelar import finetune
+from prelar.checkpoint import load_config as load_description
+from prelar.checkpoint import save_parts
+from prelar.config import Config, Finetune, load_config
+from prelar.control.agent import load_agent
+from prelar.control.bonus import Bonus
+from prelar.errors import UserError
+from prelar.methods import METHODS, build_pretrain
+from tests.control.toy_run import TINY, run
+
+ROOT = Path(__file__).parents[1]
+SIZES = {"cnn_depth": 4, "hidden": 16, "deter": 16, "stoch": 4, "discrete": 4}
+
+
+@pytest.fixture(autouse=True)
+def own_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    monkeypatch.chdir(tmp_path)
+    threads = torch.get_num_threads()
+    yield
+    torch.set_num_threads(threads)
+    torch.use_deterministic_algorithms(False)
+
+
+def contents(*folders: Path) -> dict[str, bytes]:
+    """Every file below the folders, by path."""
+    return {
+        str(path.relative_to(folder.parent)): path.read_bytes()
+        for folder in folders
+        for path in sorted(folder.rglob("*"))
+        if path.is_file()
+    }
+
+
+def results(root: Path) -> dict[str, bytes]:
+    return contents(root / "out", root / "log")
+
+
+def in_folder(root: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    root.mkdir()
+    monkeypatch.chdir(root)
+    return root
+
+
+def config(**changes: object) -> Config:
+    """params.yaml at a size that runs in seconds, one environment, on the task reach."""
+    plain = load_config(ROOT / "params.yaml").model_dump()
+    tiny = TINY | {"envs": 1, "env_steps": 24, "time_limit": 7, "prefill": 8}
+    plain["scales"][plain["scale"]]["finetune"] = tiny | changes.pop("finetune", {})  # type: ignore[operator]
+    return Config.model_validate(plain | {"task": "reach", "device": "cpu", "threads": 1} | changes)
+
+
+def pretrained(method: str) -> None:
+    torch.manual_seed(1)
+    model = build_pretrain(method=method, **SIZES)
+    save_parts(finetune.PRETRAINED, model.state(), {"stage": "pretrain", "model": model.spec, "step": 0})
+
+
+def test_updates_follow_the_environment_steps() -> None:
+    preset = Finetune(**(TINY | {"prefill": 10, "pretrain_updates": 3, "train_every": 4}))
+    assert [finetune.updates_after(n, preset) for n in (0, 9, 10, 13, 14, 21, 22)] == [0, 0, 3, 3, 4, 5, 6]
+
+
+@pytest.mark.parametrize(
+    ("changes", "named"),
+    [
+        ({"prefill": 13}, r"prefill = 13.*at least time_limit · envs \(14\)"),
+        ({"train_every": 3}, r"envs = 2.*train_every \(3\)"),
+        ({"replay": 7}, r"replay = 7.*larger than time_limit \(7\)"),
+    ],
+)
+def test_numbers_that_do_not_fit_are_refused(changes: dict[str, int], named: str) -> None:
+    with pytest.raises(UserError, match=named):
+        finetune.check(Finetune(**(TINY | changes)))
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_the_stage_leaves_an_agent_that_acts(method: str) -> None:
+    pretrained(method)
+    finetune.run(config(method=method))
+    agent, description = load_agent(finetune.OUTPUT, device=torch.device("cpu"))
+    assert description == load_description(finetune.OUTPUT)
+    assert (description["method"], description["task"]) == (method, "reach")
+    assert (description["env_steps"], description["updates"]) == (24, 6)
+    assert agent.actor(torch.zeros(1, agent.model.feature_dim)).mean.shape == (1, 4)
+    assert not list(Path("data/.resume").iterdir()), "a finished run leaves nothing to resume"
+    logged = {path.stem for path in finetune.LOGS.glob("plots/metrics/*/*.tsv")}
+    assert {"success", "return", "image", "kl", "actor", "critic"} <= logged
+    assert ("mean" in logged) == (method != "dreamerv2"), "the exploration bonus"
+
+
+def test_the_stage_loads_what_was_pretrained() -> None:
+    pretrained("prelar")
+    model = finetune.load_model(config())
+    torch.manual_seed(1)
+    wanted = build_pretrain(method="prelar", **SIZES).state()
+    for part in ("encoder", "dynamics", "decoder"):
+        for name, value in model.state()[part].items():
+            assert torch.equal(value, wanted[part][name])
+
+
+def test_a_checkpoint_of_another_method_is_refused() -> None:
+    pretrained("apv")
+    with pytest.raises(UserError, match="of method apv, not prelar; run `dvc repro pretrain`"):
+        finetune.run(config())
+
+
+def test_without_a_pretrained_model_the_remedy_is_named() -> None:
+    with pytest.raises(UserError, match="data/pretrain: no checkpoint; run `dvc repro pretrain`"):
+        finetune.run(config())
+
+
+def test_a_bonus_of_zero_is_none() -> None:
+    pretrained("prelar")
+    model = finetune.load_model(config(bonus=0.0))
+    assert finetune.make_bonus(model, 0.0, seed=0, device=torch.device("cpu")) is None
+    model = finetune.load_model(config(bonus=0.5))
+    bonus = finetune.make_bonus(model, 0.5, seed=0, device=torch.device("cpu"))
+    assert isinstance(bonus, Bonus) and bonus.weight == 0.5
+    assert bonus.projection.shape == (model.embed_dim, 128)
+
+
+def test_held_parameters_wait(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With the hold longer than the run encoder and dynamics keep their weights, and nothing else does."""
+    from tests.control import toy_run
+
+    born = {}
+
+    def build(*arguments: object) -> object:
+        model = original(*arguments)  # type: ignore[arg-type]
+        born.update({name: {k: v.clone() for k, v in part.items()} for name, part in model.state().items()})
+        kept.append(model)
+        return model
+
+    original, kept = toy_run.build, []  # type: ignore[var-annotated]
+    monkeypatch.setattr(toy_run, "build", build)
+    run(tmp_path, hold=1000, env_steps=30)
+    moved = {
+        name: any(
+            not torch.equal(value, born[name][key]) for key, value in part.items() if "running" not in key
+        )
+        for name, part in kept[0].state().items()
+    }
+    assert moved == {"encoder": False, "dynamics": False, "decoder": True, "action": True, "heads": True}
+
+
+def test_the_same_params_give_the_same_bytes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    found = []
+    for name in ("one", "two"):
+        root = in_folder(tmp_path / name, monkeypatch)
+        run(root)
+        found.append(results(root))
+    assert found[0] == found[1]
+    run(in_folder(tmp_path / "three", monkeypatch), entropy=0.1)
+    assert results(tmp_path / "three") != found[0]
+
+
+@pytest.mark.parametrize("method", ["prelar", "apv"])
+def test_a_crashed_run_goes_on_bit_for_bit(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, method: str
+) -> None:
+    run(in_folder(tmp_path / "straight", monkeypatch), method=method)
+    root = in_folder(tmp_path / "crashed", monkeypatch)
+    call = finetune.Stepper.__call__
+    crashes = [5, 13, 29, 30, 47, 59]
+
+    def crash(self: finetune.Stepper, index: int) -> object:
+        if crashes and index == crashes[0]:
+            crashes.pop(0)
+            raise KeyboardInterrupt
+        return call(self, index)
+
+    monkeypatch.setattr(finetune.Stepper, "__call__", crash)
+    for _ in range(6):
+        with pytest.raises(KeyboardInterrupt):
+            run(root, method=method)
+    run(root, method=method)
+    assert not crashes
+    assert results(root) == results(tmp_path / "straight")
+
+
+def kill_storm(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kills: int, steps: int) -> None:
+    """Kill a run again and again, each time after a new snapshot, and compare it with a straight one."""
+    run(in_folder(tmp_path / "straight", monkeypatch), env_steps=steps)
+    root = in_folder(tmp_path / "killed", monkeypatch)
+    surroundings = os.environ | {"PYTHONPATH": str(ROOT)}
+    command = [sys.executable, "-m", "tests.control.toy_run", f"env_steps={steps}"]
+    moments = random.Random(0)
+    done = 0
+    while done < kills:
+        before = {path.name for path in root.glob("resume/*/step-*.pt")}
+        process = subprocess.Popen(command, cwd=root, env=surroundings, stderr=subprocess.PIPE)
+        while process.poll() is None and {p.name for p in root.glob("resume/*/step-*.pt")} <= before:
+            time.sleep(0.005)
+        time.sleep(moments.uniform(0, 0.5))
+        if process.poll() is not None:
+            break
+        process.send_signal(signal.SIGKILL)
+        process.wait()
+        done += 1
+    assert done == kills, "the run ended before it was killed often enough"
+    ended = subprocess.run(command, cwd=root, env=surroundings, capture_output=True, text=True, check=False)
+    assert ended.returncode == 0, ended.stderr
+    assert "going on from step" in ended.stdout
+    assert results(root) == results(tmp_path / "straight")
+
+
+def test_a_killed_run_goes_on_bit_for_bit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    kill_storm(tmp_path, monkeypatch, kills=2, steps=150)
+
+
+@pytest.mark.long
+def test_a_run_survives_a_storm_of_kills(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    kill_storm(tmp_path, monkeypatch, kills=20, steps=1500)
+
+
+def column(path: Path) -> list[float]:
+    """The values of one metric in the order of the steps."""
+    with path.open(encoding="utf-8") as handle:
+        rows = list(csv.DictReader(handle, delimiter="\t"))
+    return [float(next(value for key, value in row.items() if key != "step")) for row in rows]
