@@ -50,9 +50,10 @@ class Ssv2(_Frozen):
 
 
 class Rlbench(_Frozen):
-    """Which demonstrations are made."""
+    """Which demonstrations are made or read."""
 
-    source: Literal["metaworld"]
+    source: Literal["metaworld", "apv_npz", "rlbench_folder"]
+    path: Text | None
     tasks: Annotated[list[Text], Field(min_length=1)]
     episodes: Count
     cameras: Annotated[list[Text], Field(min_length=1)]
@@ -61,6 +62,12 @@ class Rlbench(_Frozen):
     seed: Natural
     max_bad: Share
     workers: Count
+
+    @model_validator(mode="after")
+    def _has_folder(self) -> Rlbench:
+        if self.source != "metaworld" and self.path is None:
+            raise ValueError(f"path is null; name the folder that source {self.source} reads")
+        return self
 
 
 class Pretrain(_Frozen):
