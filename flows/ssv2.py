@@ -31,7 +31,6 @@ from prelar.errors import UserError
 
 NAME = "ssv2"
 TARGET = Path(f"data/{NAME}.zarr")
-SPARE = 2
 
 
 class Desk:
@@ -139,7 +138,10 @@ def find(source: str | list[str], labels: str | None) -> Source:
 
 
 def fill(writer: StoreWriter, source: Source, desk: Desk, batch: int, workers: int) -> None:
-    """Decode what the writer lacks, a bounded number of batches at a time, and append it in order."""
+    """Decode what the writer lacks, and append it in the source's order.
+
+    No more batches than workers are under way or wait to be appended: so much a crash loses at most.
+    """
     _desks[NAME] = desk
     total = source.size or len(source.clips)
     flight: collections.deque[tuple[int, PrefectFuture[int]]] = collections.deque()
@@ -148,10 +150,10 @@ def fill(writer: StoreWriter, source: Source, desk: Desk, batch: int, workers: i
     ) as bar:
         members = ingest.after_committed(source.members(bar.update), writer)
         for number, some in enumerate(ingest.batches(members, batch)):
+            if len(flight) == workers:
+                _land(writer, desk, flight, bar)
             desk.put(number, some)
             flight.append((number, decode.submit(NAME, number)))
-            if len(flight) > workers + SPARE:
-                _land(writer, desk, flight, bar)
         while flight:
             _land(writer, desk, flight, bar)
 

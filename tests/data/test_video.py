@@ -1,0 +1,274 @@
+"""Decoding: every frame in order, quirks of containers and codecs, bad clips that harm no neighbour."""
+
+from __future__ import annotations
+
+import io
+import shutil
+import subprocess
+from pathlib import Path
+
+import av
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from prelar.data import video
+from prelar.data.video import SCALE, Decoder, command, stream, troubles
+from prelar.errors import UserError
+from tests import archives
+
+
+@pytest.fixture(scope="module")
+def decoder() -> Decoder:
+    return Decoder()
+
+
+def second_decoder(content: bytes) -> np.ndarray:
+    """All frames by PyAV, resized by its own swscale with the same kernel."""
+    with av.open(io.BytesIO(content)) as container:
+        frames = [
+            frame.reformat(64, 64, "rgb24", interpolation="BICUBIC").to_ndarray()
+            for frame in container.decode(video=0)
+        ]
+    return np.stack(frames)
+
+
+QUIRKS = {
+    "plain": {},
+    "odd width": {"filters": "scale=427:239"},
+    "tiny": {"filters": "scale=17:33"},
+    "variable rate": {"filters": "setpts=(N+N*N/7)/12/TB", "options": ("-fps_mode", "vfr")},
+    "jumping time": {"filters": "setpts=if(lt(N\\,6)\\,N\\,N+900)/12/TB", "options": ("-fps_mode", "vfr")},
+    "single frame": {"frames": 1},
+    "10 bit": {"options": ("-pix_fmt", "yuv420p10le", "-profile:v", "2")},
+    "alpha": {"filters": "format=rgba", "options": ("-pix_fmt", "yuva420p", "-auto-alt-ref", "0")},
+    "4:4:4": {"options": ("-pix_fmt", "yuv444p", "-profile:v", "1")},
+    "audio": {
+        "inputs": ("-f", "lavfi", "-i", "sine=duration=2"),
+        "options": ("-map", "0:v", "-map", "1:a", "-c:a", "libopus"),
+    },
+    "audio first": {
+        "inputs": ("-f", "lavfi", "-i", "sine=duration=2"),
+        "options": ("-map", "1:a", "-map", "0:v", "-c:a", "libopus"),
+    },
+    "vp8": {"options": ("-c:v", "libvpx")},
+    "hidden frames": {"frames": 30, "options": ("-auto-alt-ref", "1", "-lag-in-frames", "16")},
+    "high rate": {"rate": "30000/1001"},
+}
+
+
+@pytest.mark.parametrize("quirk", QUIRKS)
+def test_frames_are_those_of_a_second_decoder(decoder: Decoder, quirk: str) -> None:
+    content = archives.clip(**QUIRKS[quirk])
+    (clip,) = decoder.decode([content])
+    wanted = second_decoder(content)
+    assert clip.reason is None
+    assert clip.frames is not None
+    assert clip.frames.shape == wanted.shape
+    difference = np.abs(clip.frames.astype(int) - wanted.astype(int)).mean()
+    assert difference <= 2
+
+
+def numbered(frames: int, **more: object) -> bytes:
+    """A clip whose frames get brighter, so that order and repetition show."""
+    filters = f"geq=lum='16+N*200/{frames}':cb=128:cr=128"
+    return archives.clip(frames=frames, filters=filters, **more)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("rate", ["12", "5", "60"])
+def test_order_and_number_are_exact(decoder: Decoder, rate: str) -> None:
+    (clip,) = decoder.decode([numbered(25, rate=rate)])
+    assert clip.frames is not None
+    assert len(clip.frames) == 25
+    assert (np.diff(clip.frames.mean(axis=(1, 2, 3))) > 3).all()
+
+
+def test_rotated_clips_come_out_upright(decoder: Decoder, tmp_path: Path) -> None:
+    half = archives.clip(width=64, height=96, filters="geq=lum='if(lt(Y,H/2),235,16)':cb=128:cr=128")
+    (tmp_path / "a.webm").write_bytes(half)
+    for name in ("b.mp4", "b.webm"):
+        turned = [
+            "-display_rotation",
+            "90",
+            "-i",
+            str(tmp_path / "a.webm"),
+            "-c",
+            "copy",
+            str(tmp_path / name),
+        ]
+        subprocess.run([decoder.path, "-v", "error", *turned], check=True)
+    upright, mp4, webm = decoder.decode(
+        [half, (tmp_path / "b.mp4").read_bytes(), (tmp_path / "b.webm").read_bytes()]
+    )
+    assert upright.frames is not None
+    assert mp4.frames is not None
+    assert webm.frames is not None
+    assert upright.frames[0, :20].mean() > 200 > 60 > upright.frames[0, -20:].mean()
+    left, right = mp4.frames[0][:, :20].mean(), mp4.frames[0][:, -20:].mean()
+    assert abs(left - right) > 150
+    assert len(mp4.frames) == len(webm.frames) == 12
+    assert np.array_equal(webm.frames, mp4.frames)
+
+
+def test_missing_timestamps(decoder: Decoder, tmp_path: Path) -> None:
+    """An AVI of MPEG-4 pictures carries no presentation times."""
+    content = archives.clip(
+        options=("-c:v", "mpeg4", "-b:v", "2M", "-bf", "0"), suffix=".avi", filters="null"
+    )
+    (clip,) = decoder.decode([content])
+    assert clip.frames is not None
+    assert len(clip.frames) == 12
+
+
+def test_size_and_rate_of_the_file(decoder: Decoder) -> None:
+    clips = decoder.decode(
+        [
+            archives.clip(**QUIRKS["odd width"]),
+            archives.clip(rate="30000/1001"),
+            archives.clip(**QUIRKS["audio first"]),
+        ]
+    )
+    assert [(clip.width, clip.height, clip.fps) for clip in clips] == [
+        (427, 239, 12.0),
+        (96, 64, 29.97),
+        (96, 64, 12.0),
+    ]
+
+
+BAD = {
+    "empty": (b"", "the file is empty"),
+    "text": (b"not a video at all\n" * 50, "Invalid data"),
+    "noise": (bytes(np.random.default_rng(0).integers(0, 256, 5000, dtype=np.uint8)), "Invalid data"),
+    "cut short": (archives.clip(frames=30)[:-2000], "ended prematurely"),
+    "header only": (archives.clip()[:400], "ffmpeg: "),
+    "playlist": (b"#EXTM3U\n#EXTINF:1,\n/etc/hostname\n#EXT-X-ENDLIST\n", "Invalid data"),
+    "list of files": (b"ffconcat version 1.0\nfile /etc/hostname\n", "not on whitelist"),
+    "sound only": (
+        archives.clip(
+            inputs=("-f", "lavfi", "-i", "sine=duration=1"), options=("-map", "1:a", "-c:a", "libopus")
+        ),
+        "matches no streams",
+    ),
+}
+
+
+@pytest.mark.parametrize("kind", BAD)
+def test_bad_clips_have_a_reason_and_harm_no_neighbour(decoder: Decoder, kind: str) -> None:
+    content, reason = BAD[kind]
+    good = [archives.clip(), archives.clip(width=85)]
+    first, bad, second = decoder.decode([good[0], content, good[1]])
+    assert bad.frames is None
+    assert bad.reason is not None
+    assert reason in bad.reason
+    assert "/proc" not in bad.reason
+    assert "0x5" not in bad.reason
+    for clip, alone in ((first, good[0]), (second, good[1])):
+        assert clip.frames is not None
+        assert np.array_equal(clip.frames, decoder.decode([alone])[0].frames)
+    assert decoder.decode([content])[0].reason == bad.reason
+
+
+def test_a_damaged_picture_is_bad(decoder: Decoder) -> None:
+    content = bytearray(archives.clip(frames=30, width=320, height=240))
+    middle = len(content) // 2
+    content[middle : middle + 400] = bytes(400)
+    (clip,) = decoder.decode([bytes(content)])
+    assert clip.frames is None
+    assert clip.reason
+
+
+def test_grouping_changes_nothing(decoder: Decoder) -> None:
+    contents = [*archives.clips(7).values(), b"", b"no video"]
+    together = decoder.decode(contents)
+    for size in (1, 2, 4):
+        apart = [
+            clip for i in range(0, len(contents), size) for clip in decoder.decode(contents[i : i + size])
+        ]
+        for one, other in zip(together, apart, strict=True):
+            assert one.reason == other.reason
+            assert (one.width, one.height, one.fps) == (other.width, other.height, other.fps)
+            assert (one.frames is None) == (other.frames is None)
+            assert one.frames is None or np.array_equal(one.frames, other.frames)
+
+
+def test_too_many_frames_are_refused(decoder: Decoder, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(video, "MAX_FRAMES", 10)
+    good, long = decoder.decode([archives.clip(frames=10), archives.clip(frames=11)])
+    assert good.frames is not None
+    assert long.reason == "more than 10 frames"
+
+
+def test_too_large_pictures_are_refused(decoder: Decoder, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(video, "MAX_PIXELS", 64 * 64)
+    (clip,) = decoder.decode([archives.clip(width=320, height=240)])
+    assert clip.frames is None
+    assert clip.reason
+
+
+def test_no_files_stay_open(decoder: Decoder) -> None:
+    before = len(list(Path("/proc/self/fd").iterdir()))
+    decoder.decode([archives.clip(), b"no video"])
+    assert len(list(Path("/proc/self/fd").iterdir())) == before
+
+
+def test_the_ffmpeg_binary_is_checked(tmp_path: Path, decoder: Decoder) -> None:
+    assert decoder.version
+    with pytest.raises(UserError, match=r"ssv2\.ffmpeg"):
+        Decoder(str(tmp_path / "none"))
+    with pytest.raises(UserError, match="is not ffmpeg"):
+        Decoder(shutil.which("true"))
+
+
+def test_one_output_for_each_input() -> None:
+    arguments = command("ffmpeg", [3, 4], [5, 6])
+    assert arguments.count("-i") == 2
+    assert [arguments[i + 1] for i, word in enumerate(arguments) if word == "-map"] == ["0:V:0", "1:V:0"]
+    assert arguments.count(SCALE) == 2
+    assert "accurate_rnd+bitexact" in SCALE
+
+
+LOG = """[info] Input #0, matroska,webm, from 'x':
+[info]   Metadata:
+[info]     title           : Stream #0:0: Video: vp9, 1x1, 1 fps
+[info]   Stream #0:0(eng): Audio: opus, 48000 Hz, stereo
+[info]   Stream #0:1[0x2]: Video: h264 (High) (avc1 / 0x31637661), yuv420p, 426x240 [SAR 1:1], 12.50 fps
+[info] Input #1, matroska,webm, from 'y':
+[info]   Stream #1:0: Video: vp9 (Profile 0), yuv420p(tv), 240x320, 1k fps, 1k tbr
+[info]   Stream #1:1: Video: vp9 (Profile 0), yuv420p(tv), 9x9, 7 fps
+[info] Input #2, matroska,webm, from 'z':
+[info]   Stream #2:0: Video: none, none
+[info] Stream mapping:
+[info]   Stream #2:0: Video: rawvideo, rgb24, 64x64, 12 fps
+[matroska,webm @ 0x55aa] [error] File ended prematurely at /proc/self/fd/7.
+[vist#0:0/vp9 @ 0x55ab] [dec:vp9 @ 0x66] [error] Decoding error
+[in#0 @ 0x1] [warning] a warning
+"""
+
+
+def test_the_log_is_understood() -> None:
+    assert stream(LOG, 0) == (426, 240, 12.5)
+    assert stream(LOG, 1) == (240, 320, 1000.0)
+    assert stream(LOG, 2) == (None, None, None)
+    assert stream(LOG, 3) == (None, None, None)
+    assert troubles(LOG) == "Decoding error; File ended prematurely at the clip"
+
+
+@settings(max_examples=200)
+@given(st.text(max_size=200), st.integers(0, 3))
+def test_any_log_is_read(log: str, number: int) -> None:
+    stream(log, number)
+    stream(f"[info]   Stream #{number}:0: Video: {log}", number)
+    assert len(troubles(f"[error] {log}")) <= 200
+
+
+@settings(max_examples=15, deadline=None)
+@given(st.data())
+def test_bytes_flipped_anywhere_never_raise(data: st.DataObject) -> None:
+    content = bytearray(archives.clip())
+    for _ in range(data.draw(st.integers(1, 20))):
+        content[data.draw(st.integers(0, len(content) - 1))] = data.draw(st.integers(0, 255))
+    clip, good = Decoder().decode([bytes(content), archives.clip(width=85)])
+    assert (clip.frames is None) == (clip.reason is not None)
+    assert good.frames is not None
+    assert len(good.frames) == 12
