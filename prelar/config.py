@@ -128,13 +128,15 @@ class Finetune(_Frozen):
 
 
 class Evaluate(_Frozen):
-    """One scale's evaluation: episodes of the policy and clips of open-loop prediction."""
+    """One scale's evaluation: episodes of the policy, clips to predict, the probe of the latent action."""
 
     episodes: Count
     time_limit: Annotated[int, Field(ge=1, le=500)]
     clips: Count
     observed: Count
     length: Count
+    probe_episodes: Annotated[int, Field(ge=6)]
+    probe_updates: Natural
 
     @model_validator(mode="after")
     def _fits(self) -> Evaluate:

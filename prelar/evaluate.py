@@ -31,6 +31,7 @@ from prelar.methods import METHODS, build_pretrain
 from prelar.model.world_model import WorldModel
 from prelar.panels import abreast, contact_sheet, write_png
 from prelar.prediction import Prediction, measure, write_prediction
+from prelar.probe import collect, run_probe, swap_actions
 from prelar.sim import ACTION_DIM, Simulator
 from prelar.tables import write_tsv
 
@@ -71,8 +72,12 @@ def run(config: Config) -> None:
         model = load_pretrained_model(fabric.device)
         with fabric.autocast():
             evaluate_prediction(config, model, store, folder, metrics, summary)
+            evaluate_actions(config, model, store, folder, metrics, summary)
     else:
-        summary["prediction_missing"] = f"{config.method} does not pre-train, so there is nothing to measure."
+        for what in ("prediction", "probe"):
+            summary[f"{what}_missing"] = (
+                f"{config.method} does not pre-train, so there is nothing to measure."
+            )
     describe_store(store, folder)
 
     _write_json(folder / "summary.json", summary)
@@ -226,9 +231,39 @@ def evaluate_prediction(
     found = measure(model.open_loop, truth, observed=settings.observed, device=device, seed=config.seed)
     write_prediction(folder, "prediction", "open_loop", found)
     _record(found, "prediction", "prediction_error", metrics, summary)
-    probe = torch.zeros(1, 2, 3, 64, 64, device=device)
-    latent = model.infer_actions(probe, torch.tensor([[True, False]], device=device)) is not None
-    summary["prediction"] |= {"split": SPLIT, "latent": latent}
+    summary["prediction"] |= {"split": SPLIT, "latent": infers_actions(model)}
+
+
+def evaluate_actions(
+    config: Config,
+    model: WorldModel,
+    store: Store,
+    folder: Path,
+    metrics: dict[str, float],
+    summary: dict[str, Any],
+) -> None:
+    """Probe the latent action and draw the action swap; `summary` says where a method has none."""
+    if not infers_actions(model):
+        summary["probe_missing"] = f"{config.method} infers no actions from video."
+        return
+    settings, device = config.evaluate, next(model.parameters()).device
+    with Simulator(config.task) as simulator:
+        seed = episode_seed(config.seed, Purpose.PROBE)
+        episodes = collect(simulator, episodes=settings.probe_episodes, seed=seed)
+    result = run_probe(model, episodes, updates=settings.probe_updates, seed=config.seed, device=device)
+    _write_json(folder / "probe.json", result | {"task": config.task})
+    metrics |= {"probe_r2": result["rows"][0]["mean"], "probe_r2_untrained": result["rows"][1]["mean"]}
+    clips = held_out(store, length=settings.length, count=settings.clips, seed=config.seed)
+    picture = None if clips is None else swap_actions(model, clips, observed=settings.observed, device=device)
+    if picture is not None:
+        write_png(folder / "action_swap.png", picture)
+
+
+def infers_actions(model: WorldModel) -> bool:
+    """Whether the model infers latent actions from frames."""
+    device = next(model.parameters()).device
+    images = torch.zeros(1, 2, 3, 64, 64, device=device)
+    return model.infer_actions(images, torch.tensor([[True, False]], device=device)) is not None
 
 
 def held_out(store: Store, *, length: int, count: int, seed: int) -> Frames | None:

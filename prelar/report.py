@@ -140,9 +140,8 @@ def params_groups(config: Config) -> dict[str, dict[str, str]]:
     """The parameters that this run used, as text: for ablations, for the data, and the chosen presets."""
     flat = flatten(config.model_dump(mode="json"))
     stages = ("pretrain", "finetune", "evaluate")
-    groups: dict[str, dict[str, str]] = {"Ablation": {}, "Data": {}} | {
-        f"scales.{config.scale}.{stage}": {} for stage in stages
-    }
+    groups: dict[str, dict[str, str]] = {"Ablation": {}, "Data": {}}
+    groups.update({f"scales.{config.scale}.{stage}": {} for stage in stages})
     for key, value in flat.items():
         text = json.dumps(value) if not isinstance(value, str) else value
         if "." not in key:

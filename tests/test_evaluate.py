@@ -68,7 +68,15 @@ def configure(**changes: Any) -> Config:
     """params.yaml at a tiny size."""
     config = load_config()
     evaluation = config.evaluate.model_copy(
-        update={"episodes": 2, "time_limit": 12, "clips": 3, "observed": 2, "length": 6}
+        update={
+            "episodes": 2,
+            "time_limit": 12,
+            "clips": 3,
+            "observed": 2,
+            "length": 6,
+            "probe_episodes": 6,
+            "probe_updates": 2,
+        }
     )
     smoke = config.scales.smoke.model_copy(update={"evaluate": evaluation})
     scales = config.scales.model_copy(update={"smoke": smoke})
@@ -96,11 +104,13 @@ def test_evaluation_writes_metrics_tables_videos_and_page_twice_the_same(place: 
         "prediction_error_policy",
         "prediction_error_policy_copy",
     }
-    assert metrics.keys() == {"success_rate", "return"} | errors
+    probed = {"probe_r2", "probe_r2_untrained"} if method == "prelar" else set()
+    assert metrics.keys() == {"success_rate", "return"} | errors | probed
     assert all(0 < metrics[name] < 1 for name in errors)
     assert read_tsv(place / "reports/evaluate/prediction.tsv")["step"] == [1, 2, 3, 4]
     played = read_tsv(place / "reports/evaluate/episodes.tsv")
     assert played["steps"] == [12, 12] and np.mean(played["return"]) == pytest.approx(metrics["return"])
+    assert (place / "reports/evaluate/action_swap.png").exists() == (method == "prelar")
     summary = json.loads((place / "reports/evaluate/summary.json").read_text())
     assert summary["prediction"]["latent"] == (method == "prelar")
     dataset = json.loads((place / "reports/evaluate/dataset.json").read_text())

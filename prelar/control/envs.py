@@ -50,6 +50,7 @@ class Purpose(IntEnum):
     TRAIN = 0
     CURVE = 1
     EVALUATE = 2
+    PROBE = 3
 
 
 class EpisodeState(NamedTuple):

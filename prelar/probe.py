@@ -1,0 +1,247 @@
+"""Does the latent action mean anything?
+
+A ridge regression reads the hand's displacement and the gripper's change off the latent action of a pair of
+frames. The episodes are of random actions, each held for a few steps, since an expert's pose and phase give
+its action away. Beside the pre-trained encoder stand four controls: an untrained encoder, the raw difference
+of the frames, shuffled pairs (the floor), and an encoder trained with the labels (the ceiling).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor, nn
+
+from prelar.data.batches import denormalise, normalise
+from prelar.loop import adam, seed_step
+from prelar.methods import build_pretrain
+from prelar.model.world_model import WorldModel
+from prelar.panels import grid
+from prelar.sim import ACTION_DIM, Simulator
+
+Floats = npt.NDArray[np.float64]
+Frames = npt.NDArray[np.uint8]
+
+DIMENSIONS = ("x", "y", "z", "gripper")
+POSITION, OPENING = slice(0, 3), slice(7, 8)
+HELD = 5
+STEPS = 50
+TEST_SHARE = 3
+PENALTIES = tuple(10.0**k for k in range(-3, 6))
+BATCH, SEGMENT, RATE = 4, 17, 1e-3
+SWAP_ROWS, SWAP_COLUMNS, SWAP_STEPS = 4, 6, 3
+
+
+@dataclass(frozen=True)
+class Episodes:
+    """E episodes of random actions: frames uint8 (E, T, 64, 64, 3), change float64 (E, T - 1, 4).
+
+    `change[e, t]` is what happened between frames t and t + 1: the hand's displacement in metres and the
+    change of the gripper's opening.
+    """
+
+    frames: Frames
+    change: Floats
+
+
+def collect(
+    simulator: Simulator, *, episodes: int, seed: int, steps: int = STEPS, held: int = HELD
+) -> Episodes:
+    """Play random episodes, each action held `held` steps: a pure function of arguments and task."""
+    frames, change = [], []
+    for episode in range(episodes):
+        random = np.random.default_rng([seed, episode])
+        actions = random.uniform(-1, 1, (-(-steps // held), ACTION_DIM)).repeat(held, axis=0)[:steps]
+        simulator.reset(seed, episode)
+        seen, places = [simulator.render()], [simulator.gripper]
+        for action in actions:
+            simulator.step(action)
+            seen.append(simulator.render())
+            places.append(simulator.gripper)
+        frames.append(np.stack(seen))
+        path = np.stack(places).astype(np.float64)
+        change.append(np.diff(np.concatenate([path[:, POSITION], path[:, OPENING]], axis=1), axis=0))
+    return Episodes(np.stack(frames), np.stack(change))
+
+
+def ridge_r2(features: npt.NDArray[Any], targets: Floats, groups: npt.NDArray[np.int64]) -> Floats:
+    """R² of a ridge regression on held-out groups, for each target.
+
+    Args:
+        features: (N, F); scaled to zero mean and unit variance by the training rows.
+        targets: (N, D).
+        groups: (N,) numbers of episodes. Every third, from the second on, is for the test; of the others
+            every third chooses the penalty.
+
+    Returns:
+        (D,), 1 - Σ(y - ŷ)² / Σ(y - mean)²; 0 for a target that does not vary.
+    """
+    test = groups % TEST_SHARE == 1
+    train = ~test
+    ranks = np.unique(groups[train], return_inverse=True)[1]
+    inner = ranks % TEST_SHARE == 1
+    x, y = features[train], targets[train]
+    scores = [_r2(_ridge(x[~inner], y[~inner], x[inner], penalty), y[inner]) for penalty in PENALTIES]
+    best = PENALTIES[int(np.argmax([score.mean() for score in scores]))]
+    return _r2(_ridge(x, y, features[test], best), targets[test])
+
+
+def _ridge(x: npt.NDArray[Any], y: Floats, new: npt.NDArray[Any], penalty: float) -> Floats:
+    """Predictions (M, D) for rows `new` (M, F); the penalty is relative to the number of rows of `x`."""
+    middle, scale = x.mean(0), x.std(0)
+    scale = np.where(scale > 1e-12, scale, np.inf)
+    x, new = (x - middle) / scale, (new - middle) / scale
+    bottom = y.mean(0)
+    load = penalty * len(x)
+    if x.shape[1] <= len(x):
+        weights = np.linalg.solve(x.T @ x + load * np.eye(x.shape[1]), x.T @ (y - bottom))
+        return new @ weights + bottom
+    dual = np.linalg.solve((x @ x.T).astype(np.float64) + load * np.eye(len(x)), y - bottom)
+    return (new @ x.T) @ dual + bottom
+
+
+def _r2(predicted: Floats, truth: Floats) -> Floats:
+    rest = ((truth - predicted) ** 2).sum(0)
+    spread = ((truth - truth.mean(0)) ** 2).sum(0)
+    return np.where(spread > 1e-18, 1 - rest / np.where(spread > 1e-18, spread, 1), 0.0)
+
+
+def run_probe(
+    model: WorldModel, episodes: Episodes, *, updates: int, seed: int, device: torch.device
+) -> dict[str, Any]:
+    """R² of the latent action and of its controls, as the page shows them.
+
+    Args:
+        model: a pre-training model that infers latent actions.
+        episodes: at least four.
+        updates: gradient steps of the encoder that is trained with the labels.
+        seed: of the untrained weights, the shuffling and the batches.
+        device: where the model lives.
+    """
+    count, pairs = episodes.change.shape[:2]
+    groups = np.repeat(np.arange(count), pairs)
+    targets = episodes.change.reshape(-1, len(DIMENSIONS))
+    latent = _latent(model.infer_actions, episodes.frames, device)
+    torch.manual_seed(seed)
+    fresh = build_pretrain(**model.spec).to(device)
+    untrained = _latent(fresh.infer_actions, episodes.frames, device)
+    order = np.random.default_rng(seed).permutation(len(targets))
+    difference = np.diff(episodes.frames.astype(np.float32), axis=1).reshape(len(targets), -1)
+    taught = _teach(fresh, episodes, groups % TEST_SHARE != 1, updates=updates, seed=seed, device=device)
+    features: dict[str, npt.NDArray[Any]] = {
+        "latent action, pre-trained": latent,
+        "untrained encoder": untrained,
+        "raw frame difference": difference,
+        "shuffled pairs": latent[order],
+        "encoder trained with labels": _latent(taught, episodes.frames, device),
+    }
+    rows = []
+    for name, values in features.items():
+        r2 = ridge_r2(values, targets, groups)
+        rows.append({"name": name, "r2": r2.tolist(), "mean": float(r2.mean())})
+    test = int((groups % TEST_SHARE == 1).sum())
+    return {
+        "dimensions": list(DIMENSIONS),
+        "held": HELD,
+        "train": len(groups) - test,
+        "test": test,
+        "rows": rows,
+    }
+
+
+def _latent(infer: Callable[[Tensor, Tensor], Tensor | None], frames: Frames, device: torch.device) -> Floats:
+    """Latent actions of all pairs, episode after episode: (E · (T - 1), A)."""
+    found = []
+    for episode in frames:
+        images = normalise(torch.from_numpy(episode[None]).to(device))
+        with torch.no_grad():
+            actions = infer(images, _first(1, len(episode), device))
+        assert actions is not None, "the model infers no actions"
+        found.append(actions[0].double().cpu().numpy())
+    return np.concatenate(found)
+
+
+def _first(batch: int, length: int, device: torch.device) -> Tensor:
+    is_first = torch.zeros(batch, length, dtype=torch.bool, device=device)
+    is_first[:, 0] = True
+    return is_first
+
+
+def _teach(
+    model: WorldModel,
+    episodes: Episodes,
+    train: npt.NDArray[np.bool_],
+    *,
+    updates: int,
+    seed: int,
+    device: torch.device,
+) -> Callable[[Tensor, Tensor], Tensor]:
+    """Train the action encoder of a fresh model with a linear head on the labels; returns how it infers."""
+    action: Any = model.action
+    pairs = episodes.change.shape[1]
+    numbers = np.flatnonzero(train.reshape(-1, pairs)[:, 0])
+    labels = episodes.change[numbers]
+    scaled = (labels - labels.mean((0, 1))) / np.maximum(labels.std((0, 1)), 1e-9)
+    head = nn.Linear(action.action_dim, len(DIMENSIONS)).to(device)
+    optimizer = adam([*action.parameters(), *head.parameters()], RATE)
+    length = min(SEGMENT, pairs + 1)
+    for update in range(updates):
+        seed_step(seed, update)
+        random = np.random.default_rng([seed, update])
+        rows = random.integers(len(numbers), size=BATCH)[:, None]
+        times = random.integers(pairs - length + 2, size=BATCH)[:, None] + np.arange(length)
+        frames, wanted = episodes.frames[numbers[rows], times], scaled[rows, times[:, :-1]]
+        images, is_first = normalise(torch.from_numpy(frames).to(device)), _first(BATCH, length, device)
+        stats = action.posterior(images, is_first, True)
+        guess = head(action.kind.action(stats, sample=False))
+        loss = (guess - torch.from_numpy(wanted).float().to(device)).square().mean()
+        optimizer.zero_grad(set_to_none=True)
+        loss.backward()
+        optimizer.step()
+    infer: Callable[[Tensor, Tensor], Tensor] = action.infer
+    return infer
+
+
+@torch.no_grad()
+def swap_actions(model: WorldModel, frames: Frames, *, observed: int, device: torch.device) -> Frames | None:
+    """The same states under different latent actions, as one picture; None where there are too few clips.
+
+    `frames` is uint8 (N, T, 64, 64, 3). The donors are the clips' pairs that change most. The first two rows
+    show each donor's pair; below, each row starts from the state that a clip has after `observed` frames,
+    decoded in the first column, and goes on for `SWAP_STEPS` steps under the donor's latent action.
+    """
+    if len(frames) < 2:
+        return None
+    images = normalise(torch.from_numpy(frames).to(device))
+    is_first = _first(len(frames), frames.shape[1], device)
+    latent = model.infer_actions(images, is_first)
+    assert latent is not None, "the model infers no actions"
+    moved = np.abs(np.diff(frames.astype(np.int16), axis=1)).mean((2, 3, 4))
+    moments = moved.argmax(1)
+    donors = np.argsort(-moved.max(1), kind="stable")[:SWAP_COLUMNS]
+    rows = np.arange(len(frames))[:SWAP_ROWS]
+    seen = model.observe(images[rows, :observed], is_first[rows, :observed], sample=False)
+    start = {key: value[:, -1] for key, value in seen.post.items()}
+    blank = np.full((64, 64, 3), 128, np.uint8)
+    columns = [[blank, blank, *_decode(model, start, seen.context)]]
+    for donor in donors:
+        action = latent[donor, moments[donor]].expand(len(rows), -1)
+        state = start
+        for _ in range(SWAP_STEPS):
+            state = model.imagine_step(state, action, sample=False)
+        pair = frames[donor, moments[donor]], frames[donor, moments[donor] + 1]
+        columns.append([*pair, *_decode(model, state, seen.context)])
+    cells = np.stack([np.stack(column) for column in columns], axis=1)
+    return grid(cells)
+
+
+def _decode(model: WorldModel, state: dict[str, Tensor], context: Any) -> Frames:
+    """Decoded frames uint8 (B, 64, 64, 3) of states (B, …)."""
+    images = model.decode(model.feature(state)[:, None], context)[:, 0]
+    frames: Frames = denormalise(images).cpu().numpy()
+    return frames

@@ -1,0 +1,118 @@
+"""The probe on features whose worth is known, the episodes it is fitted on, and the action swap."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import numpy as np
+import pytest
+import torch
+
+from prelar.methods import build_pretrain
+from prelar.probe import HELD, Episodes, collect, ridge_r2, run_probe, swap_actions
+from prelar.sim import Simulator
+from tests.fake_results import moving
+from tests.test_evaluate import SIZES
+
+CPU = torch.device("cpu")
+
+
+@pytest.fixture(autouse=True)
+def _one_thread() -> Iterator[None]:
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.fixture
+def random() -> np.random.Generator:
+    return np.random.default_rng(0)
+
+
+def test_what_determines_the_target_scores_one_and_noise_nothing(random: np.random.Generator) -> None:
+    groups = np.repeat(np.arange(12), 40)
+    x = random.normal(size=(480, 6))
+    targets = np.stack([x @ random.normal(size=6), random.normal(size=480), np.full(480, 3.0)], 1)
+    r2 = ridge_r2(x, targets, groups)
+    assert r2[0] > 0.999
+    assert abs(r2[1]) < 0.1
+    assert r2[2] == 0
+
+
+def test_more_features_than_rows_are_solved_alike(random: np.random.Generator) -> None:
+    groups = np.repeat(np.arange(9), 20)
+    x = random.normal(size=(180, 3))
+    wide = np.concatenate([x] + [x * 0] * 99, axis=1).astype(np.float32)
+    targets = x @ random.normal(size=(3, 2)) + 0.1 * random.normal(size=(180, 2))
+    assert ridge_r2(wide, targets, groups) == pytest.approx(ridge_r2(x, targets, groups), abs=1e-3)
+
+
+def test_test_rows_do_not_help_the_fit(random: np.random.Generator) -> None:
+    groups = np.repeat(np.arange(9), 20)
+    x, y = random.normal(size=(180, 3)), random.normal(size=(180, 1))
+    test = groups % 3 == 1
+    y[test] = (x[test] @ [[1], [2], [3]]) * 100
+    assert ridge_r2(x, y, groups)[0] < 0.2
+
+
+def test_episodes_hold_each_action_and_tell_what_moved() -> None:
+    with Simulator("reach") as simulator:
+        found = collect(simulator, episodes=2, seed=5, steps=2 * HELD)
+        again = collect(simulator, episodes=2, seed=5, steps=2 * HELD)
+        start = simulator.reset(5, 1)
+        places = [simulator.gripper[:3]]
+        for action in np.random.default_rng([5, 1]).uniform(-1, 1, (2, 4)).repeat(HELD, 0):
+            simulator.step(action)
+            places.append(simulator.gripper[:3])
+    assert start.reward == 0
+    assert found.frames.shape == (2, 11, 64, 64, 3) and found.change.shape == (2, 10, 4)
+    assert np.array_equal(found.frames, again.frames) and np.array_equal(found.change, again.change)
+    assert np.array_equal(found.change[1, :, :3], np.diff(np.stack(places).astype(np.float64), axis=0))
+    assert not np.array_equal(found.frames[0, -1], found.frames[1, -1])
+
+
+def squares(random: np.random.Generator) -> Episodes:
+    """A bright square that moves by the labels: what an encoder can be taught to see."""
+    change = random.integers(-6, 7, size=(9, 8, 4)).astype(np.float64)
+    places = np.cumsum(np.concatenate([np.full((9, 1, 4), 24.0), change], 1), 1).clip(0, 52).astype(int)
+    frames = np.zeros((9, 9, 64, 64, 3), np.uint8)
+    for e in range(9):
+        for t in range(9):
+            x, y = places[e, t, :2]
+            frames[e, t, y : y + 12, x : x + 12] = 255
+    return Episodes(frames, np.diff(places, axis=1).astype(np.float64))
+
+
+def test_an_encoder_trained_with_labels_beats_shuffled_pairs(random: np.random.Generator) -> None:
+    torch.manual_seed(1)
+    model = build_pretrain(method="prelar", **SIZES)
+    found = run_probe(model, squares(random), updates=60, seed=0, device=CPU)
+    means = [row["mean"] for row in found["rows"]]
+    assert len(means) == 5 and found["test"] == 24 and found["train"] == 48
+    r2 = {row["name"]: row["r2"] for row in found["rows"]}
+    assert np.mean(r2["encoder trained with labels"][:2]) > np.mean(r2["shuffled pairs"][:2]) + 0.2
+
+
+def test_the_probe_is_repeatable() -> None:
+    model = build_pretrain(method="prelar", **SIZES)
+    first, second = (
+        run_probe(model, squares(np.random.default_rng(0)), updates=2, seed=0, device=CPU) for _ in "ab"
+    )
+    assert first == second
+
+
+def test_swapped_actions_show_donors_states_and_what_follows() -> None:
+    torch.manual_seed(0)
+    model = build_pretrain(method="prelar", **SIZES)
+    clips = np.stack([np.repeat(moving(1), 6, 0), moving(6), moving(6)[::-1]])
+    picture = swap_actions(model, clips, observed=2, device=CPU)
+    assert picture is not None and picture.shape == (5 * 66 - 2, 4 * 66 - 2, 3)
+    donor = picture[:64, 66:130], picture[66:130, 66:130]
+    assert any(
+        np.array_equal(donor[0], a) and np.array_equal(donor[1], b)
+        for a, b in zip(clips[1], clips[1][1:], strict=False)
+    )
+    columns = [picture[132:196, 66 * c : 66 * c + 64] for c in range(4)]
+    assert not np.array_equal(columns[1], columns[2])
+    assert swap_actions(model, clips[:1], observed=2, device=CPU) is None
