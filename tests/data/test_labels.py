@@ -1,0 +1,94 @@
+"""The labels package as a zip or a folder, and what is wrong with others."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from prelar.data.labels import Label, find_labels, missing_ids, read_labels
+from prelar.errors import UserError
+from tests import archives
+
+IDS = [str(number) for number in range(16)]
+
+
+def folder(path: Path, **changed: bytes) -> Path:
+    path.mkdir(parents=True, exist_ok=True)
+    for name, content in {**archives.labels_files(IDS), **changed}.items():
+        (path / name).write_bytes(content)
+    return path
+
+
+@pytest.mark.parametrize("shape", ["zip", "folder", "folder above"])
+def test_zip_and_folder_say_the_same(tmp_path: Path, shape: str) -> None:
+    if shape == "zip":
+        path = archives.labels_zip(tmp_path / "any.name", archives.labels_files(IDS))
+    else:
+        path = folder(tmp_path / "labels")
+    labels = read_labels(path.parent if shape == "folder above" else path)
+    assert set(labels.clips) == set(IDS)
+    assert labels.names["Pushing something across something"] == 1
+    assert labels.clips["0"] == Label("train", "Opening something", 0)
+    assert labels.clips["6"] == Label("validation", "Opening something", 0)
+    assert labels.clips["7"] == Label("test", "Pushing something across something", 1)
+
+
+def test_test_clips_need_no_answer(tmp_path: Path) -> None:
+    path = folder(tmp_path)
+    (path / "test-answers.csv").unlink()
+    assert read_labels(path).clips["7"] == Label("test", None, None)
+    (path / "test.json").unlink()
+    assert "7" not in read_labels(path).clips
+
+
+def test_labels_are_found_beside_the_parts(tmp_path: Path) -> None:
+    archives.source(tmp_path, {"1": b"x"}, "zip")
+    assert find_labels(sorted(tmp_path.iterdir())).name == archives.LABELS_ZIP
+    (tmp_path / archives.LABELS_ZIP).unlink()
+    with pytest.raises(UserError, match=r"ssv2\.labels"):
+        find_labels(sorted(tmp_path.iterdir()))
+    folder(tmp_path / "labels")
+    assert find_labels(sorted(tmp_path.iterdir())) == tmp_path / "labels"
+
+
+def test_an_unknown_template_has_no_label_id(tmp_path: Path) -> None:
+    entries = [
+        {"id": "0", "template": "Eating [something]", "label": "eating a pie", "placeholders": ["a pie"]}
+    ]
+    labels = read_labels(folder(tmp_path, **{"train.json": json.dumps(entries).encode()}))
+    assert labels.clips["0"] == Label("train", "Eating something", None)
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("train.json", b"{", r"train\.json is not JSON"),
+        ("train.json", b'{"a": 1}', r"train\.json: expected a list"),
+        ("train.json", b"[1]", r"train\.json: expected a list"),
+        ("train.json", b'[{"template": "x"}]', r"train\.json: expected a list"),
+        ("validation.json", b'[{"id": "0", "template": "x"}]', "clip 0 is in train and in validation"),
+        ("labels.json", b"[]", r"labels\.json: expected an object"),
+        ("labels.json", b'{"a": "b"}', r"labels\.json: expected an object"),
+    ],
+)
+def test_damaged_labels_are_named(tmp_path: Path, name: str, content: bytes, message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        read_labels(folder(tmp_path, **{name: content}))
+
+
+def test_incomplete_packages_are_named(tmp_path: Path) -> None:
+    (folder(tmp_path) / "validation.json").unlink()
+    with pytest.raises(UserError, match=r"lacks validation\.json"):
+        read_labels(tmp_path)
+    (tmp_path / "not.zip").write_text("no")
+    with pytest.raises(UserError, match="not a labels zip"):
+        read_labels(tmp_path / "not.zip")
+    with pytest.raises(UserError, match=r"no labels\.json"):
+        read_labels(tmp_path / "nowhere")
+
+
+def test_missing_ids(tmp_path: Path) -> None:
+    labels = read_labels(folder(tmp_path))
+    assert missing_ids(labels, set(IDS) - {"3", "6"}) == ["3", "6"]
