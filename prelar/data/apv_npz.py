@@ -75,6 +75,10 @@ class ApvNpz:
                 return Episode(job, reason=f"{name}: {' '.join(str(error).split())}")
         return Episode(job, frames, arrays)
 
+    def files(self, job: Job) -> list[Path]:
+        """The episode's files."""
+        return [self.folder / name for _, name in job.files]
+
     def attributes(self) -> dict[str, Any]:
         """The source; the folder is the user's and stays unnamed."""
         return {"source": {"name": "apv_npz"}, "resize": "none", "alignment": ALIGNMENT}

@@ -16,13 +16,21 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import hashlib
+import importlib.metadata
+import json
+import os
+import sys
 import zlib
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
 import numpy.typing as npt
 
+from prelar import gl, sim
+from prelar.data import store
 from prelar.data.store import FRAME, SIZE, Frames, Row
 from prelar.errors import UserError
 from prelar.sim import ACTION_DIM, GRIPPER_DIM, MAX_STEPS, Simulator, check_camera, check_task
@@ -33,6 +41,7 @@ TAIL = 10
 MOTION = 8
 RATE = 80.0
 FIRST_EPISODE = 1_000_000
+VERSIONS = ("mujoco", "metaworld", "numpy", "pillow")
 
 Array = npt.NDArray[np.float32]
 
@@ -93,8 +102,29 @@ class Source(Protocol):
     def collect(self, job: Job) -> Episode:
         """Collect one episode; a pure function of the source and the job. Runs in a worker process."""
 
+    def files(self, job: Job) -> list[Path]:
+        """Files that decide an episode, if it is read and not made."""
+
     def attributes(self) -> dict[str, Any]:
         """What the store's attributes tell about the source."""
+
+
+def staging_key(source: Source, jobs: Sequence[Job]) -> str:
+    """A name for all that decides the result, so that only work towards the same result is continued."""
+    code = [
+        sys.modules[name].__file__ for name in (gl.__name__, sim.__name__, __name__, type(source).__module__)
+    ]
+    found = [path for job in jobs for path in source.files(job) if path.exists()]
+    decides = {
+        "schema": store.SCHEMA,
+        "source": repr(source),
+        "jobs": [dataclasses.astuple(job) for job in jobs],
+        "files": [(str(path), path.stat().st_size, path.stat().st_mtime_ns) for path in found],
+        "versions": {name: importlib.metadata.version(name) for name in VERSIONS},
+        "gl": os.environ.get("MUJOCO_GL"),
+        "code": [hashlib.sha256(Path(str(path)).read_bytes()).hexdigest() for path in code],
+    }
+    return hashlib.sha256(json.dumps(decides).encode()).hexdigest()[:16]
 
 
 # --- From episodes to clips ---------------------------------------------------------------------------------
@@ -266,6 +296,10 @@ class Metaworld:
             if simulator.step(actions[-1]).success and solved is None:
                 solved = len(actions)
         return np.stack(actions), solved is not None
+
+    def files(self, job: Job) -> list[Path]:
+        """None."""
+        return []
 
     def attributes(self) -> dict[str, Any]:
         """The source and how it was asked."""

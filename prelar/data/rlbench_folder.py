@@ -73,9 +73,13 @@ class RlbenchFolder:
             )
         return [Job(*key) for key in sorted(found)]
 
+    def episode_folder(self, job: Job) -> Path:
+        """Where an episode lies."""
+        return self.folder / job.task / f"variation{job.variation}" / "episodes" / f"episode{job.episode}"
+
     def collect(self, job: Job) -> Episode:
         """Read an episode; what cannot be read is its reason."""
-        folder = self.folder / job.task / f"variation{job.variation}" / "episodes" / f"episode{job.episode}"
+        folder = self.episode_folder(job)
         try:
             arrays = read_low_dim(folder / LOW_DIM)
             length = len(arrays["actions"])
@@ -83,6 +87,11 @@ class RlbenchFolder:
         except ValueError as error:
             return Episode(job, reason=str(error))
         return Episode(job, frames, arrays, success=True, fps=RATE)
+
+    def files(self, job: Job) -> list[Path]:
+        """The episode's pickle and the folders of its pictures."""
+        folder = self.episode_folder(job)
+        return [folder / LOW_DIM, *(folder / f"{camera}_rgb" for camera in self.cameras)]
 
     def attributes(self) -> dict[str, Any]:
         """The source; the folder is the user's and stays unnamed."""

@@ -1,0 +1,147 @@
+"""The flow of stage rlbench: demonstrations become a store with actions. `python -m flows.rlbench`."""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+from collections.abc import Iterator
+from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
+from pathlib import Path
+from typing import Any
+
+from prefect import flow, task
+from prefect.cache_policies import NO_CACHE
+from prefect.task_runners import ThreadPoolTaskRunner
+from tqdm import tqdm
+
+from flows import runtime, staging
+from prelar import files, gl
+from prelar.config import Rlbench, load_config
+from prelar.data import apv_npz
+from prelar.data.demonstrations import Episode, Job, Metaworld, Source, Splits, clips, staging_key
+from prelar.data.rlbench_folder import RlbenchFolder
+from prelar.data.store import Store, StoreWriter
+from prelar.errors import UserError
+from prelar.workers import worker_pool
+
+NAME = "rlbench"
+BATCH = 4
+
+_desks: dict[str, staging.Desk[list[Job], list[Episode]]] = {}
+
+
+@task(name="collect", task_run_name="collect-{number}", cache_policy=NO_CACHE)
+def collect(desk: str, number: int) -> int:
+    """Collect one batch of episodes."""
+    _desks[desk].work(number)
+    return number
+
+
+@task(name="validate", cache_policy=NO_CACHE)
+def validate(path: Path, source: Source, max_bad: float) -> str:
+    """Validate the staged store; returns the summary in a line."""
+    from prelar.data import validation
+    from prelar.data.demonstration_suites import demonstration_suites
+
+    store = Store.open(path)
+    suites = demonstration_suites(store, source, max_bad=max_bad)
+    counted: dict[str, Any] = validation.validate(NAME, suites, validation.facts(store))["facts"]
+    return (
+        f"{counted['clips']} clips of {len(source.cameras)} cameras, {counted['frames']} frames, "
+        f"{counted['pairs']} pairs, {counted['bad']} clips left out"
+    )
+
+
+@flow(name=NAME)
+def rlbench() -> str:
+    """Collect, store, index, validate and publish; returns a summary in a line.
+
+    The caller holds the lock on the store. Work that an earlier run left in staging is continued.
+    """
+    settings = load_config().rlbench
+    staging.clear_leftovers(NAME)
+    source = find(settings)
+    jobs = source.jobs()
+    folder = files.STAGING / f"{NAME}-{staging_key(source, jobs)}"
+    valid = folder / "valid"
+    if not valid.is_file():
+        with StoreWriter(folder / f"{NAME}.zarr", arrays=source.arrays) as writer:
+            fill(writer, source, jobs, settings.workers)
+            writer.finish(source.attributes())
+        files.write_text(valid, validate(folder / f"{NAME}.zarr", source, settings.max_bad))
+    summary = valid.read_text(encoding="utf-8")
+    staging.publish(NAME, folder)
+    return summary
+
+
+def find(settings: Rlbench) -> Source:
+    """The source that params.yaml names. Raises `UserError` where it cannot be used."""
+    if settings.source == "metaworld":
+        gl.ensure()
+        return Metaworld(
+            tasks=tuple(settings.tasks),
+            episodes=settings.episodes,
+            cameras=tuple(settings.cameras),
+            noise=settings.noise,
+            keep_failures=settings.keep_failures,
+            seed=settings.seed,
+        )
+    folder = Path(str(settings.path))
+    return apv_npz.open_folder(folder) if settings.source == "apv_npz" else RlbenchFolder(folder)
+
+
+def fill(writer: StoreWriter, source: Source, jobs: list[Job], workers: int) -> None:
+    """Collect the episodes that the writer lacks, in worker processes, and append them in the jobs' order."""
+    done = writer.count // len(source.cameras)
+    labels = {name: number for number, name in enumerate(sorted({job.task for job in jobs}))}
+    splits = Splits(jobs, writer.rows())
+    with (
+        worker_pool(workers) as pool,
+        tqdm(desc="demonstrations", total=len(jobs), initial=done, unit="episode", disable=None) as bar,
+    ):
+        for episodes in collected(source, jobs[done:], pool, workers):
+            for episode in episodes:
+                for frames, row, arrays in clips(episode, source, labels[episode.job.task], splits):
+                    writer.append(frames, row, **arrays)
+                bar.set_postfix(task=episode.job.task, clips=len(writer.lengths), refresh=False)
+            writer.commit()
+            bar.update(len(episodes))
+
+
+def collected(
+    source: Source, jobs: list[Job], pool: ProcessPoolExecutor, workers: int
+) -> Iterator[list[Episode]]:
+    """Batches of collected episodes in the order of the jobs."""
+
+    def work(batch: list[Job]) -> list[Episode]:
+        running = [pool.submit(source.collect, job) for job in batch]
+        return [episode.result() for episode in running]
+
+    _desks[NAME] = desk = staging.Desk(work)
+    batches = (jobs[begin : begin + BATCH] for begin in itertools.count(0, BATCH))
+    try:
+        yield from desk.in_order(
+            itertools.takewhile(bool, batches), lambda number: collect.submit(NAME, number), workers
+        )
+    except BrokenProcessPool:
+        raise UserError("a worker process died; run again, the work so far is kept") from None
+
+
+def _arguments() -> None:
+    parser = argparse.ArgumentParser(prog="python -m flows.rlbench", description=__doc__)
+    parser.epilog = "What it does is set in params.yaml, group rlbench."
+    parser.parse_args()
+
+
+def main() -> None:
+    """Run the flow with the settings of params.yaml."""
+    _arguments()
+    workers = load_config().rlbench.workers
+    with staging.surroundings(NAME):
+        pool: Any = ThreadPoolTaskRunner(max_workers=workers)
+        print(f"{staging.target(NAME)}: {rlbench.with_options(task_runner=pool)()}")
+
+
+if __name__ == "__main__":
+    runtime.run(main)

@@ -1,0 +1,110 @@
+"""How a flow's store grows in staging and comes to its final name, whole or not at all."""
+
+from __future__ import annotations
+
+import collections
+import contextlib
+import errno
+import itertools
+import threading
+from collections.abc import Callable, Iterable, Iterator
+from pathlib import Path
+from typing import Generic, Protocol, TypeVar
+
+from flows import runtime
+from prelar import files
+from prelar.data.store import index_path
+from prelar.errors import UserError
+
+Batch = TypeVar("Batch")
+Result = TypeVar("Result")
+
+
+class Future(Protocol):
+    """A task that was handed to Prefect."""
+
+    def result(self) -> object:
+        """Wait for the task; raises what it raised."""
+
+
+class Desk(Generic[Batch, Result]):
+    """Batches on their way to the tasks and back, so that Prefect handles numbers and keeps no frames."""
+
+    def __init__(self, work: Callable[[Batch], Result]) -> None:
+        """`work` turns a batch into its result, on whatever thread the task runs."""
+        self._work = work
+        self._lock = threading.Lock()
+        self._waiting: dict[int, Batch] = {}
+        self._done: dict[int, Result] = {}
+
+    def work(self, number: int) -> None:
+        """Work on a batch that was laid down; a second attempt finds it still there."""
+        with self._lock:
+            batch = self._waiting[number]
+        done = self._work(batch)
+        with self._lock:
+            self._done[number] = done
+            del self._waiting[number]
+
+    def in_order(
+        self, batches: Iterable[Batch], submit: Callable[[int], Future], ahead: int
+    ) -> Iterator[Result]:
+        """Results in the order of the batches, while at most `ahead` batches are under way or wait."""
+        flight: collections.deque[tuple[int, Future]] = collections.deque()
+        for number, batch in enumerate(batches):
+            if len(flight) == ahead:
+                yield self._land(*flight.popleft())
+            with self._lock:
+                self._waiting[number] = batch
+            flight.append((number, submit(number)))
+        while flight:
+            yield self._land(*flight.popleft())
+
+    def _land(self, number: int, future: Future) -> Result:
+        future.result()
+        with self._lock:
+            return self._done.pop(number)
+
+
+def target(name: str) -> Path:
+    """Where the store `name` is published."""
+    return Path(f"data/{name}.zarr")
+
+
+@contextlib.contextmanager
+def surroundings(name: str) -> Iterator[None]:
+    """Hold the lock on a store, have a Prefect server, and tell of a full disk in one line."""
+    with files.exclusive(target(name)), runtime.server():
+        try:
+            yield
+        except OSError as error:
+            if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+                raise
+            raise UserError("the disk is full; make room and run again, the work so far is kept") from None
+
+
+def clear_leftovers(name: str) -> None:
+    """Remove what runs that were killed while publishing left behind."""
+    _clear(files.STAGING.glob(f"{name}-*.old"), target(name).parent.glob(f".{name}.*.old"))
+
+
+def publish(name: str, staging: Path, keep: tuple[str, ...] = ()) -> None:
+    """Rename the validated store and its index to their final names, and clear the flow's staging.
+
+    Folders of staging whose names start with one of `keep` stay. A run that is killed in between leaves the
+    rest to the next one.
+    """
+    staged = staging / target(name).name
+    for path, final in ((index_path(staged), index_path(target(name))), (staged, target(name))):
+        if path.exists():
+            files.publish(path, final)
+    left = [path for path in files.STAGING.glob(f"{name}-*") if not path.name.startswith(keep)]
+    aside = [path.with_name(f"{path.name}.old") for path in left]
+    for path, other in zip(left, aside, strict=True):
+        path.replace(other)
+    _clear(aside)
+
+
+def _clear(*paths: Iterable[Path]) -> None:
+    for path in itertools.chain(*paths):
+        files.remove(path)
