@@ -68,6 +68,7 @@ LOSSES = {
     ),
     "lower_kl": ("Dynamics KL, lower", "Posterior against prior of the action-free states, in nats."),
     "total": ("Total", "The weighted sum that is minimised."),
+    "prediction_error": ("Prediction error", "Of the frames that the model does not see, while it learns."),
 }
 
 
@@ -100,6 +101,7 @@ def render(config: Config, root: Path = Path()) -> str:
         lstrip_blocks=True,
     )
     environment.filters["number"] = number
+    environment.filters["score"] = lambda value: f"{value:.2f}".replace("-", "\u2212")
     environment.filters["grouped"] = lambda value: f"{value:,}"
     page: str = environment.get_template("report.html.jinja").render(gather(config, root))
     return page
@@ -113,6 +115,9 @@ def gather(config: Config, root: Path) -> dict[str, Any]:
         raise UserError(f"{root / METRICS}: no such file; run `dvc repro evaluate` first")
     name, account = METHODS[config.method]
     provenance = find_provenance(config, root)
+    curves: dict[bool, list[Figure]] = {True: [], False: []}
+    for loss, figure in loss_curves(root / "reports/pretrain/plots/metrics", "pre").items():
+        curves[loss in LOSSES].append(figure)
     return {
         "config": config,
         "method": name,
@@ -122,7 +127,8 @@ def gather(config: Config, root: Path) -> dict[str, Any]:
         "summary": _read_json(folder / "summary.json") or {},
         "episodes": _episodes(folder / "episodes.tsv"),
         "learning": learning_curves(root / "reports/finetune/plots/metrics"),
-        "pretraining": loss_curves(root / "reports/pretrain/plots/metrics", "pre"),
+        "pretraining": curves[True],
+        "pretraining_more": curves[False],
         "prediction": prediction_chart(folder / "prediction.tsv", "prediction"),
         "prediction_policy": prediction_chart(folder / "prediction_policy.tsv", "prediction-policy"),
         "dataset": _read_json(folder / "dataset.json"),
@@ -178,8 +184,8 @@ def learning_curves(folder: Path) -> list[Figure]:
     return figures
 
 
-def loss_curves(folder: Path, prefix: str) -> list[Figure]:
-    """One chart for each loss logged under `folder`; a loss logged in several places gets a line for each."""
+def loss_curves(folder: Path, prefix: str) -> dict[str, Figure]:
+    """A chart for each metric logged under `folder`, by name, with a line for each place it is logged in."""
     found: dict[str, dict[str, tuple[list[float], list[float]]]] = {}
     for path in sorted(folder.rglob("*.tsv")):
         curve = _curve(path)
@@ -189,7 +195,7 @@ def loss_curves(folder: Path, prefix: str) -> list[Figure]:
     order = [name for name in LOSSES if name in found] + [
         name for name in sorted(found) if name not in LOSSES
     ]
-    figures = []
+    figures = {}
     for name in order:
         title, caption = LOSSES.get(name, (name.replace("_", " ").capitalize(), ""))
         lines = dict(list(found[name].items())[:4])
@@ -205,7 +211,7 @@ def loss_curves(folder: Path, prefix: str) -> list[Figure]:
             log=log,
         )
         headings = {title if len(lines) == 1 else place: curve for place, curve in lines.items()}
-        figures.append(_figure(chart, f"{title}. {caption}".strip(), "Updates", headings))
+        figures[name] = _figure(chart, f"{title}. {caption}".strip(), "Updates", headings)
     return figures
 
 

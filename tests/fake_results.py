@@ -10,6 +10,7 @@ import numpy as np
 from PIL import Image
 
 from prelar.media import enlarge, side_by_side, write_mp4
+from prelar.panels import grid, write_png
 from prelar.tables import write_tsv
 
 METRICS = {
@@ -49,6 +50,19 @@ def make_results(root: Path, *, pretrained: bool = True) -> None:
     make_evaluation(root / "reports/evaluate", pretrained=pretrained)
 
 
+def make_probe(folder: Path) -> None:
+    """Write the probe's table and the action swap."""
+    names = ("latent action, pre-trained", "untrained encoder", "raw frame difference", "shuffled pairs")
+    rows = [
+        {"name": name, "r2": [0.5 - 0.1 * k, 0.4, 0.25, -0.0123], "mean": 0.3 - 0.05 * k}
+        for k, name in enumerate((*names, "encoder trained with labels"))
+    ]
+    head = {"dimensions": ["x", "y", "z", "gripper"], "held": 5, "train": 300, "test": 150, "task": "reach"}
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "probe.json").write_text(json.dumps(head | {"rows": rows}), encoding="utf-8")
+    write_png(folder / "action_swap.png", grid(np.stack([moving(7)] * 6)))
+
+
 def make_evaluation(folder: Path, *, pretrained: bool = True) -> None:
     """Write reports/evaluate."""
     ahead = list(range(1, 12))
@@ -76,6 +90,7 @@ def make_evaluation(folder: Path, *, pretrained: bool = True) -> None:
     if pretrained:
         summary["prediction"] = {**segments, "split": "validation", "latent": True}
         names.append("prediction")
+        make_probe(folder)
     else:
         summary["prediction_missing"] = "DreamerV2 has no pre-trained model."
     for name in names:

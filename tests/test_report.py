@@ -94,7 +94,7 @@ def test_landmarks_labels_and_texts_for_what_is_seen(text: str) -> None:
     assert len(identifiers) == len(set(identifiers))
     for attributes in page.all("img"):
         assert len(attributes["alt"] or "") > 20
-    assert len(page.all("img")) == 2
+    assert len(page.all("img")) == 3
     videos = page.all("video")
     assert len(videos) == 3
     assert all("controls" in v and v["aria-label"] and "poster" in v and "autoplay" not in v for v in videos)
@@ -177,7 +177,7 @@ def test_curves_with_a_diverged_value_are_still_drawn(tmp_path: Path) -> None:
     folder.mkdir()
     (folder / "image.tsv").write_text("step\timage\n10\t900\n20\tnan\n30\t5\n")
     (folder / "kl.tsv").write_text("step\tkl\n")
-    (figure,) = report.loss_curves(tmp_path, "pre")
+    (figure,) = report.loss_curves(tmp_path, "pre").values()
     assert figure.rows == (("10", "900"), ("30", "5"))
     assert "nan" not in figure.svg and "reconstruction (log)" in figure.svg
 
