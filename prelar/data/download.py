@@ -29,7 +29,6 @@ COOKIES = "PRELAR_HTTP_COOKIES"
 PARALLEL = 4
 ATTEMPTS = 8
 REDIRECTS = 5
-BLOCK = 1 << 20
 
 Progress = Callable[[int], object]
 
@@ -219,7 +218,7 @@ class _Download:
         with self.partial.open("r+b" if offset else "wb") as handle:
             handle.seek(offset)
             handle.truncate()
-            for block in answer.iter_raw(BLOCK):
+            for block in answer.iter_raw():
                 self._check()
                 handle.write(block)
                 offset += len(block)
