@@ -78,7 +78,7 @@ def server() -> Iterator[str]:
     temporary server ends with this process, however this process ends.
     """
     given = os.environ.get(API)
-    if given and _answers(given):
+    if given and answers(given):
         yield given
         return
     if given:
@@ -97,7 +97,8 @@ def server() -> Iterator[str]:
                 os.environ[API] = given
 
 
-def _answers(url: str, seconds: float = 5.0) -> bool:
+def answers(url: str, seconds: float = 5.0) -> bool:
+    """Whether a Prefect API answers at `url` within `seconds`."""
     import httpx
 
     try:
@@ -158,7 +159,7 @@ def _wait(process: subprocess.Popen[bytes], url: str, log: Path) -> None:
     while time.monotonic() < end:
         if process.poll() is not None:
             raise UserError(f"the temporary Prefect server ended at once; {log} says why")
-        if _answers(url, seconds=2.0):
+        if answers(url, seconds=2.0):
             return
         time.sleep(0.1)
     raise UserError(

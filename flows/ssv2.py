@@ -3,74 +3,36 @@
 from __future__ import annotations
 
 import argparse
-import collections
-import errno
 import hashlib
-import itertools
-import threading
-from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 from prefect import flow, task
 from prefect.cache_policies import NO_CACHE
-from prefect.futures import PrefectFuture
 from prefect.task_runners import ThreadPoolTaskRunner
 from tqdm import tqdm
 
-from flows import runtime
+from flows import runtime, staging
 from prelar import files
-from prelar.config import load_config
+from prelar.config import Ssv2, load_config
 from prelar.data import download, ingest
 from prelar.data.archive import Member
 from prelar.data.ingest import Ingested, Source
 from prelar.data.labels import Labels, read_labels
-from prelar.data.store import Store, StoreWriter, index_path
+from prelar.data.store import Store, StoreWriter
 from prelar.data.video import Decoder
-from prelar.errors import UserError
 
 NAME = "ssv2"
-TARGET = Path(f"data/{NAME}.zarr")
+PARTS = f"{NAME}-parts-"
 
 
-class Desk:
-    """Batches on their way to the tasks and back, so that Prefect handles numbers and keeps no frames."""
-
-    def __init__(self, decoder: Decoder, known: Labels, min_frames: int) -> None:
-        self._decoder = decoder
-        self._known = known
-        self._min_frames = min_frames
-        self._lock = threading.Lock()
-        self._waiting: dict[int, list[Member]] = {}
-        self._done: dict[int, list[Ingested]] = {}
-
-    def put(self, number: int, batch: list[Member]) -> None:
-        """Lay down a batch to be decoded."""
-        with self._lock:
-            self._waiting[number] = batch
-
-    def decode(self, number: int) -> None:
-        """Decode a batch that was laid down; a second attempt finds it still there."""
-        with self._lock:
-            batch = self._waiting[number]
-        done = ingest.ingest(self._decoder, batch, self._known, self._min_frames)
-        with self._lock:
-            self._done[number] = done
-            del self._waiting[number]
-
-    def take(self, number: int) -> list[Ingested]:
-        """Take away a batch that was decoded."""
-        with self._lock:
-            return self._done.pop(number)
-
-
-_desks: dict[str, Desk] = {}
+_desks: dict[str, staging.Desk[list[Member], list[Ingested]]] = {}
 
 
 @task(name="fetch", cache_policy=NO_CACHE)
 def fetch(urls: list[str]) -> list[Path]:
     """Download the archive's parts, or find them downloaded."""
-    folder = files.STAGING / f"{NAME}-parts-{hashlib.sha256(chr(10).join(urls).encode()).hexdigest()[:16]}"
+    folder = files.STAGING / f"{PARTS}{hashlib.sha256(chr(10).join(urls).encode()).hexdigest()[:16]}"
     with tqdm(desc="download", unit="B", unit_scale=True, disable=None) as bar:
         headers = download.environment_headers()
         return download.fetch(urls, folder / "parts", headers=headers, progress=bar.update)
@@ -79,7 +41,7 @@ def fetch(urls: list[str]) -> list[Path]:
 @task(name="decode", task_run_name="decode-{number}", cache_policy=NO_CACHE, retries=1)
 def decode(desk: str, number: int) -> int:
     """Decode one batch of clips."""
-    _desks[desk].decode(number)
+    _desks[desk].work(number)
     return number
 
 
@@ -105,25 +67,24 @@ def ssv2() -> str:
 
     The caller holds the lock on the store. Work that an earlier run left in staging is continued.
     """
-    cfg = load_config()
-    settings = cfg.ssv2
-    clear(files.STAGING.glob(f"{NAME}-*.old"), TARGET.parent.glob(f".{NAME}.*.old"))
+    settings = load_config().ssv2
+    staging.clear_leftovers(NAME)
     decoder = Decoder(settings.ffmpeg)
     source = find(settings.source, settings.labels)
     known = read_labels(source.labels)
-    staging = (
+    folder = (
         files.STAGING / f"{NAME}-{ingest.staging_key(source, known, decoder.version, settings.min_frames)}"
     )
-    valid = staging / "valid"
+    valid = folder / "valid"
     if not valid.is_file():
-        with StoreWriter(staging / TARGET.name) as writer:
-            fill(writer, source, Desk(decoder, known, settings.min_frames), settings.batch, settings.workers)
+        with StoreWriter(folder / f"{NAME}.zarr") as writer:
+            fill(writer, source, known, decoder, settings)
             ingest.append_missing(writer, known)
             writer.finish(ingest.attributes(writer, decoder.version, settings.min_frames))
-        summary = validate(staging / TARGET.name, source.labels, settings.min_frames, settings.max_bad)
+        summary = validate(folder / f"{NAME}.zarr", source.labels, settings.min_frames, settings.max_bad)
         files.write_text(valid, summary)
     summary = valid.read_text(encoding="utf-8")
-    publish(staging)
+    staging.publish(NAME, folder, keep=(PARTS,))
     return summary
 
 
@@ -137,57 +98,23 @@ def find(source: str | list[str], labels: str | None) -> Source:
     return ingest.files_source(paths[: len(source)], named)
 
 
-def fill(writer: StoreWriter, source: Source, desk: Desk, batch: int, workers: int) -> None:
+def fill(writer: StoreWriter, source: Source, known: Labels, decoder: Decoder, settings: Ssv2) -> None:
     """Decode what the writer lacks, and append it in the source's order.
 
     No more batches than workers are under way or wait to be appended: so much a crash loses at most.
     """
-    _desks[NAME] = desk
-    total = source.size or len(source.clips)
-    flight: collections.deque[tuple[int, PrefectFuture[int]]] = collections.deque()
-    with tqdm(
-        desc="ingest", total=total, unit="B" if source.size else "clip", unit_scale=True, disable=None
-    ) as bar:
+
+    def work(batch: list[Member]) -> list[Ingested]:
+        return ingest.ingest(decoder, batch, known, settings.min_frames)
+
+    _desks[NAME] = desk = staging.Desk(work)
+    total, unit = (source.size, "B") if source.size else (len(source.clips), "clip")
+    with tqdm(desc="ingest", total=total, unit=unit, unit_scale=True, disable=None) as bar:
         members = ingest.after_committed(source.members(bar.update), writer)
-        for number, some in enumerate(ingest.batches(members, batch)):
-            if len(flight) == workers:
-                _land(writer, desk, flight, bar)
-            desk.put(number, some)
-            flight.append((number, decode.submit(NAME, number)))
-        while flight:
-            _land(writer, desk, flight, bar)
-
-
-def _land(
-    writer: StoreWriter, desk: Desk, flight: collections.deque[tuple[int, PrefectFuture[int]]], bar: tqdm
-) -> None:
-    number, future = flight.popleft()
-    future.result()
-    done = desk.take(number)
-    ingest.append(writer, done)
-    bar.set_postfix(clips=writer.count, frames=writer.frames, refresh=False)
-
-
-def publish(staging: Path) -> None:
-    """Rename the validated store and its index to their final names, and clear all staging but downloads.
-
-    A run that is killed in between leaves the rest to the next one.
-    """
-    staged = staging / TARGET.name
-    for path, final in ((index_path(staged), index_path(TARGET)), (staged, TARGET)):
-        if path.exists():
-            files.publish(path, final)
-    left = [path for path in files.STAGING.glob(f"{NAME}-*") if not path.name.startswith(f"{NAME}-parts-")]
-    aside = [path.with_name(f"{path.name}.old") for path in left]
-    for path, other in zip(left, aside, strict=True):
-        path.replace(other)
-    clear(aside)
-
-
-def clear(*paths: Iterable[Path]) -> None:
-    """Remove what is no longer needed."""
-    for path in itertools.chain(*paths):
-        files.remove(path)
+        batches = ingest.batches(members, settings.batch)
+        for done in desk.in_order(batches, lambda number: decode.submit(NAME, number), settings.workers):
+            ingest.append(writer, done)
+            bar.set_postfix(clips=writer.count, frames=writer.frames, refresh=False)
 
 
 def _arguments() -> None:
@@ -199,15 +126,10 @@ def _arguments() -> None:
 def main() -> None:
     """Run the flow with the settings of params.yaml."""
     _arguments()
-    cfg = load_config()
-    with files.exclusive(TARGET), runtime.server():
-        pool: Any = ThreadPoolTaskRunner(max_workers=cfg.ssv2.workers)
-        try:
-            print(f"{TARGET}: {ssv2.with_options(task_runner=pool)()}")
-        except OSError as error:
-            if error.errno not in (errno.ENOSPC, errno.EDQUOT):
-                raise
-            raise UserError("the disk is full; make room and run again, the work so far is kept") from None
+    workers = load_config().ssv2.workers
+    with staging.surroundings(NAME):
+        pool: Any = ThreadPoolTaskRunner(max_workers=workers)
+        print(f"{staging.target(NAME)}: {ssv2.with_options(task_runner=pool)()}")
 
 
 if __name__ == "__main__":
