@@ -1,7 +1,7 @@
-"""The evaluation: how often the agent succeeds, how well the models foresee, and the page that shows it.
+"""The evaluation: how often the agent succeeds, how well the models foresee, what the latent action means.
 
-Writes metrics.json (few numbers, for `dvc metrics` and `dvc exp show`), reports/evaluate (tables for
-`dvc plots show`, videos, pictures, and what the page needs to know) and reports/index.html.
+Writes metrics.json (few numbers, for `dvc metrics` and `dvc exp show`) and reports/evaluate (tables for
+`dvc plots show`, videos, pictures, and what the report needs to know).
 """
 
 from __future__ import annotations
@@ -16,7 +16,6 @@ import numpy.typing as npt
 import pyarrow.compute as pc
 import torch
 
-from prelar import report
 from prelar.checkpoint import load_config, load_parts
 from prelar.config import Config
 from prelar.control.agent import load_agent
@@ -37,6 +36,8 @@ from prelar.tables import write_tsv
 
 PRETRAIN = Path("data/pretrain")
 FINETUNE = Path("data/finetune")
+REPORT = Path("reports/evaluate")
+METRICS = Path("metrics.json")
 SPLIT = "validation"
 SHOWN_EPISODES = 3
 KEPT_EPISODES = 10
@@ -50,7 +51,7 @@ Frames = npt.NDArray[np.uint8]
 
 
 def run(config: Config) -> None:
-    """Evaluate the checkpoints in data/ and write metrics.json, reports/evaluate and reports/index.html.
+    """Evaluate the checkpoints in data/ and write metrics.json and reports/evaluate.
 
     Raises:
         UserError: a checkpoint or the store is missing, or was made with another method or task.
@@ -81,9 +82,8 @@ def run(config: Config) -> None:
     describe_store(store, folder)
 
     _write_json(folder / "summary.json", summary)
-    publish(folder, report.EVALUATE)
-    _write_json(report.METRICS, {name: float(f"{value:.9g}") for name, value in metrics.items()})
-    report.run(config)
+    publish(folder, REPORT)
+    _write_json(METRICS, {name: float(f"{value:.9g}") for name, value in metrics.items()})
 
 
 def check_origin(folder: Path, described: Mapping[str, Any], **expected: str) -> None:

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 
-from prelar import evaluate
+from prelar import evaluate, report
 from prelar.checkpoint import save_parts
 from prelar.config import Config, load_config
 from prelar.control.behaviour import Actor
@@ -92,7 +92,7 @@ def contents(root: Path) -> dict[str, bytes]:
 
 
 @pytest.mark.parametrize("method", ["prelar", "contextwm"])
-def test_evaluation_writes_metrics_tables_videos_and_page_twice_the_same(place: Path, method: str) -> None:
+def test_evaluation_writes_metrics_tables_and_videos_twice_the_same(place: Path, method: str) -> None:
     make_store(place / "data/ssv2.zarr")
     make_checkpoints(method, "reach")
     config = configure(method=method)
@@ -126,7 +126,9 @@ def test_evaluation_writes_metrics_tables_videos_and_page_twice_the_same(place: 
 def test_a_method_without_pretraining_and_its_page(place: Path) -> None:
     make_store(place / "data/ssv2.zarr")
     make_checkpoints("dreamerv2", "reach")
-    evaluate.run(configure(method="dreamerv2"))
+    config = configure(method="dreamerv2")
+    evaluate.run(config)
+    report.run(config)
     metrics = json.loads((place / "metrics.json").read_text())
     assert "prediction_error" not in metrics and metrics["prediction_error_policy"] > 0
     assert "DreamerV2 has no pre-training" in (place / "reports/index.html").read_text()
@@ -135,7 +137,9 @@ def test_a_method_without_pretraining_and_its_page(place: Path) -> None:
 def test_a_store_without_held_out_clips_is_said(place: Path) -> None:
     make_store(place / "data/ssv2.zarr", splits=("train",))
     make_checkpoints("prelar", "reach")
-    evaluate.run(configure())
+    config = configure()
+    evaluate.run(config)
+    report.run(config)
     assert "prediction_error" not in json.loads((place / "metrics.json").read_text())
     assert "no clip of the validation split has 6 frames" in (place / "reports/index.html").read_text()
 

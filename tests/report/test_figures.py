@@ -11,7 +11,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from prelar.figures import (
+from prelar.report.figures import (
     BOTTOM,
     HEIGHT,
     LEFT,

@@ -18,9 +18,9 @@ from markupsafe import Markup
 
 from prelar.config import Config
 from prelar.errors import UserError
-from prelar.figures import Series, line_chart, number, thin
 from prelar.files import write_text
-from prelar.provenance import find_provenance, flatten
+from prelar.report.figures import Series, line_chart, number, thin
+from prelar.report.provenance import find_provenance, flatten
 from prelar.tables import read_tsv
 
 PAGE = Path("reports/index.html")

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from prelar.config import load_config
-from prelar.provenance import find_provenance
+from prelar.report.provenance import find_provenance
 from tests.conftest import ROOT
 
 LOCK = """

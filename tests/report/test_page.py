@@ -10,10 +10,10 @@ from typing import Any
 
 import pytest
 
-from prelar import report
 from prelar.config import Config, load_config
 from prelar.errors import UserError
-from prelar.figures import number
+from prelar.report import page as report
+from prelar.report.figures import number
 from tests.conftest import ROOT
 from tests.fake_results import METRICS, make_results
 
