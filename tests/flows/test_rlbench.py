@@ -1,0 +1,212 @@
+"""The rlbench flow: every source into one store, the same bytes however it ran or was interrupted."""
+
+import hashlib
+import shutil
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from flows import rlbench
+from prelar.config import load_config
+from prelar.data import apv_npz
+from prelar.data.demonstrations import Metaworld, Source, staging_key
+from prelar.data.rlbench_folder import RlbenchFolder
+from prelar.data.store import Store, StoreWriter
+from prelar.errors import UserError
+from tests.conftest import Project
+
+EPISODES = 7
+
+
+def digest(*paths: Path) -> dict[str, str]:
+    """Digest of files, and of every file of folders."""
+    found = {}
+    for path in paths:
+        for file in [path] if path.is_file() else sorted(path.rglob("*")):
+            if file.is_file():
+                found[str(file.relative_to(path.parent))] = hashlib.sha256(file.read_bytes()).hexdigest()
+    return found
+
+
+@pytest.fixture
+def recorded(tmp_path: Path) -> apv_npz.ApvNpz:
+    """A source that reads quickly: episodes of two cameras, one of them broken."""
+    folder = tmp_path / "recorded"
+    folder.mkdir()
+    for task, episode, camera in [
+        (task, episode, camera)
+        for task in ("lamp_on", "slide_block")
+        for episode in range(EPISODES)
+        for camera in ("front", "wrist")
+    ]:
+        random = np.random.default_rng([len(task), episode, len(camera)])
+        length = 5 + episode
+        np.savez_compressed(
+            folder / f"{task}-v0-e{episode}-{camera}-{length}.npz",
+            image=random.integers(0, 256, (length, 64, 64, 3), np.uint8),
+            action=random.normal(size=(length, 8)).astype(np.float32),
+        )
+    (folder / "lamp_on-v0-e3-wrist-8.npz").write_bytes(b"broken")
+    return apv_npz.open_folder(folder)
+
+
+@pytest.fixture
+def threads(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Tasks run on plain threads, without Prefect's engine."""
+    pool = ThreadPoolExecutor(3)
+    monkeypatch.setattr(
+        rlbench.collect, "submit", lambda desk, number: pool.submit(rlbench._desks[desk].work, number)
+    )
+
+
+def fill(path: Path, source: Source, workers: int) -> None:
+    """What the flow does with a store in staging."""
+    with StoreWriter(path, arrays=source.arrays) as writer:
+        rlbench.fill(writer, source, source.jobs(), workers)
+        writer.finish(source.attributes())
+
+
+def test_store_is_the_source_in_order(tmp_path: Path, recorded: apv_npz.ApvNpz, threads: None) -> None:
+    fill(tmp_path / "x.zarr", recorded, 2)
+    store = Store.open(tmp_path / "x.zarr")
+    rows = store.index.to_pylist()
+    assert [row["id"] for row in rows] == [
+        job.clip_id(camera) for job in recorded.jobs() for camera in ("front", "wrist")
+    ]
+    bad = [row for row in rows if row["status"] == "bad"]
+    assert [row["id"] for row in bad] == ["lamp_on-v0-e3-front", "lamp_on-v0-e3-wrist"]
+    assert all(row["reason"].startswith("lamp_on-v0-e3-wrist-8.npz: ") for row in bad)
+    assert {(row["label"], row["label_id"]) for row in rows} == {("lamp_on", 0), ("slide_block", 1)}
+    held = {row["id"] for row in rows if row["split"] == "validation"}
+    assert held == {
+        f"{task}-v0-e0-{camera}" for task in ("lamp_on", "slide_block") for camera in ("front", "wrist")
+    }
+    clip = store.clip_index.to_pylist()[5]
+    raw = np.load(recorded.folder / f"{clip['id']}-{clip['frames']}.npz", allow_pickle=False)
+    assert np.array_equal(store.read(clip["start"], clip["frames"]), raw["image"])
+    actions = store.array("actions")[clip["start"] : clip["start"] + clip["frames"]]
+    assert np.array_equal(actions[:-1], raw["action"][:-1]) and not actions[-1].any()
+    assert store.attrs["source"] == {"name": "apv_npz"} and "actions[t]" in store.attrs["alignment"]
+    assert rlbench.validate.fn(tmp_path / "x.zarr", recorded, 0.1).startswith("26 clips of 2 cameras, ")
+    with pytest.raises(UserError, match=r"at most 1\.00% of the clips are bad"):
+        rlbench.validate.fn(tmp_path / "x.zarr", recorded, 0.01)
+
+
+def test_bytes_do_not_depend_on_workers_batches_or_interruption(
+    tmp_path: Path, recorded: apv_npz.ApvNpz, threads: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fill(tmp_path / "a" / "x.zarr", recorded, 2)
+    monkeypatch.setattr(rlbench, "BATCH", 3)
+    jobs = recorded.jobs()
+    for stop in (4, 9):
+        with (
+            pytest.raises(InterruptedError),
+            StoreWriter(tmp_path / "b/x.zarr", arrays=recorded.arrays) as writer,
+        ):
+            commit = writer.commit
+
+            def failing(
+                commit: Callable[[], None] = commit, writer: StoreWriter = writer, stop: int = stop
+            ) -> None:
+                commit()
+                if writer.count >= 2 * stop:
+                    raise InterruptedError
+
+            monkeypatch.setattr(writer, "commit", failing)
+            rlbench.fill(writer, recorded, jobs, 1)
+    with StoreWriter(tmp_path / "b/x.zarr", arrays=recorded.arrays) as writer:
+        assert 18 <= writer.count < 2 * len(jobs)
+    fill(tmp_path / "b" / "x.zarr", recorded, 1)
+    first, second = (digest(tmp_path / name / "x.zarr", tmp_path / name / "x.parquet") for name in "ab")
+    assert first == second
+
+
+def test_dead_worker_is_told_in_one_line(
+    tmp_path: Path, recorded: apv_npz.ApvNpz, threads: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Deadly(apv_npz.ApvNpz):
+        __reduce__ = _die
+
+    deadly = Deadly(recorded.folder, recorded.cameras, recorded.widths)
+    with (
+        StoreWriter(tmp_path / "x.zarr", arrays=recorded.arrays) as writer,
+        pytest.raises(UserError, match="a worker process died; run again, the work so far is kept"),
+    ):
+        rlbench.fill(writer, deadly, recorded.jobs(), 1)
+
+
+def _die(self: object) -> tuple[object, ...]:
+    """Pickle as something that ends the process which unpickles it."""
+    import os
+
+    return os._exit, (9,)
+
+
+def test_staging_key_follows_what_decides_the_result(recorded: apv_npz.ApvNpz) -> None:
+    jobs = recorded.jobs()
+    key = staging_key(recorded, jobs)
+    assert key == staging_key(apv_npz.open_folder(recorded.folder), jobs)
+    shutil.copy(recorded.folder / "lamp_on-v0-e1-front-6.npz", recorded.folder / "lamp_on-v0-e3-wrist-8.npz")
+    assert staging_key(recorded, jobs) != key
+    experts = Metaworld(("reach",), 2, ("corner",), 0.1, False, 0)
+    noisier = Metaworld(("reach",), 2, ("corner",), 0.2, False, 0)
+    assert staging_key(experts, experts.jobs()) != staging_key(noisier, noisier.jobs())
+
+
+def test_params_choose_the_source(recorded: apv_npz.ApvNpz) -> None:
+    settings = load_config().rlbench
+    made = rlbench.find(settings)
+    assert isinstance(made, Metaworld) and made.tasks == tuple(settings.tasks)
+    folder = str(recorded.folder)
+    assert rlbench.find(settings.model_copy(update={"source": "apv_npz", "path": folder})) == recorded
+    other = rlbench.find(settings.model_copy(update={"source": "rlbench_folder", "path": folder}))
+    assert other == RlbenchFolder(recorded.folder)
+
+
+def test_experts_give_the_same_bytes_for_any_number_of_workers(tmp_path: Path, threads: None) -> None:
+    experts = Metaworld(("reach", "drawer-close"), 2, ("corner",), 0.1, False, 0)
+    for workers in (1, 2):
+        fill(tmp_path / str(workers) / "x.zarr", experts, workers)
+    first, second = (digest(tmp_path / name / "x.zarr", tmp_path / name / "x.parquet") for name in "12")
+    assert first == second
+
+
+def test_flow_runs_as_a_user_runs_it(
+    tmp_path: Path, make_project: Callable[[Path], Project], recorded: apv_npz.ApvNpz
+) -> None:
+    project = make_project(tmp_path / "project")
+    project.edit(rlbench={"cameras": ["corner", "topview"], "noise": 0.05})
+    told = project.run("python", "-m", "flows.rlbench")
+    assert "data/rlbench.zarr: 4 clips of 2 cameras, " in told.stdout
+    store = Store.open(project.root / "data/rlbench.zarr")
+    assert store.has("actions") and store.has("gripper")
+    assert store.clip_index["split"].to_pylist() == ["validation"] * 2 + ["train"] * 2
+    assert store.clip_index["success"].to_pylist() == [True] * 4
+    assert (project.root / "reports/validation/rlbench/index.html").is_file()
+    assert not list((project.root / "data/.staging").iterdir())
+
+
+def test_recorded_source_without_folder_is_refused(
+    tmp_path: Path, make_project: Callable[[Path], Project]
+) -> None:
+    project = make_project(tmp_path / "project")
+    project.edit(rlbench={"source": "apv_npz"})
+    refused = project.run("python", "-m", "flows.rlbench", check=False)
+    assert refused.returncode == 2
+    assert refused.stderr.splitlines()[-1].startswith(
+        "error: params.yaml: rlbench: path is null; name the folder"
+    )
+
+
+@pytest.mark.long
+def test_recorded_source_runs_as_a_user_runs_it(
+    tmp_path: Path, make_project: Callable[[Path], Project], recorded: apv_npz.ApvNpz
+) -> None:
+    project = make_project(tmp_path / "project")
+    project.edit(rlbench={"source": "apv_npz", "path": str(recorded.folder), "max_bad": 0.1})
+    told = project.run("python", "-m", "flows.rlbench")
+    assert "26 clips of 2 cameras" in told.stdout and "2 clips left out" in told.stdout
+    assert Store.open(project.root / "data/rlbench.zarr").attrs["source"] == {"name": "apv_npz"}

@@ -1,0 +1,137 @@
+"""What flows share: batches land in order, publishing leaves whole things, trouble is told in one line."""
+
+import errno
+import os
+import random
+import time
+from collections.abc import Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from pathlib import Path
+
+import pytest
+
+from flows import staging
+from prelar import files
+from prelar.errors import UserError
+
+
+@pytest.fixture(autouse=True)
+def elsewhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+
+
+def test_results_come_in_the_order_of_the_batches() -> None:
+    def work(batch: int) -> int:
+        time.sleep(random.random() / 100)
+        return batch * batch
+
+    with ThreadPoolExecutor(4) as pool:
+        desk = staging.Desk(work)
+        found = desk.in_order(range(30), lambda number: pool.submit(desk.work, number), 4)
+        assert list(found) == [number * number for number in range(30)]
+
+
+@pytest.mark.parametrize("ahead", [1, 3])
+def test_no_more_than_the_given_batches_are_under_way(ahead: int) -> None:
+    drawn: list[int] = []
+
+    def batches() -> Iterator[int]:
+        for number in range(10):
+            drawn.append(number)
+            yield number
+
+    desk: staging.Desk[int, int] = staging.Desk(lambda batch: batch)
+
+    def submit(number: int) -> Future[None]:
+        desk.work(number)
+        done: Future[None] = Future()
+        done.set_result(None)
+        return done
+
+    for landed, result in enumerate(desk.in_order(batches(), submit, ahead)):
+        assert result == landed
+        assert len(drawn) <= landed + 1 + ahead
+
+
+def test_failures_reach_the_flow_and_a_second_attempt_finds_its_batch() -> None:
+    attempts: list[int] = []
+
+    def work(batch: int) -> int:
+        attempts.append(batch)
+        if len(attempts) == 1:
+            raise OSError("once")
+        return batch
+
+    desk = staging.Desk(work)
+    with ThreadPoolExecutor(1) as pool:
+
+        def twice(number: int) -> None:
+            try:
+                desk.work(number)
+            except OSError:
+                desk.work(number)
+
+        assert list(desk.in_order([7], lambda number: pool.submit(twice, number), 1)) == [7]
+        broken: staging.Desk[int, float] = staging.Desk(lambda batch: 1 / batch)
+        with pytest.raises(ZeroDivisionError):
+            list(broken.in_order([0], lambda number: pool.submit(broken.work, number), 1))
+
+
+def staged(name: str, key: str, content: str) -> Path:
+    """A staging folder with a store and its index."""
+    folder = files.STAGING / f"{name}-{key}"
+    (folder / f"{name}.zarr").mkdir(parents=True)
+    (folder / f"{name}.zarr" / "zarr.json").write_text(content)
+    (folder / f"{name}.parquet").write_text(content)
+    (folder / f"{name}.journal").write_text("journal")
+    return folder
+
+
+def test_publishing_replaces_store_and_index_and_clears_staging() -> None:
+    for key, content in (("a", "old"), ("b", "new")):
+        folder = staged("x", key, content)
+        (files.STAGING / "x-stale").mkdir()
+        (files.STAGING / "x-parts-1").mkdir(exist_ok=True)
+        (files.STAGING / "y-1").mkdir(exist_ok=True)
+        staging.publish("x", folder, keep=("x-parts-",))
+        assert Path("data/x.zarr/zarr.json").read_text() == content
+        assert Path("data/x.parquet").read_text() == content
+        assert sorted(path.name for path in files.STAGING.iterdir()) == ["x-parts-1", "y-1"]
+    assert sorted(path.name for path in Path("data").iterdir() if path.suffix in (".zarr", ".parquet")) == [
+        "x.parquet",
+        "x.zarr",
+    ]
+
+
+def test_publishing_goes_on_where_a_kill_ended_it() -> None:
+    folder = staged("x", "a", "new")
+    files.publish(folder / "x.parquet", Path("data/x.parquet"))
+    staging.publish("x", folder)
+    assert Path("data/x.zarr").is_dir() and not folder.exists()
+
+
+def test_leftovers_of_killed_runs_are_removed() -> None:
+    for path in (files.STAGING / "x-a.old", Path("data/.x.zarr.12345678.old")):
+        path.mkdir(parents=True)
+    Path("data/.y.zarr.12345678.old").mkdir()
+    staging.clear_leftovers("x")
+    assert not (files.STAGING / "x-a.old").exists() and not Path("data/.x.zarr.12345678.old").exists()
+    assert Path("data/.y.zarr.12345678.old").exists()
+
+
+def test_full_disk_is_told_in_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(staging.runtime, "server", lambda: files.exclusive("nothing"))
+    with pytest.raises(UserError, match="the disk is full"), staging.surroundings("x"):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+    with pytest.raises(PermissionError), staging.surroundings("x"):
+        raise PermissionError(errno.EACCES, "no")
+
+
+def test_second_writer_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(staging.runtime, "server", lambda: files.exclusive("nothing"))
+    with (
+        staging.surroundings("x"),
+        pytest.raises(UserError, match=f"data/x.zarr: process {os.getpid()} is writing it"),
+        staging.surroundings("x"),
+    ):
+        pass
