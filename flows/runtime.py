@@ -115,6 +115,8 @@ def _shown(url: str) -> str:
         parsed = httpx.URL(url)
     except httpx.InvalidURL:
         return "(not a URL)"
+    if not parsed.host:
+        return "(not a URL)"
     return f"{parsed.scheme}://{parsed.host}{f':{parsed.port}' if parsed.port else ''}{parsed.path}"
 
 

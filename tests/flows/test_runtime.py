@@ -1,0 +1,107 @@
+"""Prefect's surroundings: settings, a server that answers, and a process that ends."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from flows import runtime
+from prelar.errors import UserError
+from tests.webserver import serve
+
+ROOT = Path(__file__).parents[2]
+
+
+def test_settings_are_given_and_the_users_stay(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.chdir(tmp_path)
+    for name in ("PREFECT_HOME", *runtime.SETTINGS):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("PREFECT_API_BLOCKS_REGISTER_ON_START", "true")
+    runtime.surround()
+    assert os.environ["PREFECT_HOME"] == str(tmp_path / ".prefect")
+    assert os.environ["DO_NOT_TRACK"] == "1"
+    assert os.environ["PREFECT_SERVER_ANALYTICS_ENABLED"] == "false"
+    assert int(os.environ["PREFECT_SERVER_EPHEMERAL_STARTUP_TIMEOUT_SECONDS"]) >= 120
+    assert os.environ["PREFECT_API_BLOCKS_REGISTER_ON_START"] == "true"
+
+
+def test_a_server_that_answers_is_used(monkeypatch: pytest.MonkeyPatch) -> None:
+    with serve({"api/health": b"true"}) as given:
+        monkeypatch.setenv(runtime.API, f"{given.url}/api/")
+        with runtime.server() as url:
+            assert url == f"{given.url}/api/"
+        assert os.environ[runtime.API] == f"{given.url}/api/"
+
+
+def test_one_that_does_not_answer_is_named_and_replaced(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with serve({}) as given, serve({"api/health": b"true"}) as temporary:
+        monkeypatch.setattr(runtime, "_temporary", lambda: serve_url(f"{temporary.url}/api"))
+        address = given.url.removeprefix("http://")
+        for wrong, named in ((f"http://me:hush@{address}/api?key=hush", address), ("nonsense", "not a URL")):
+            monkeypatch.setenv(runtime.API, wrong)
+            with runtime.server() as url:
+                assert url == os.environ[runtime.API] == f"{temporary.url}/api"
+            assert os.environ[runtime.API] == wrong
+            said = capsys.readouterr().err
+            assert said.count("\n") == 1
+            assert named in said
+            assert "hush" not in said
+
+
+class serve_url:
+    """Stands in for a temporary server that runs already."""
+
+    def __init__(self, url: str) -> None:
+        self.url = url
+
+    def __enter__(self) -> str:
+        return self.url
+
+    def __exit__(self, *exception: object) -> None:
+        pass
+
+
+def test_a_server_that_cannot_start_is_told(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("PREFECT_HOME", str(tmp_path))
+    monkeypatch.setattr(runtime.sys, "executable", "false")
+    with pytest.raises(UserError, match=r"ended at once; .*server\.log"), runtime._temporary():
+        pass
+
+
+def finish(code: str) -> tuple[int, float, str]:
+    begun = time.monotonic()
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=60, check=False
+    )
+    return done.returncode, time.monotonic() - begun, done.stderr
+
+
+@pytest.mark.parametrize(
+    ("main", "status"),
+    [
+        ("def main(): pass", 0),
+        ("def main(): raise UserError('no')", 2),
+        ("def main(): raise KeyboardInterrupt", 130),
+        ("def main(): raise OSError", 1),
+    ],
+)
+def test_the_process_ends_though_a_thread_does_not(main: str, status: int) -> None:
+    code, seconds, said = finish(
+        "import threading, time\n"
+        "from prelar.errors import UserError\n"
+        "from flows import runtime\n"
+        "runtime.GRACE = 0.5\n"
+        "threading.Thread(target=time.sleep, args=(50,)).start()\n"
+        f"{main}\n"
+        "runtime.run(main)\n"
+    )
+    assert code == status
+    assert seconds < 40
+    assert ("error: no\n" in said) == (status == 2)

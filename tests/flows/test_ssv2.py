@@ -1,0 +1,337 @@
+"""The ssv2 flow as its users run it: killed, refused by validation, continued, and always the same bytes."""
+
+from __future__ import annotations
+
+import os
+import random
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from flows import ssv2, staging
+from prelar import files
+from prelar.data import ingest
+from prelar.data.ingest import Ingested, after_committed, append, append_missing, attributes, batches
+from prelar.data.labels import read_labels
+from prelar.data.store import Store, StoreWriter
+from prelar.data.video import Decoder
+from prelar.errors import UserError
+from tests import archives
+from tests.conftest import ROOT, merge
+from tests.webserver import Behaviour, serve
+
+CONTENTS = {**archives.clips(46), "900": b"", "901": b"no video", "902": archives.clip(frames=30)[:-2000]}
+
+
+@pytest.fixture
+def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A folder with params.yaml and a source under data/sample."""
+    monkeypatch.chdir(tmp_path)
+    archives.source(tmp_path / "data/sample", CONTENTS, "zip")
+    shutil.copy(ROOT / "params.yaml", tmp_path)
+    change(batch=2, max_bad=0.1)
+    return tmp_path
+
+
+def change(**values: object) -> None:
+    """Change the group ssv2 of params.yaml in the current folder."""
+    from ruamel.yaml import YAML
+
+    yaml = YAML()
+    params = yaml.load(Path("params.yaml"))
+    merge(params, {"ssv2": values})
+    yaml.dump(params, Path("params.yaml"))
+
+
+def tree(folder: Path) -> dict[str, bytes]:
+    """The published outputs, by path."""
+    store = folder / "ssv2.zarr"
+    held = {str(path.relative_to(folder)): path.read_bytes() for path in store.rglob("*") if path.is_file()}
+    return {**held, "index": (folder / "ssv2.parquet").read_bytes()}
+
+
+def undisturbed(folder: Path, work: Path) -> dict[str, bytes]:
+    """What the source in `folder` must become, built without flow, Prefect or interruption."""
+    source, decoder = ingest.folder_source(folder, None), Decoder()
+    known = read_labels(source.labels)
+    with StoreWriter(work / "ssv2.zarr") as writer:
+        for batch in batches(source.members(), 100):
+            append(writer, ingest.ingest(decoder, batch, known, 8))
+        append_missing(writer, known)
+        writer.finish(attributes(writer, decoder.version, 8))
+    return tree(work)
+
+
+def start(**environment: str) -> subprocess.Popen[str]:
+    return subprocess.Popen(
+        [sys.executable, "-m", "flows.ssv2"],
+        env={**os.environ, "PYTHONPATH": str(ROOT), **environment},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+
+
+def run(**environment: str) -> tuple[int, str, str]:
+    process = start(**environment)
+    out, err = process.communicate(timeout=300)
+    return process.returncode, out, err
+
+
+def wait_for(condition: Callable[[], Any], process: subprocess.Popen[str], seconds: float = 240) -> None:
+    end = time.monotonic() + seconds
+    while not condition():
+        assert process.poll() is None, process.communicate()
+        assert time.monotonic() < end
+        time.sleep(0.01)
+
+
+def commits() -> int:
+    """Lines in the journal of the staged store."""
+    found = list(files.STAGING.glob("ssv2-*/ssv2.journal"))
+    return found[0].read_bytes().count(b"\n") if found else 0
+
+
+def servers_of(pid: int) -> list[str]:
+    """Command lines of temporary Prefect servers that belong to a process."""
+    found = []
+    for path in Path("/proc").glob("[0-9]*/cmdline"):
+        try:
+            line = path.read_bytes().replace(b"\0", b" ").decode()
+        except OSError:
+            continue
+        if "flows.runtime" in line and f", {pid})" in line:
+            found.append(line)
+    return found
+
+
+def test_killed_refused_continued(here: Path) -> None:
+    """One story in three runs: kill -9 in the middle, too many bad clips, and then whole.
+
+    The parts come by HTTP from a server that breaks off, with secrets; the given Prefect server is not there.
+    """
+    wanted = undisturbed(here / "data/sample", here / "work")
+    parts = {path.name: path.read_bytes() for path in (here / "data/sample").iterdir()}
+    secret = {"PRELAR_HTTP_HEADERS": "X-Key: hush", "PREFECT_API_URL": "http://127.0.0.1:9/api"}
+    with serve(parts, Behaviour(breaks=2, after=30_000, needs=("X-Key", "hush"))) as server:
+        change(source=[f"{server.url}/{name}?token=hush" for name in parts], max_bad=0.0)
+        process = start(**secret)
+        wait_for(lambda: commits() >= 4, process)
+        assert servers_of(process.pid)
+        process.kill()
+        process.communicate()
+        held = commits()
+    time.sleep(0.5)
+    assert servers_of(process.pid) == []
+    assert not Path("data/ssv2.zarr").exists()
+
+    status, out, err = run(**secret)
+    assert status == 2, err
+    assert "http://127.0.0.1:9/api" in err.splitlines()[0]
+    errors = [line for line in err.splitlines() if line.startswith("error: ")]
+    assert len(errors) == 1
+    assert "at most 0.00% of the clips are bad" in errors[0]
+    assert "Traceback" not in err
+    assert not Path("data/ssv2.zarr").exists()
+    assert commits() > held
+
+    change(max_bad=0.1)
+    status, out, err = run(**secret)
+    assert status == 0, err
+    assert "46 clips" in out
+    assert tree(here / "data") == wanted
+    assert [path.name for path in files.STAGING.iterdir()] != []
+    assert all(path.name.startswith("ssv2-parts-") for path in files.STAGING.iterdir())
+    assert "hush" not in out + err
+    for path in (path for folder in (".prefect", "reports") for path in Path(folder).rglob("*")):
+        assert not path.is_file() or b"hush" not in path.read_bytes(), path
+
+
+class Interruption:
+    """Kills this process with SIGKILL at the n-th operation that changes the disk."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch, after: int) -> None:
+        self.left = after
+        for owner, names in (
+            (os, ("pwrite", "fsync", "fdatasync", "truncate", "unlink", "rmdir", "replace", "rename")),
+            (Path, ("replace", "unlink", "mkdir")),
+        ):
+            for name in names:
+                monkeypatch.setattr(owner, name, self._counted(getattr(owner, name)))
+
+    def _counted(self, operation: Callable[..., Any]) -> Callable[..., Any]:
+        def counted(*arguments: Any, **named: Any) -> Any:
+            self.left -= 1
+            if self.left <= 0:
+                os.kill(os.getpid(), signal.SIGKILL)
+            return operation(*arguments, **named)
+
+        return counted
+
+
+def decoded(source: ingest.Source) -> dict[str, Ingested]:
+    """Every clip of a source, decoded once."""
+    known, decoder = read_labels(source.labels), Decoder()
+    return {
+        done.row["id"]: done
+        for batch in batches(source.members(), 16)
+        for done in ingest.ingest(decoder, batch, known, 8)
+    }
+
+
+def work_once(source: ingest.Source, clips: dict[str, Ingested]) -> None:
+    """What the flow does, but for Prefect, decoding and validation."""
+    known = read_labels(source.labels)
+    staging.clear_leftovers("ssv2")
+    folder = files.STAGING / "ssv2-key"
+    if not (folder / "valid").is_file():
+        with StoreWriter(folder / "ssv2.zarr") as writer:
+            for batch in batches(after_committed(source.members(), writer), 2):
+                append(writer, [clips[member.id] for member in batch])
+            append_missing(writer, known)
+            writer.finish(attributes(writer, Decoder().version, 8))
+        files.write_text(folder / "valid", "valid")
+    staging.publish("ssv2", folder)
+
+
+def storm(here: Path, seed: int, monkeypatch: pytest.MonkeyPatch) -> int:
+    """Run and kill until a run ends by itself; returns the number of kills."""
+    source = ingest.folder_source(here / "data/sample", None)
+    wanted, clips = undisturbed(here / "data/sample", here / f"work-{seed}"), decoded(source)
+    random_ = random.Random(seed)
+    kills = 0
+    while True:
+        pid = os.fork()
+        if pid == 0:
+            try:
+                Interruption(monkeypatch, random_.randint(1, 12 + 2 * kills))
+                work_once(source, clips)
+                os._exit(0)
+            except BaseException as error:
+                print(repr(error), file=sys.stderr)
+                os._exit(1)
+        random_.random()
+        status = os.waitpid(pid, 0)[1]
+        if os.path.exists("data/ssv2.zarr/zarr.json") and os.path.exists("data/ssv2.parquet"):  # noqa: PTH110
+            Store.open("data/ssv2.zarr")
+        if os.WIFSIGNALED(status):
+            kills += 1
+            assert kills < 500
+            continue
+        assert os.waitstatus_to_exitcode(status) == 0
+        assert tree(here / "data") == wanted
+        assert list(files.STAGING.iterdir()) == []
+        assert not list(Path("data").glob(".ssv2.*"))
+        return kills
+
+
+def test_killed_at_many_operations_and_still_the_same_bytes(
+    here: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert storm(here, 0, monkeypatch) >= 20
+
+
+@pytest.mark.long
+def test_a_long_storm_of_kills(here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for seed in range(1, 30):
+        shutil.rmtree("data/ssv2.zarr", ignore_errors=True)
+        Path("data/ssv2.parquet").unlink(missing_ok=True)
+        assert storm(here, seed, monkeypatch) >= 10
+
+
+@pytest.fixture
+def never_reached(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """A Prefect server may not be started."""
+
+    def refuse() -> None:
+        raise AssertionError("a server was started")
+
+    monkeypatch.setattr(staging.runtime, "server", refuse)
+    monkeypatch.setattr(sys, "argv", ["flows.ssv2"])
+    yield
+
+
+def test_a_second_run_names_the_first(here: Path, never_reached: None) -> None:
+    with files.exclusive(staging.target("ssv2")), pytest.raises(UserError, match=f"process {os.getpid()}"):
+        ssv2.main()
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"wokers": 3}, r"ssv2\.wokers"),
+        ({"batch": 0}, r"ssv2\.batch = 0"),
+        ({"max_bad": 2.0}, r"ssv2\.max_bad"),
+    ],
+)
+def test_wrong_settings_end_it_at_once(
+    here: Path, never_reached: None, values: dict[str, object], message: str
+) -> None:
+    change(**values)
+    with pytest.raises(UserError, match=message):
+        ssv2.main()
+
+
+def test_help_tells_where_the_settings_are(
+    never_reached: None, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(sys, "argv", ["flows.ssv2", "--help"])
+    with pytest.raises(SystemExit) as end:
+        ssv2.main()
+    assert end.value.code == 0
+    assert "params.yaml" in capsys.readouterr().out
+
+
+def test_labels_and_parts_are_found(here: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(ssv2, "fetch", ssv2.fetch.fn)
+    folder = Path("data/sample")
+    assert ssv2.find("data/sample", None).labels == folder / archives.LABELS_ZIP
+    labels = folder.rename("moved") / archives.LABELS_ZIP
+    parts = {path.name: path.read_bytes() for path in sorted(Path("moved").iterdir()) if path != labels}
+    with serve({**parts, "labels": labels.read_bytes()}) as server:
+        urls = [f"{server.url}/{name}" for name in parts]
+        by_file = ssv2.find(urls, str(labels))
+        by_url = ssv2.find(urls, f"{server.url}/labels")
+        among = ssv2.find([f"{server.url}/labels", *urls], None)
+    for found in (by_file, by_url, among):
+        assert [piece.name for piece in found.pieces] == [f"{archives.FOLDER}-{n:02d}" for n in range(3)]
+        assert len(read_labels(found.labels).clips) == len(CONTENTS)
+    with pytest.raises(UserError, match=r"ssv2\.labels"):
+        ssv2.find("moved", None) if labels.rename("elsewhere") else None
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("number", range(4))
+def test_the_flow_itself_killed_at_random_moments(here: Path, number: int) -> None:
+    wanted = undisturbed(here / "data/sample", here / "work")
+    random_ = random.Random(number)
+    for _ in range(5):
+        process = start()
+        wait_for(commits, process)
+        time.sleep(random_.random() * 4)
+        process.kill()
+        process.communicate()
+        if Path("data/ssv2.zarr").exists() and Path("data/ssv2.parquet").exists():
+            break
+    status, _, err = run()
+    assert status == 0, err
+    assert tree(here / "data") == wanted
+
+
+@pytest.mark.long
+def test_ctrl_c_leaves_no_output_and_a_run_to_continue(here: Path) -> None:
+    process = start()
+    wait_for(lambda: commits() >= 3, process)
+    process.send_signal(signal.SIGINT)
+    process.communicate(timeout=120)
+    assert process.returncode not in (0, None)
+    assert not Path("data/ssv2.zarr").exists()
+    assert servers_of(process.pid) == []
+    assert run()[0] == 0
