@@ -79,7 +79,9 @@ class Project:
         with path.open("w", encoding="utf-8") as handle:
             yaml.dump(params, handle)
 
-    def run(self, *command: str, timeout: float = 600, check: bool = True) -> subprocess.CompletedProcess[str]:
+    def run(
+        self, *command: str, timeout: float = 600, check: bool = True
+    ) -> subprocess.CompletedProcess[str]:
         """Run a command as a user would, in the project and with its environment active."""
         surroundings = {key: value for key, value in os.environ.items() if key != "PYTHONDONTWRITEBYTECODE"}
         surroundings["PATH"] = f"{Path(sys.executable).parent}{os.pathsep}{surroundings['PATH']}"
@@ -87,7 +89,9 @@ class Project:
             command, cwd=self.root, env=surroundings, capture_output=True, text=True, timeout=timeout
         )
         if check and done.returncode != 0:
-            pytest.fail(f"{' '.join(command)} ended with {done.returncode}\n{done.stdout[-4000:]}\n{done.stderr[-4000:]}")
+            pytest.fail(
+                f"{' '.join(command)} ended with {done.returncode}\n{done.stdout[-4000:]}\n{done.stderr[-4000:]}"
+            )
         return done
 
 

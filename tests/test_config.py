@@ -44,7 +44,7 @@ def test_the_keys_of_params_yaml_are_the_fields_of_config() -> None:
 @pytest.mark.parametrize("scale", ["smoke", "lite", "paper"])
 def test_every_field_is_a_param_of_some_stage(scale: str) -> None:
     stages = read_yaml(ROOT / "dvc.yaml")["stages"].values()
-    tracked = [name.replace("${scale}", scale) for stage in stages for name in stage["params"]]
+    tracked = [name.replace("${scale}", scale) for stage in stages for name in stage.get("params", [])]
     shown = [key for key in keys() if not key.startswith("scales.") or key.startswith(f"scales.{scale}.")]
     untracked = [
         key for key in shown if not any(key == name or key.startswith(f"{name}.") for name in tracked)
@@ -57,7 +57,7 @@ def test_every_field_is_a_param_of_some_stage(scale: str) -> None:
 
 def test_a_preset_belongs_to_one_stage_and_one_scale() -> None:
     for name, stage in read_yaml(ROOT / "dvc.yaml")["stages"].items():
-        presets = [param for param in stage["params"] if param.startswith("scales")]
+        presets = [param for param in stage.get("params", []) if param.startswith("scales")]
         assert presets in ([], [f"scales.${{scale}}.{name}"])
 
 

@@ -43,7 +43,9 @@ def test_a_stage_depends_on_what_it_imports(graph: grimp.ImportGraph, name: str)
     tracked = set().union(*(modules_under(path) for path in code))
     assert imported - tracked == set(), "imported, but not among the stage's deps"
     folders = {path for path in code if not path.endswith(".py")}
-    idle = {path for path in set(code) - folders if not modules_under(path) & imported and path.endswith(".py")}
+    idle = {
+        path for path in set(code) - folders if not modules_under(path) & imported and path.endswith(".py")
+    }
     assert idle == set(), "among the stage's deps, but not imported"
 
 
@@ -53,5 +55,9 @@ def test_editing_the_actor_does_not_pretrain_again() -> None:
 
 def test_every_path_of_the_code_exists() -> None:
     for name, stage in STAGES.items():
-        missing = [path for path in stage["deps"] if path.startswith(("prelar/", "flows/")) and not (ROOT / path).exists()]
+        missing = [
+            path
+            for path in stage["deps"]
+            if path.startswith(("prelar/", "flows/")) and not (ROOT / path).exists()
+        ]
         assert missing == [], name
