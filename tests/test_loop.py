@@ -66,8 +66,8 @@ def test_kills_anywhere_leave_the_end_as_it_would_have_been(
         {"kill_at": 2},
         {"kill_at": 9},
         {"kill_in_save": 1},
-        {"kill_at": 16},
         {"kill_in_save": 2},
+        {"kill_at": 16},
         {"kill_at_end": True},
         {"kill_at_end": True},
     ]

@@ -20,7 +20,7 @@ import torch
 from ruamel.yaml import YAML
 
 from prelar import pretrain
-from prelar.checkpoint import load_parts
+from prelar.checkpoint import Snapshots, load_parts
 from prelar.config import Config, read_yaml
 from prelar.data.store import StoreWriter
 from prelar.errors import UserError
@@ -64,18 +64,25 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def stage(folder: Path, cfg: Config, kill_at: int | None = None) -> None:
-    """Run the stage in `folder`; die before the descent number `kill_at`."""
+    """Run the stage in `folder`; die before the descent number `kill_at`, with snapshots written."""
     os.chdir(folder)
     calls = 0
+    kept: list[Snapshots] = []
+
+    def keeping(*arguments: Any) -> Snapshots:
+        kept.append(Snapshots(*arguments))
+        return kept[-1]
 
     def counted(*arguments: Any) -> torch.Tensor:
         nonlocal calls
         calls += 1
         if calls - 1 == kill_at:
+            kept[0].wait()
             os.kill(os.getpid(), signal.SIGKILL)
         return descend(*arguments)
 
     pretrain.descend = counted  # type: ignore[assignment]
+    pretrain.Snapshots = keeping  # type: ignore[assignment,misc]
     pretrain.run(cfg)
 
 
@@ -194,7 +201,7 @@ def test_a_storm_of_kills_ends_as_it_would_have(tmp_path: Path, data: Path) -> N
     moments = random.Random(0)
     folder = tmp_path / "run"
     cfg = project(folder, data, steps=40, checkpoint_every=3, log_every=4, video_every=7)
-    for _ in range(20):
+    for _ in range(8):
         process = command(folder)
         try:
             process.wait(moments.uniform(4, 12))
