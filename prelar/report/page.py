@@ -26,7 +26,8 @@ from prelar.tables import read_tsv
 PAGE = Path("reports/index.html")
 METRICS = Path("metrics.json")
 EVALUATE = Path("reports/evaluate")
-VALIDATION = Path("reports/validation/index.html")
+SAMPLE = Path("data/sample")
+VALIDATION = Path("reports/validation")
 TEMPLATES = Path(__file__).parent / "templates"
 TABLE_ROWS = 12
 
@@ -101,7 +102,7 @@ def render(config: Config, root: Path = Path()) -> str:
         lstrip_blocks=True,
     )
     environment.filters["number"] = number
-    environment.filters["score"] = lambda value: f"{value:.2f}".replace("-", "\u2212")
+    environment.filters["score"] = lambda value: f"{round(value, 2) + 0.0:.2f}".replace("-", "\u2212")
     environment.filters["grouped"] = lambda value: f"{value:,}"
     page: str = environment.get_template("report.html.jinja").render(gather(config, root))
     return page
@@ -115,6 +116,7 @@ def gather(config: Config, root: Path) -> dict[str, Any]:
         raise UserError(f"{root / METRICS}: no such file; run `dvc repro evaluate` first")
     name, account = METHODS[config.method]
     provenance = find_provenance(config, root)
+    validation = VALIDATION / config.dataset / "index.html"
     curves: dict[bool, list[Figure]] = {True: [], False: []}
     for loss, figure in loss_curves(root / "reports/pretrain/plots/metrics", "pre").items():
         curves[loss in LOSSES].append(figure)
@@ -134,12 +136,25 @@ def gather(config: Config, root: Path) -> dict[str, Any]:
         "dataset": _read_json(folder / "dataset.json"),
         "probe": _read_json(folder / "probe.json"),
         "media": {path.stem + path.suffix.replace(".", "_"): data_uri(path) for path in _media(folder)},
-        "validation": VALIDATION.relative_to(PAGE.parent).as_posix()
-        if (root / VALIDATION).exists()
+        "validation": validation.relative_to(PAGE.parent).as_posix()
+        if (root / validation).exists()
         else None,
+        "stand_in": stand_in(config),
         "provenance": provenance,
         "params": params_groups(config),
     }
+
+
+def stand_in(config: Config) -> str | None:
+    """What the data are where they are not those that the data set's name promises."""
+    if config.dataset == "ssv2" and config.ssv2.source == str(SAMPLE):
+        return (
+            "These are not clips of Something-Something V2, but the project’s own sample in the same shape: "
+            "Meta-World’s scripted experts, rendered."
+        )
+    if config.dataset == "rlbench" and config.rlbench.source == "metaworld":
+        return "These are demonstrations of Meta-World’s scripted experts, not of RLBench."
+    return None
 
 
 def params_groups(config: Config) -> dict[str, dict[str, str]]:

@@ -155,9 +155,28 @@ def test_a_page_of_bare_metrics(tmp_path: Path, config: Config) -> None:
 
 def test_the_link_to_the_validation_stands_where_there_is_one(tmp_path: Path, config: Config) -> None:
     (tmp_path / "metrics.json").write_text("{}")
-    (tmp_path / "reports/validation").mkdir(parents=True)
-    (tmp_path / "reports/validation/index.html").write_text("")
-    assert 'href="validation/index.html"' in report.render(config, tmp_path)
+    (tmp_path / "reports/validation/ssv2").mkdir(parents=True)
+    (tmp_path / "reports/validation/ssv2/index.html").write_text("")
+    assert 'href="validation/ssv2/index.html"' in report.render(config, tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("changes", "told"),
+    [
+        ({"dataset": "ssv2"}, "not clips of Something-Something V2"),
+        ({"dataset": "rlbench"}, "not of RLBench"),
+    ],
+)
+def test_data_that_stand_in_for_others_are_called_so(
+    results: Path, config: Config, changes: dict[str, Any], told: str
+) -> None:
+    page = report.render(config.model_copy(update=changes), results)
+    assert told in page and "(stand-in)" in page
+
+
+def test_real_data_are_not_called_a_stand_in(results: Path, config: Config) -> None:
+    real = config.ssv2.model_copy(update={"source": "/data/parts"})
+    assert "stand-in" not in report.render(config.model_copy(update={"ssv2": real}), results)
 
 
 @pytest.mark.parametrize(
