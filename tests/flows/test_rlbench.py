@@ -2,11 +2,14 @@
 
 import hashlib
 import shutil
+import subprocess
+import sys
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
+import psutil
 import pytest
 
 from flows import rlbench
@@ -210,3 +213,39 @@ def test_recorded_source_runs_as_a_user_runs_it(
     told = project.run("python", "-m", "flows.rlbench")
     assert "26 clips of 2 cameras" in told.stdout and "2 clips left out" in told.stdout
     assert Store.open(project.root / "data/rlbench.zarr").attrs["source"] == {"name": "apv_npz"}
+
+
+@pytest.mark.long
+def test_killed_flows_continue_and_end_with_the_same_bytes(
+    tmp_path: Path, make_project: Callable[[Path], Project]
+) -> None:
+    wanted, killed = (make_project(tmp_path / name) for name in ("wanted", "killed"))
+    for project in (wanted, killed):
+        project.edit(rlbench={"tasks": ["reach", "drawer-close", "coffee-pull"], "episodes": 10})
+    wanted.run("python", "-m", "flows.rlbench")
+    for seconds in (6, 14, 18, 22, 26):
+        kill_after(seconds, killed.root)
+    assert not (killed.root / "data/rlbench.parquet").exists() or (killed.root / "data/rlbench.zarr").exists()
+    killed.run("python", "-m", "flows.rlbench")
+    first, second = (
+        digest(project.root / "data/rlbench.zarr", project.root / "data/rlbench.parquet")
+        for project in (wanted, killed)
+    )
+    assert first == second
+    assert not list((killed.root / "data/.staging").iterdir())
+
+
+def kill_after(seconds: float, root: Path) -> None:
+    """Start the flow, kill it without warning, and see its worker processes end."""
+    with subprocess.Popen(
+        [sys.executable, "-m", "flows.rlbench"],
+        cwd=root,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+    ) as process:
+        try:
+            process.wait(timeout=seconds)
+        except subprocess.TimeoutExpired:
+            family = psutil.Process(process.pid).children(recursive=True)
+            process.kill()
+            assert not psutil.wait_procs(family, timeout=20)[1]
