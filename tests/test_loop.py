@@ -123,19 +123,19 @@ def test_the_log_has_a_row_every_few_steps_and_no_clock(undisturbed: dict[str, b
         text = undisturbed[f"log/plots/metrics/{name}.tsv"].decode()
         return list(csv.DictReader(text.splitlines(), delimiter="\t"))
 
-    assert [row["step"] for row in rows("loss/fit")] == ["3", "6", "9", "12", "15", "18", "21", "23"]
+    assert [row["step"] for row in rows("loss/fit")] == ["3", "6", "9", "12", "15", "18", "21", "24"]
     assert [(row["step"], float(row["episode"])) for row in rows("episode")] == [
         ("6", 3.0),
         ("12", 10.0),
         ("18", 17.0),
     ]
-    assert [row["step"] for row in rows("look/noise")] == ["5", "10", "15", "20", "23"]
+    assert [row["step"] for row in rows("look/noise")] == ["5", "10", "15", "20", "24"]
     names = {path.removeprefix("log/") for path in undisturbed if path.startswith("log/")}
     assert names == {"metrics.json", "picture"} | {
         f"plots/metrics/{name}.tsv" for name in ("loss/fit", "gradient_norm", "episode", "look/noise")
     }
     latest = json.loads(undisturbed["log/metrics.json"])
-    assert latest["step"] == 23 and set(latest) == {"loss", "gradient_norm", "episode", "look", "step"}
+    assert latest["step"] == 24 and set(latest) == {"loss", "gradient_norm", "episode", "look", "step"}
     assert all(
         set(row) == {"step", name.rpartition("/")[2]}
         for name in ("loss/fit", "episode")

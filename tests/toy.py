@@ -15,7 +15,7 @@ from prelar import checkpoint
 from prelar.checkpoint import Snapshots, save_parts
 from prelar.loop import Hook, Scalars, adam, descend, set_up, train
 
-STEPS = 23
+STEPS = 24
 
 
 class Counter:
@@ -86,6 +86,7 @@ def run(
     def look(done: int) -> Scalars:
         (folder / "log" / "picture").write_text(f"{done} {torch.rand(()).item()}", encoding="utf-8")
         if kill_at_end and done == steps:
+            snapshots.wait()
             _die()
         return {"look/noise": torch.rand(())}
 
