@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import importlib
+import os
 
 from prelar.config import Config, load_config
 from prelar.errors import run_main
@@ -52,7 +53,11 @@ def check_names(config: Config) -> None:
 
 
 def run_stage(command: str, config: Config) -> None:
-    """Run one stage while holding the lock on what it writes."""
+    """Run one stage while holding the lock on what it writes.
+
+    Threads that wait for work sleep instead of spinning: on a busy machine that is several times faster.
+    """
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     if command in ("pretrain", "finetune", "evaluate"):
         import torch
 

@@ -14,6 +14,8 @@ from typing import Any
 import pytest
 from ruamel.yaml import YAML
 
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # before torch is imported: machines that test are busy
+
 ROOT = Path(__file__).parents[1]
 TINY: dict[str, Any] = {
     "sample": {"clips": 8},
@@ -89,9 +91,8 @@ class Project:
             command, cwd=self.root, env=surroundings, capture_output=True, text=True, timeout=timeout
         )
         if check and done.returncode != 0:
-            pytest.fail(
-                f"{' '.join(command)} ended with {done.returncode}\n{done.stdout[-4000:]}\n{done.stderr[-4000:]}"
-            )
+            told = f"{done.stdout[-4000:]}\n{done.stderr[-4000:]}"
+            pytest.fail(f"{' '.join(command)} ended with {done.returncode}\n{told}")
         return done
 
 
