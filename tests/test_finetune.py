@@ -21,8 +21,11 @@ from prelar.checkpoint import save_parts
 from prelar.config import Config, Finetune, load_config
 from prelar.control.agent import load_agent
 from prelar.control.bonus import Bonus
+from prelar.control.envs import PixelEnv, Purpose, episode_seed
+from prelar.control.rollout import RandomPolicy, play_episodes, summarise
 from prelar.errors import UserError
 from prelar.methods import METHODS, build_pretrain
+from tests.control.toy import ACTIONS, DotWorld
 from tests.control.toy_run import TINY, run
 
 ROOT = Path(__file__).parents[1]
@@ -235,3 +238,23 @@ def column(path: Path) -> list[float]:
     with path.open(encoding="utf-8") as handle:
         rows = list(csv.DictReader(handle, delimiter="\t"))
     return [float(next(value for key, value in row.items() if key != "step")) for row in rows]
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("method", ["prelar", "dreamerv2"])
+def test_it_learns_to_push_the_dot_to_the_right(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, method: str
+) -> None:
+    """From pixels, without pre-training: the best return is about 17, that of random actions about 5."""
+    root = in_folder(tmp_path / "learnt", monkeypatch)
+    sizes = {"cnn_depth": 8, "hidden": 64, "deter": 64, "stoch": 8, "discrete": 8}
+    changes = {"env_steps": 1200, "prefill": 400, "pretrain_updates": 50, "batch": 12, "length": 12}
+    changes |= {"hold": 0, "horizon": 8, "units": 64, "replay": 2000, "slow_every": 50, "envs": 1}
+    changes |= {"time_limit": 20, "eval_every": 200, "eval_episodes": 5, "checkpoint_every": 1200}
+    run(root, method=method, bonus=0.1, sizes=sizes, actor_lr=3e-4, critic_lr=3e-4, **changes)
+    env = PixelEnv(DotWorld(20), seed=episode_seed(0, Purpose.CURVE), action_dim=ACTIONS)
+    at_random = play_episodes(env, RandomPolicy(ACTIONS, seed=0), episodes=20, seed=0)
+    curve = column(root / "log/plots/metrics/eval/return.tsv")
+    assert len(curve) == 6
+    assert sum(curve[-3:]) / 3 > 2 * summarise(at_random)["return"]
+    assert max(column(root / "log/plots/metrics/eval/success.tsv")) == 1
