@@ -14,11 +14,11 @@ STAGES = {
     "sample": "render the embedded sample archive, in the shape of Something-Something V2, to data/sample",
     "pretrain": "pre-train the world model of `method` on the store of `dataset`, to data/pretrain",
     "finetune": "fine-tune it with reinforcement learning on the Meta-World `task`, to data/finetune",
-    "evaluate": "measure the agent and the model, to metrics.json and reports/",
+    "evaluate": "measure the agent and the model, to metrics.json and reports/evaluate",
+    "report": "write the page that shows it all from the results at hand, to reports/index.html",
 }
 HELPERS = {
     "check": "validate the whole of params.yaml and exit",
-    "report": "write reports/index.html anew from the results at hand",
 }
 
 

@@ -51,7 +51,15 @@ TINY: dict[str, Any] = {
                 "time_limit": 20,
                 "checkpoint_every": 20,
             },
-            "evaluate": {"episodes": 1, "time_limit": 20, "clips": 2, "observed": 2, "length": 6},
+            "evaluate": {
+                "episodes": 1,
+                "time_limit": 20,
+                "clips": 2,
+                "observed": 2,
+                "length": 6,
+                "probe_episodes": 6,
+                "probe_updates": 2,
+            },
         }
     },
 }
