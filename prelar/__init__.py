@@ -5,5 +5,5 @@ import sys
 
 if importlib.util.find_spec("pydantic") is None:
     raise ModuleNotFoundError(
-        f"prelar's packages are not installed for {sys.executable}; run `make setup`, then `. .venv/bin/activate`"
+        f"the packages are missing in {sys.executable}; run `make setup`, then `. .venv/bin/activate`"
     )

@@ -118,12 +118,19 @@ class Finetune(_Frozen):
 
     @model_validator(mode="after")
     def _fits(self) -> Finetune:
-        if self.prefill < self.length:
-            raise ValueError(f"prefill is {self.prefill}; make it at least length ({self.length})")
         if self.time_limit + 1 < self.length:
             raise ValueError(
                 f"time_limit is {self.time_limit}; make it at least length - 1 ({self.length - 1})"
             )
+        if self.prefill < self.time_limit * self.envs:
+            raise ValueError(
+                f"prefill is {self.prefill}, which ends before an episode does; "
+                f"make it at least time_limit * envs ({self.time_limit * self.envs})"
+            )
+        if self.train_every % self.envs:
+            raise ValueError(f"envs is {self.envs}; choose a divisor of train_every ({self.train_every})")
+        if self.replay <= self.time_limit:
+            raise ValueError(f"replay is {self.replay}; make it larger than time_limit ({self.time_limit})")
         return self
 
 

@@ -42,7 +42,6 @@ SIZES = ("cnn_depth", "hidden", "deter", "stoch", "discrete", "action_dim", "con
 def run(cfg: Config) -> None:
     """Fine-tune as params.yaml says: `data/pretrain` to `data/finetune`, logs to `reports/finetune`."""
     preset = cfg.finetune
-    check(preset)
     fabric = set_up(device=cfg.device, precision=cfg.precision, threads=cfg.threads)
     torch.manual_seed(cfg.seed)
     model = load_model(cfg)
@@ -74,25 +73,6 @@ def run(cfg: Config) -> None:
     }
     save_parts(OUTPUT, model.state() | {name: part.state_dict() for name, part in agent.items()}, config)
     snapshots.remove()
-
-
-def check(preset: Finetune) -> None:
-    """Refuse numbers that do not fit together. Raises `UserError`."""
-    if preset.prefill < preset.time_limit * preset.envs:
-        raise UserError(
-            f"finetune.prefill = {preset.prefill}: ends before an episode does; "
-            f"make it at least time_limit · envs ({preset.time_limit * preset.envs})"
-        )
-    if preset.train_every % preset.envs:
-        raise UserError(
-            f"finetune.envs = {preset.envs}: does not divide train_every ({preset.train_every}); "
-            "change either"
-        )
-    if preset.replay <= preset.time_limit:
-        raise UserError(
-            f"finetune.replay = {preset.replay}: holds no whole episode; "
-            f"make it larger than time_limit ({preset.time_limit})"
-        )
 
 
 def load_model(cfg: Config) -> WorldModel:

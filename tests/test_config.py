@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 from pydantic import ValidationError
 
-from prelar.config import Config, keys, load_config, read_yaml
+from prelar.config import Config, Finetune, keys, load_config, read_yaml
 from prelar.errors import UserError
 
 ROOT = Path(__file__).parents[1]
@@ -70,7 +70,12 @@ def test_a_preset_belongs_to_one_stage_and_one_scale() -> None:
         ("beta_a: 1.0", "beta_a: .nan", ["beta_a", "finite"]),
         ("method: prelar", "method: prlar", ["method = 'prlar'", "'contextwm' or 'prelar'"]),
         ("seed: 0", "seed: 1.5", ["seed = 1.5", "integer"]),
-        ("prefill: 500", "prefill: 5", ["scales.smoke.finetune", "prefill is 5"]),
+        ("prefill: 500", "prefill: 5", ["scales.smoke.finetune", "prefill is 5", "time_limit * envs (250)"]),
+        (
+            "replay: 10000",
+            "replay: 250",
+            ["smoke.finetune", "replay is 250", "larger than time_limit"],
+        ),
         (
             "{episodes: 10, time_limit: 500",
             "{episodes: 0, time_limit: 500",
@@ -84,6 +89,12 @@ def test_bad_values_are_named_with_a_remedy(
 ) -> None:
     message = refuse(tmp_path, params.replace(old, new, 1))
     assert all(text in message for text in told), message
+
+
+def test_environments_share_the_steps_between_updates() -> None:
+    preset = load_config(ROOT / "params.yaml").finetune.model_dump()
+    with pytest.raises(ValidationError, match=r"envs is 2; choose a divisor of train_every \(5\)"):
+        Finetune(**(preset | {"envs": 2, "train_every": 5}))
 
 
 def test_a_missing_key_is_named(tmp_path: Path, params: str) -> None:

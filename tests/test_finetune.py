@@ -76,21 +76,8 @@ def pretrained(method: str) -> None:
 
 
 def test_updates_follow_the_environment_steps() -> None:
-    preset = Finetune(**(TINY | {"prefill": 10, "pretrain_updates": 3, "train_every": 4}))
-    assert [finetune.updates_after(n, preset) for n in (0, 9, 10, 13, 14, 21, 22)] == [0, 0, 3, 3, 4, 5, 6]
-
-
-@pytest.mark.parametrize(
-    ("changes", "named"),
-    [
-        ({"prefill": 13}, r"prefill = 13.*at least time_limit · envs \(14\)"),
-        ({"train_every": 3}, r"envs = 2.*train_every \(3\)"),
-        ({"replay": 7}, r"replay = 7.*larger than time_limit \(7\)"),
-    ],
-)
-def test_numbers_that_do_not_fit_are_refused(changes: dict[str, int], named: str) -> None:
-    with pytest.raises(UserError, match=named):
-        finetune.check(Finetune(**(TINY | changes)))
+    preset = Finetune(**(TINY | {"prefill": 14, "pretrain_updates": 3, "train_every": 4}))
+    assert [finetune.updates_after(n, preset) for n in (0, 13, 14, 17, 18, 25, 26)] == [0, 0, 3, 3, 4, 5, 6]
 
 
 @pytest.mark.parametrize("method", METHODS)

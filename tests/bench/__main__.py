@@ -1,7 +1,7 @@
 """`make bench`: run every bench of this folder and write one table, reports/bench.json.
 
 A bench is a module `bench_<name>.py` whose `run()` returns figures by name. A ratio stands for the median of
-paired readings taken in turn within this run; readings of a shared machine vary, so the benches print their spread.
+paired readings taken in turn within this run; readings vary by a tenth, so the benches print their spread.
 """
 
 from __future__ import annotations

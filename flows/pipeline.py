@@ -1,0 +1,98 @@
+"""The flow `pipeline`: one experiment of dvc.yaml with changed params, run beside the workspace."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+from prefect import flow, get_run_logger
+from prefect.artifacts import create_markdown_artifact
+from pydantic import BaseModel, ConfigDict, create_model
+
+from prelar.config import Config, load_config
+from prelar.errors import UserError
+from prelar.files import write_text
+
+PAGES = Path("reports/experiments")
+NAMED = "Ran experiment(s):"
+
+
+def _form() -> type[BaseModel]:
+    """The flat keys of params.yaml as a form: types and bounds of `Config`, the file's values as defaults."""
+    present = load_config()
+    values = {name: getattr(present, name) for name in Config.model_fields}
+    fields: dict[str, Any] = {
+        name: (field.rebuild_annotation(), values[name])
+        for name, field in Config.model_fields.items()
+        if not isinstance(values[name], BaseModel)
+    }
+    return create_model("Params", __config__=ConfigDict(extra="forbid"), **fields)
+
+
+Params = _form()
+PRESENT = Params()
+
+
+@flow(name="pipeline")
+def pipeline(params: Params = PRESENT, targets: tuple[str, ...] = ()) -> str:  # type: ignore[valid-type]
+    """Run the stages of dvc.yaml that changed params concern, as one DVC experiment; returns its name.
+
+    Args:
+        params: Keys of params.yaml. Those that differ from the file are the experiment's changes.
+        targets: Stages to run, with the stages they need. None: the whole pipeline.
+    """
+    present = PRESENT.model_dump()
+    chosen = params.model_dump()  # type: ignore[attr-defined]
+    changes = {name: value for name, value in chosen.items() if value != present[name]}
+    experiment = run_experiment(changes, targets)
+    publish_result(experiment, changes)
+    return experiment
+
+
+def run_experiment(changes: dict[str, Any], targets: tuple[str, ...]) -> str:
+    """Run `dvc exp run` in a folder of its own, its output to the log; returns the experiment's name."""
+    logger = get_run_logger()
+    settings = [word for key, value in changes.items() for word in ("-S", f"{key}={json.dumps(value)}")]
+    command = [sys.executable, "-m", "dvc", "exp", "run", "--temp", *settings, *targets]
+    logger.info(" ".join(command[2:]))
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    assert process.stdout is not None
+    lines = []
+    for line in process.stdout:
+        if text := line.strip():
+            logger.info(text)
+            lines.append(text)
+    named = [line.removeprefix(NAMED).strip() for line in lines if line.startswith(NAMED)]
+    if process.wait() != 0 or not named:
+        reasons = [line for line in lines if line.lower().startswith("error")] or lines[-1:]
+        raise UserError(f"dvc exp run ended with status {process.returncode}: {'; '.join(reasons)}")
+    return named[-1]
+
+
+def publish_result(experiment: str, changes: dict[str, Any]) -> None:
+    """Write the experiment's page to `reports/experiments`, and its numbers to the artifact `result`."""
+    import dvc.api
+
+    metrics = json.loads(dvc.api.read("metrics.json", rev=experiment))
+    page = PAGES / f"{experiment}.html"
+    write_text(page, dvc.api.read("reports/index.html", rev=experiment))
+    create_markdown_artifact(
+        key="result",
+        description=f"Experiment {experiment}",
+        markdown="\n\n".join(
+            [
+                f"# {experiment}",
+                _table("changed param", changes or {"none": "as in params.yaml"}),
+                _table("metric", {name: f"{value:.4g}" for name, value in sorted(metrics.items())}),
+                f"Report: [{page}]({page.absolute().as_uri()})",
+                f"Take it into the workspace: `dvc exp apply {experiment}`",
+            ]
+        ),
+    )
+
+
+def _table(head: str, rows: dict[str, Any]) -> str:
+    return "\n".join([f"| {head} | value |", "|---|---|", *(f"| {key} | {rows[key]} |" for key in rows)])

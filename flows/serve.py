@@ -1,0 +1,85 @@
+"""`make ui`: a Prefect server on this machine, and the deployments to run and schedule in its UI."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any, cast
+
+from flows import runtime
+from prelar.errors import UserError, run_main
+
+NIGHTLY = "0 3 * * *"
+ANYWHERE = ("0.0.0.0", "::")
+
+
+def main() -> None:
+    """Start the server, serve the deployments until Ctrl-C, stop the server."""
+    parser = argparse.ArgumentParser(prog="make ui", description=__doc__)
+    parser.add_argument("--host", default="127.0.0.1", help="address to bind (default: this machine only)")
+    parser.add_argument("--port", type=int, default=4200, help="port of UI and API (default: %(default)s)")
+    given = parser.parse_args()
+    with _server(given.host, given.port) as url:
+        os.environ[runtime.API] = f"{url}/api"
+        _serve(url)
+
+
+@contextmanager
+def _server(host: str, port: int) -> Iterator[str]:
+    """A Prefect server that ends with this process; yields the address of its UI."""
+    url = f"http://{'127.0.0.1' if host in ANYWHERE else host}:{port}"
+    if runtime.answers(f"{url}/api"):
+        raise UserError(
+            f"port = {port}: a Prefect server runs there already; open {url} or choose another port"
+        )
+    command = [sys.executable, "-m", "prefect", "server", "start", "--host", host, "--port", str(port)]
+    process = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL)
+    try:
+        end = time.monotonic() + runtime.PATIENCE
+        while not runtime.answers(f"{url}/api"):
+            if process.poll() is not None:
+                raise UserError(f"port = {port}: the Prefect server ended at once; choose another port")
+            if time.monotonic() > end:
+                raise UserError(f"the Prefect server did not answer within {runtime.PATIENCE} s; run again")
+            time.sleep(0.3)
+        yield url
+    finally:
+        process.terminate()
+        process.wait()
+
+
+def _serve(url: str) -> None:
+    """Make the deployments known to the server and run what it asks for."""
+    from prefect import serve
+    from prefect.deployments.runner import RunnerDeployment
+    from prefect.schedules import Cron
+
+    from flows.pipeline import pipeline
+
+    def deploy(name: str, description: str, **options: Any) -> RunnerDeployment:
+        made = pipeline.to_deployment(
+            name, description=description, tags=["dvc"], concurrency_limit=1, **options
+        )
+        return cast(RunnerDeployment, made)
+
+    deployments = [
+        deploy(
+            "pipeline",
+            "One experiment: the stages of dvc.yaml that the changed params concern.",
+            schedules=[Cron(NIGHTLY, active=False)],
+        )
+    ]
+    for stage in ("ssv2", "rlbench"):
+        about = f"The data stage `{stage}` alone, with the settings of params.yaml."
+        deployments.append(deploy(stage, about, parameters={"targets": [stage]}))
+    print(f"The Prefect UI: {url} (Ctrl-C stops it)", flush=True)
+    serve(*deployments, print_starting_message=False)
+
+
+if __name__ == "__main__":
+    run_main(main)
