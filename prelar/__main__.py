@@ -5,6 +5,8 @@ from __future__ import annotations
 import argparse
 import importlib
 import os
+from pathlib import Path
+from typing import get_args
 
 from prelar.config import Config, load_config
 from prelar.errors import run_main
@@ -19,6 +21,7 @@ STAGES = {
 }
 HELPERS = {
     "check": "validate the whole of params.yaml and exit",
+    "import-reference": "turn a published checkpoint into data/pretrain, for fine-tuning to start from",
 }
 
 
@@ -29,15 +32,47 @@ def main() -> None:
         description="World models pre-trained on action-free video. Reads params.yaml.",
     )
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
-    for name, text in {**STAGES, **HELPERS}.items():
-        commands.add_parser(name, help=text, description=text.capitalize() + ".")
-    command = parser.parse_args().command
+    parsers = {
+        name: commands.add_parser(name, help=text, description=f"{text[0].upper()}{text[1:]}.")
+        for name, text in {**STAGES, **HELPERS}.items()
+    }
+    add_import_arguments(parsers["import-reference"])
+    arguments = parser.parse_args()
     config = load_config()
     check_names(config)
-    if command == "check":
+    if arguments.command == "check":
         print("params.yaml is valid")
-        return
-    run_stage(command, config)
+    elif arguments.command == "import-reference":
+        run_import(config, arguments)
+    else:
+        run_stage(arguments.command, config)
+
+
+def add_import_arguments(parser: argparse.ArgumentParser) -> None:
+    """The arguments of import-reference."""
+    methods = get_args(Config.model_fields["method"].annotation)
+    parser.add_argument("file", metavar="FILE.pt", type=Path, help="the published checkpoint")
+    parser.add_argument("--method", required=True, choices=methods, help="the method that it is of")
+    parser.add_argument(
+        "--part",
+        choices=["encoder", "decoder", "rssm", "action_encoder"],
+        help="the one part it holds; the others that are at the output stay",
+    )
+    parser.add_argument("--output", type=Path, default=Path("data/pretrain"), help="default: data/pretrain")
+
+
+def run_import(config: Config, arguments: argparse.Namespace) -> None:
+    """Import a published checkpoint while holding the lock of the stage that would write there."""
+    from prelar import import_reference
+
+    with exclusive("stage-pretrain"):
+        import_reference.run(
+            config,
+            arguments.file,
+            method=arguments.method,
+            part=arguments.part,
+            output=arguments.output,
+        )
 
 
 def check_names(config: Config) -> None:

@@ -1,0 +1,307 @@
+"""`python -m prelar import-reference`: a published checkpoint becomes the one that fine-tuning starts from.
+
+The published code saves a whole model (names that start with `wm.`) or a file for each part. Sizes are read
+off the shapes. A tensor that is not in the file, or does not fit, keeps its initial value and is named.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from prelar import pretrain
+from prelar.checkpoint import load_config, load_parts, save_parts
+from prelar.config import Config, Scales
+from prelar.errors import UserError
+from prelar.methods import build_pretrain, find_method, loads
+from prelar.model.reference import convert
+from prelar.model.world_model import WorldModel
+
+PARTS = {"encoder": "encoder", "decoder": "decoder", "rssm": "dynamics", "action_encoder": "action"}
+"""The published names of the parts, and ours."""
+SIZES = ("cnn_depth", "hidden", "deter", "stoch", "discrete", "action_dim", "action_kind", "action_window")
+NAMED = 6
+
+Spec = dict[str, Any]
+Parts = dict[str, dict[str, Tensor]]
+
+
+@dataclass(frozen=True)
+class Fit:
+    """How a part's state dict compares with the model's: what fits, and lines on what does not."""
+
+    fitting: dict[str, Tensor]
+    misfits: list[str]
+    missing: list[str]
+    extra: list[str]
+
+    @classmethod
+    def of(cls, own: Mapping[str, Tensor], state: Mapping[str, Tensor]) -> Fit:
+        """Compare `state` with the model's `own`."""
+        shared = {name: value for name, value in state.items() if name in own}
+        fitting = {n: v.to(own[n].dtype) for n, v in shared.items() if v.shape == own[n].shape}
+        misfits = [
+            f"{name} is {tuple(value.shape)}, expected {tuple(own[name].shape)}"
+            for name, value in shared.items()
+            if name not in fitting
+        ]
+        return cls(fitting, misfits, sorted(own.keys() - shared.keys()), sorted(state.keys() - own.keys()))
+
+    @property
+    def whole(self) -> bool:
+        """Whether every tensor of the model is there and fits."""
+        return not self.misfits and not self.missing
+
+
+def run(cfg: Config, file: Path, *, method: str, part: str | None = None, output: Path) -> None:
+    """Turn the published checkpoint `file` into a pre-training checkpoint at `output`; print what fitted.
+
+    `part`, a key of `PARTS`, says which part a file of one part holds. Parts that `output` already has for
+    the same method and sizes are then kept, so that a model can be put together from its files; every other
+    part that is not in the file starts from the seed of the params. Raises `UserError` for a file that is
+    unreadable, holds anything but tensors, or no weight of `method`.
+    """
+    find_method(method)
+    weights = read_weights(file)
+    name = None if part is None else PARTS[part]
+    kept, candidates, imported = _present(output, method) if name else ({}, [], {})
+    candidates += preset_specs(cfg, method)
+    found, unknown = translate(weights, name, candidates[0])
+    spec = infer_spec(file, found, candidates)
+    torch.manual_seed(cfg.seed)
+    model = build_pretrain(**spec)
+    told = [f"{file.name}: {method}, {', '.join(f'{size} {spec[size]}' for size in SIZES)}"]
+    told += _load(file, model, found, kept, cfg.seed)
+    if unknown:
+        told.append(f"  not used: {_summary(unknown)}")
+    imported = {key: value for key, value in imported.items() if key in kept}
+    config = {"stage": "pretrain", "model": model.spec, "step": 0}
+    config["imported"] = imported | {key: file.name for key in found if key in model.parts()}
+    save_parts(output, model.state(), config)
+    needed = ", ".join(loads(method)) or "only the sizes"
+    told.append(f"-> {output}; fine-tuning loads of it: {needed}")
+    print("\n".join(told), flush=True)
+
+
+# --- The file ---------------------------------------------------------------------------------------------
+
+
+def read_weights(file: Path) -> dict[str, Tensor]:
+    """The tensors of a checkpoint by name. Nothing in the file is run.
+
+    Where state dicts lie inside others, the one with the most tensors is taken. Raises `UserError` where
+    there is none, for anything but tensors and plain values, and for numbers that are not finite.
+    """
+    try:
+        size = file.stat().st_size
+        content = torch.load(file, map_location="cpu", weights_only=True)
+    except FileNotFoundError:
+        raise UserError(f"{file}: no such file; name a published checkpoint") from None
+    except OSError as error:
+        raise UserError(f"{file}: unreadable ({error.strerror}); mend its permissions") from None
+    except Exception as error:  # torch.load raises many kinds for a damaged or foreign file
+        raise UserError(
+            f"{file}: not a file of tensors alone, or damaged ({type(error).__name__}); nothing in it was "
+            "run; download it again, or save its state dict with torch.save"
+        ) from None
+    weights = max(_state_dicts(content), key=len, default={})
+    if not weights:
+        raise UserError(f"{file}: holds no state dict; name a published checkpoint")
+    for name, value in weights.items():
+        if value.numel() * value.element_size() > size:
+            raise UserError(f"{file}: {name} claims more numbers than the file holds; download it again")
+        if not torch.isfinite(value).all():
+            raise UserError(f"{file}: {name} has numbers that are not finite; take another checkpoint")
+    return weights
+
+
+def _state_dicts(content: Any) -> list[dict[str, Tensor]]:
+    """Every mapping in nested mappings that holds weights: names with dense tensors of floats."""
+    if not isinstance(content, Mapping):
+        return []
+    weights = {
+        name.removeprefix("module."): value
+        for name, value in content.items()
+        if isinstance(name, str)
+        and isinstance(value, Tensor)
+        and value.layout == torch.strided
+        and value.is_floating_point()
+    }
+    inner = [state for value in content.values() for state in _state_dicts(value)]
+    return [weights, *inner] if weights else inner
+
+
+def translate(weights: Mapping[str, Tensor], part: str | None, spec: Spec) -> tuple[Parts, list[str]]:
+    """Our parts in a file of published names, and the names that belong to none.
+
+    Of a file that is said to hold one part, names with and without the part in front are both understood.
+    A whole APV after fine-tuning has two RSSMs, of which the action-free one (`af_rssm`) was pre-trained.
+    """
+    if any(".af_rssm." in f".{name}" for name in weights):
+        upper = [name for name in weights if name.removeprefix("wm.").startswith("rssm.")]
+    else:
+        upper = []
+    whole, unknown = convert({name: value for name, value in weights.items() if name not in upper})
+    if part is None:
+        return whole, unknown + upper
+    with torch.device("meta"):
+        module = build_pretrain(**spec).parts().get(part)
+    if module is None:
+        raise UserError(f"--part: {spec['method']} has no such part; leave the file out")
+    alone, _ = convert(weights, part)
+    states = [alone, {part: whole.get(part, {})}]
+    best = max(states, key=lambda parts: len(parts.get(part, {}).keys() & module.state_dict().keys()))
+    return best, [] if best is alone else sorted(unknown + upper)
+
+
+# --- The sizes --------------------------------------------------------------------------------------------
+
+
+def preset_specs(cfg: Config, method: str) -> list[Spec]:
+    """The keywords that would build the method at each scale of the params, the chosen one first."""
+    scales = [cfg.scale, *(scale for scale in Scales.model_fields if scale != cfg.scale)]
+    with torch.device("meta"):
+        return [
+            pretrain.build(cfg.model_copy(update={"method": method, "scale": scale})).spec for scale in scales
+        ]
+
+
+def infer_spec(file: Path, parts: Parts, candidates: Sequence[Spec]) -> Spec:
+    """The keywords that build the model whose weights these are.
+
+    What the shapes leave open is taken from the first of `candidates` that agrees with them, else from the
+    very first. Raises `UserError` where stoch and discrete, of which a file has the product, stay unknown.
+    """
+    with torch.device("meta"):
+        model = build_pretrain(**candidates[0])
+    latent_actions = "action" in model.parts()
+    sizes = measure(parts, model.embed_dim // candidates[0]["cnn_depth"])
+    slot = sizes.pop("slot", None)
+    if slot and latent_actions:
+        sizes["action_dim"] = slot
+    elif slot and not find_method(candidates[0]["method"]).pretrains:
+        sizes["robot_action_dim"] = slot
+    agreeing = [spec for spec in candidates if sizes.items() <= _dims(spec).items()]
+    spec = dict((agreeing or candidates)[0])
+    latent, feature = sizes.pop("latent", None), sizes.pop("feature", None)
+    spec |= sizes
+    if latent is None and feature is not None:
+        latent = feature - spec["deter"]
+    if latent is not None and latent != spec["stoch"] * spec["discrete"]:
+        spec["stoch"] = spec["discrete"] = math.isqrt(max(latent, 0))
+        if latent < 4 or spec["stoch"] ** 2 != latent:
+            raise UserError(
+                f"{file}: stoch · discrete = {latent} in it, which no scale of params.yaml has; "
+                "import the rssm first, or set stoch and discrete to theirs"
+            )
+    return spec | (_action_family(parts["action"], spec) if latent_actions and "action" in parts else {})
+
+
+def _dims(spec: Spec) -> Spec:
+    """What `measure` would find of a model."""
+    latent = spec["stoch"] * spec["discrete"]
+    return spec | {"latent": latent, "feature": latent + spec["deter"]}
+
+
+def measure(parts: Parts, per_depth: int) -> dict[str, int]:
+    """The sizes that the shapes tell: those they name, `latent` (stoch · discrete), `feature` and `slot`.
+
+    `per_depth` is the width of the embedding at a `cnn_depth` of 1, and that of the decoder's first layer.
+    """
+
+    def axis(part: str, name: str, number: int) -> int:
+        shape = parts.get(part, {}).get(name, torch.empty(0)).shape
+        return shape[number] if len(shape) > max(number, 1) else 0
+
+    latent, deter = axis("dynamics", "prior.out.weight", 0), axis("dynamics", "cell.gates.weight", 0) // 3
+    embed = axis("dynamics", "posterior.hidden.weight", 1) - deter if deter else 0
+    depths = (
+        axis("encoder", "trunk.stem.weight", 0),
+        axis("encoder", "convs.0.weight", 0),
+        axis("decoder", "stem.weight", 0) // per_depth,
+        axis("action", "trunk.stem.weight", 0),
+        embed // per_depth,
+    )
+    sizes = {
+        "cnn_depth": next(filter(None, depths), 0),
+        "hidden": axis("dynamics", "input.weight", 0) or axis("action", "hidden.weight", 0),
+        "deter": deter,
+        "latent": latent,
+        "feature": latent + deter if latent and deter else axis("decoder", "stem.weight", 1),
+        "slot": axis("dynamics", "input.weight", 1) - latent if latent else 0,
+        "action_window": axis("action", "trunk.stem.weight", 1) // 3,
+    }
+    return {name: size for name, size in sizes.items() if size > 0}
+
+
+def _action_family(state: Mapping[str, Tensor], spec: Spec) -> Spec:
+    """The latent action's size and family, from the width of the action encoder's output."""
+    if "out.weight" not in state:
+        return {}
+    width, size, kind = len(state["out.weight"]), spec["action_dim"], spec["action_kind"]
+    if width == 2 * size:
+        kind = "gaussian"
+    elif width == size:
+        kind = "deterministic" if kind == "gaussian" else kind
+    else:
+        size = width // 2 if kind == "gaussian" else width
+    return {"action_dim": size, "action_kind": kind}
+
+
+# --- The checkpoint ---------------------------------------------------------------------------------------
+
+
+def _present(output: Path, method: str) -> tuple[Parts, list[Spec], dict[str, str]]:
+    """Parts, keywords and origins of the checkpoint that is there; nothing where it is of another method."""
+    if not (output / "config.json").exists() or load_config(output).get("model", {}).get("method") != method:
+        return {}, [], {}
+    parts, config = load_parts(output)
+    return parts, [config["model"]], config.get("imported", {})
+
+
+def _load(file: Path, model: WorldModel, found: Parts, kept: Parts, seed: int) -> list[str]:
+    """Load what fits into the model; lines that say what did, a part each. `kept` loses what does not fit."""
+    told, loaded = [], 0
+    for name, module in model.parts().items():
+        own = module.state_dict()
+        fit = Fit.of(own, found.get(name, {}))
+        if name in found:
+            kept.pop(name, None)
+            module.load_state_dict(own | fit.fitting)
+            loaded += len(fit.fitting)
+            told.append(f"  {name}: {len(fit.fitting)} of {len(own)} tensors")
+            told += _named("does not fit", fit.misfits)
+            told += _named("not found", fit.missing)
+            told += _named("not used", fit.extra)
+        elif name in kept and (old := Fit.of(own, kept[name])).whole:
+            module.load_state_dict(old.fitting)
+            told.append(f"  {name}: kept as it was")
+        else:
+            kept.pop(name, None)
+            told.append(f"  {name}: not found; initialised from seed {seed}")
+    told += [f"  {name}: not used; the method has none" for name in found if name not in model.parts()]
+    if not loaded:
+        raise UserError(
+            f"{file}: no weight in it fits {model.spec['method']} under its published names; "
+            "give --part for a file of one part, or another --method"
+        )
+    return told
+
+
+def _named(what: str, lines: Sequence[str]) -> list[str]:
+    """The first few lines, and how many more there are."""
+    shown = [f"    {what}: {line}" for line in lines[:NAMED]]
+    return shown + ([f"    {what}: {len(lines) - NAMED} more"] if len(lines) > NAMED else [])
+
+
+def _summary(names: Sequence[str]) -> str:
+    """Names grouped by their first three words, with counts."""
+    groups = Counter(".".join(name.split(".")[:3]) for name in names)
+    return ", ".join(name if count == 1 else f"{name}.* ({count})" for name, count in groups.items())
