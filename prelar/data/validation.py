@@ -20,6 +20,7 @@ import numpy as np
 import numpy.typing as npt
 import pandas as pd
 import pyarrow.compute as pc
+import zarr
 
 from prelar import files
 from prelar.data.store import FRAME, Store
@@ -190,15 +191,20 @@ def stray_pairs(
 
 
 def _frames_suite(store: Store) -> Suite:
-    """Brightness and contrast of frames spread evenly over the store."""
+    """Brightness and contrast of frames spread evenly over the store, read by us and by zarr-python."""
     count = min(SAMPLED, store.num_frames)
     numbers = np.linspace(0, store.num_frames - 1, count).astype(np.int64) if count else np.zeros(0, np.int64)
-    pixels = [store.read(int(number), 1)[0].astype(np.float64) for number in numbers]
+    pixels = [store.read(int(number), 1)[0] for number in numbers]
+    others: Any = zarr.open_group(store.path, mode="r")["frames"]
     table = pd.DataFrame(
         {
             "frame": numbers,
             "brightness": np.array([frame.mean() for frame in pixels]),
             "contrast": np.array([frame.std() for frame in pixels]),
+            "differing": [
+                int((frame != others[int(number)]).sum())
+                for number, frame in zip(numbers, pixels, strict=True)
+            ],
         }
     )
     share = 1 - DULL
@@ -211,6 +217,7 @@ def _frames_suite(store: Store) -> Suite:
             mostly_between(
                 f"at least {share:.0%} of the frames are not constant", "contrast", CONSTANT, share
             ),
+            each_between("zarr-python reads the same frames", "differing", 0, 0),
         ),
     )
 

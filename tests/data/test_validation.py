@@ -126,6 +126,14 @@ def test_a_store_that_contradicts_itself_fails(
         run(store, tmp_path / "reports")
 
 
+def test_a_reader_of_its_own_mind_fails(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    store = build(tmp_path / "x.zarr")
+    read = Store.read
+    monkeypatch.setattr(Store, "read", lambda self, start, length: read(self, start, length) ^ 1)
+    with pytest.raises(UserError, match="zarr-python reads the same frames"):
+        run(store, tmp_path / "reports")
+
+
 def test_an_empty_store_fails(tmp_path: Path) -> None:
     with StoreWriter(tmp_path / "x.zarr") as writer:
         writer.append(None, {"id": "0", "reason": "empty"})
