@@ -237,7 +237,8 @@ class _Painter:
 
 
 def _free(context: mujoco.GLContext, buffers: mujoco.MjrContext) -> None:
-    """Free a painter's buffers in their own context, then the context."""
+    """Free a painter's buffers in their own context, then the context, once: its `__del__` would again."""
     context.make_current()
     buffers.free()
     context.free()
+    context.free = lambda: None
