@@ -23,14 +23,14 @@ from prelar.control.envs import PixelEnv, Purpose, episode_seed
 from prelar.control.rollout import Episode, RandomPolicy, play_episodes, summarise
 from prelar.data.store import Store
 from prelar.errors import UserError
+from prelar.evaluation.panels import abreast, contact_sheet, write_png
+from prelar.evaluation.prediction import Prediction, measure, write_prediction
+from prelar.evaluation.probe import collect, run_probe, swap_actions
 from prelar.files import STAGING, publish, remove, write_text
 from prelar.loop import set_up
 from prelar.media import write_mp4
 from prelar.methods import METHODS, build_pretrain
 from prelar.model.world_model import WorldModel
-from prelar.panels import abreast, contact_sheet, write_png
-from prelar.prediction import Prediction, measure, write_prediction
-from prelar.probe import collect, run_probe, swap_actions
 from prelar.sim import ACTION_DIM, Simulator
 from prelar.tables import write_tsv
 

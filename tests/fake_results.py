@@ -9,8 +9,8 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
+from prelar.evaluation.panels import grid, write_png
 from prelar.media import enlarge, side_by_side, write_mp4
-from prelar.panels import grid, write_png
 from prelar.tables import write_tsv
 
 METRICS = {

@@ -13,9 +13,9 @@ import torch
 from torch import Tensor
 
 from prelar.data.batches import denormalise, normalise
+from prelar.evaluation.panels import strip, write_png
 from prelar.loop import seed_step
 from prelar.media import side_by_side, write_mp4
-from prelar.panels import strip, write_png
 from prelar.tables import write_tsv
 
 Frames = npt.NDArray[np.uint8]

@@ -18,10 +18,10 @@ import torch
 from torch import Tensor, nn
 
 from prelar.data.batches import denormalise, normalise
+from prelar.evaluation.panels import grid
 from prelar.loop import adam, seed_step
 from prelar.methods import build_pretrain
 from prelar.model.world_model import WorldModel
-from prelar.panels import grid
 from prelar.sim import ACTION_DIM, Simulator
 
 Floats = npt.NDArray[np.float64]

@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 import torch
 
+from prelar.evaluation.probe import HELD, Episodes, collect, ridge_r2, run_probe, swap_actions
 from prelar.methods import build_pretrain
-from prelar.probe import HELD, Episodes, collect, ridge_r2, run_probe, swap_actions
 from prelar.sim import Simulator
 from tests.fake_results import moving
 from tests.test_evaluate import SIZES

@@ -11,8 +11,8 @@ from PIL import Image
 from torch import Tensor
 
 from prelar.errors import UserError
-from prelar.panels import abreast, contact_sheet, error_image, grid, strip
-from prelar.prediction import measure, psnr, write_prediction
+from prelar.evaluation.panels import abreast, contact_sheet, error_image, grid, strip
+from prelar.evaluation.prediction import measure, psnr, write_prediction
 from prelar.tables import read_tsv, write_tsv
 from tests.fake_results import moving
 
