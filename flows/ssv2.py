@@ -75,15 +75,14 @@ def ssv2() -> str:
     folder = (
         files.STAGING / f"{NAME}-{ingest.staging_key(source, known, decoder.version, settings.min_frames)}"
     )
-    valid = folder / "valid"
-    if not valid.is_file():
+    built = folder / "built"
+    if not built.is_file():
         with StoreWriter(folder / f"{NAME}.zarr") as writer:
             fill(writer, source, known, decoder, settings)
             ingest.append_missing(writer, known)
             writer.finish(ingest.attributes(writer, decoder.version, settings.min_frames))
-        summary = validate(folder / f"{NAME}.zarr", source.labels, settings.min_frames, settings.max_bad)
-        files.write_text(valid, summary)
-    summary = valid.read_text(encoding="utf-8")
+        files.write_text(built, "")
+    summary = validate(folder / f"{NAME}.zarr", source.labels, settings.min_frames, settings.max_bad)
     staging.publish(NAME, folder, keep=(PARTS,))
     return summary
 

@@ -13,7 +13,7 @@ from typing import Generic, Protocol, TypeVar
 
 from flows import runtime
 from prelar import files
-from prelar.data.store import index_path
+from prelar.data.store import Store, index_path
 from prelar.errors import UserError
 
 Batch = TypeVar("Batch")
@@ -89,15 +89,18 @@ def clear_leftovers(name: str) -> None:
 
 
 def publish(name: str, staging: Path, keep: tuple[str, ...] = ()) -> None:
-    """Rename the validated store and its index to their final names, and clear the flow's staging.
+    """Bring the validated store and its index to their final names, and clear the flow's staging.
 
-    Folders of staging whose names start with one of `keep` stay. A run that is killed in between leaves the
-    rest to the next one.
+    Folders of staging whose names start with one of `keep` stay. What is staged keeps its names until store
+    and index are whole at their final ones, whoever removes those meanwhile: a run that is killed in between
+    leaves everything to the next one. Raises `UserError` where the published store cannot be opened.
     """
     staged = staging / target(name).name
-    for path, final in ((index_path(staged), index_path(target(name))), (staged, target(name))):
-        if path.exists():
-            files.publish(path, final)
+    twin = staging / "publish" / staged.name
+    for part in (index_path, Path):
+        files.link(part(staged), part(twin))
+        files.publish(part(twin), part(target(name)))
+    Store.open(target(name))
     left = [path for path in files.STAGING.glob(f"{name}-*") if not path.name.startswith(keep)]
     aside = [path.with_name(f"{path.name}.old") for path in left]
     for path, other in zip(left, aside, strict=True):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import signal
 import subprocess
@@ -11,6 +12,7 @@ from pathlib import Path
 
 import pytest
 
+from prelar import files
 from prelar.errors import UserError
 from prelar.files import atomic_file, exclusive, publish, remove, write_text
 
@@ -94,3 +96,25 @@ def test_the_lock_ends_with_its_holder(holder: subprocess.Popen[str]) -> None:
     holder.wait()
     with exclusive("data/x.zarr"):
         assert Path("data/.locks/data-x.zarr.lock").read_text(encoding="utf-8") == str(os.getpid())
+
+
+@pytest.mark.parametrize("refused", [False, True])
+def test_a_linked_copy_outlives_its_source(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, refused: bool
+) -> None:
+    source, copy = tmp_path / "source", tmp_path / "deep/copy"
+    (source / "folder").mkdir(parents=True)
+    (source / "folder/file").write_text("content")
+    copy.mkdir(parents=True)
+    (copy / "stale").write_text("stale")
+    if refused:
+
+        def link(source: object, copy: object) -> None:
+            raise PermissionError(errno.EPERM, "no links here")
+
+        monkeypatch.setattr(os, "link", link)
+    files.link(source, copy)
+    assert (copy / "folder/file").samefile(source / "folder/file") is not refused
+    files.remove(source)
+    assert [path.name for path in copy.rglob("*")] == ["folder", "file"]
+    assert (copy / "folder/file").read_text() == "content"

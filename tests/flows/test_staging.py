@@ -8,10 +8,12 @@ from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from flows import staging
 from prelar import files
+from prelar.data.store import FRAME, Store, StoreWriter
 from prelar.errors import UserError
 
 
@@ -77,25 +79,23 @@ def test_failures_reach_the_flow_and_a_second_attempt_finds_its_batch() -> None:
             list(broken.in_order([0], lambda number: pool.submit(broken.work, number), 1))
 
 
-def staged(name: str, key: str, content: str) -> Path:
-    """A staging folder with a store and its index."""
+def staged(name: str, key: str, frames: int) -> Path:
+    """A staging folder with a finished store of one clip and its index."""
     folder = files.STAGING / f"{name}-{key}"
-    (folder / f"{name}.zarr").mkdir(parents=True)
-    (folder / f"{name}.zarr" / "zarr.json").write_text(content)
-    (folder / f"{name}.parquet").write_text(content)
-    (folder / f"{name}.journal").write_text("journal")
+    with StoreWriter(folder / f"{name}.zarr") as writer:
+        writer.append(np.zeros((frames, *FRAME), dtype=np.uint8), {"id": "1", "split": "train"})
+        writer.finish({})
     return folder
 
 
 def test_publishing_replaces_store_and_index_and_clears_staging() -> None:
-    for key, content in (("a", "old"), ("b", "new")):
-        folder = staged("x", key, content)
+    for key, frames in (("a", 2), ("b", 3)):
+        folder = staged("x", key, frames)
         (files.STAGING / "x-stale").mkdir()
         (files.STAGING / "x-parts-1").mkdir(exist_ok=True)
         (files.STAGING / "y-1").mkdir(exist_ok=True)
         staging.publish("x", folder, keep=("x-parts-",))
-        assert Path("data/x.zarr/zarr.json").read_text() == content
-        assert Path("data/x.parquet").read_text() == content
+        assert Store.open("data/x.zarr").num_frames == frames
         assert sorted(path.name for path in files.STAGING.iterdir()) == ["x-parts-1", "y-1"]
     assert sorted(path.name for path in Path("data").iterdir() if path.suffix in (".zarr", ".parquet")) == [
         "x.parquet",
@@ -103,11 +103,31 @@ def test_publishing_replaces_store_and_index_and_clears_staging() -> None:
     ]
 
 
-def test_publishing_goes_on_where_a_kill_ended_it() -> None:
-    folder = staged("x", "a", "new")
-    files.publish(folder / "x.parquet", Path("data/x.parquet"))
+@pytest.mark.parametrize("removed", [[], ["x.parquet"], ["x.zarr"], ["x.parquet", "x.zarr"]])
+def test_publishing_goes_on_where_a_kill_ended_it(
+    removed: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whatever was published before the kill may be removed since, as DVC does."""
+    folder = staged("x", "a", 2)
+    with monkeypatch.context() as context, pytest.raises(InterruptedError):
+        context.setattr(Store, "open", _interrupt)
+        staging.publish("x", folder)
+    for name in removed:
+        files.remove(Path("data") / name)
     staging.publish("x", folder)
-    assert Path("data/x.zarr").is_dir() and not folder.exists()
+    assert Store.open("data/x.zarr").num_frames == 2 and not folder.exists()
+
+
+def _interrupt(path: Path) -> None:
+    raise InterruptedError
+
+
+def test_publishing_without_a_store_is_refused_and_keeps_staging() -> None:
+    folder = staged("x", "a", 2)
+    files.remove(folder / "x.zarr" / "pairs")
+    with pytest.raises(UserError, match="lacks pairs"):
+        staging.publish("x", folder)
+    assert (folder / "x.zarr").is_dir()
 
 
 def test_leftovers_of_killed_runs_are_removed() -> None:
