@@ -26,6 +26,7 @@ HOME = Path(".prefect")
 API = "PREFECT_API_URL"
 PATIENCE = 180
 GRACE = 30
+LOOPBACK = ("127.0.0.1", "localhost")
 SETTINGS = {
     "DO_NOT_TRACK": "1",
     "PREFECT_SERVER_ANALYTICS_ENABLED": "false",
@@ -43,6 +44,17 @@ def surround() -> None:
     os.environ.setdefault("PREFECT_HOME", str(HOME.absolute()))
     for name, value in SETTINGS.items():
         os.environ.setdefault(name, value)
+    _reach_this_machine()
+
+
+def _reach_this_machine() -> None:
+    """Let no HTTP proxy stand between a flow and a server on its own machine."""
+    given = {name: os.environ[name] for name in ("NO_PROXY", "no_proxy") if name in os.environ}
+    for name in ("NO_PROXY", "no_proxy"):
+        held = [host.strip() for host in given.get(name, next(iter(given.values()), "")).split(",")]
+        if "*" not in held:
+            wanted = [host for host in held if host] + [host for host in LOOPBACK if host not in held]
+            os.environ[name] = ",".join(wanted)
 
 
 def run(main: Callable[[], None]) -> None:

@@ -30,6 +30,29 @@ def test_settings_are_given_and_the_users_stay(monkeypatch: pytest.MonkeyPatch, 
     assert os.environ["PREFECT_API_BLOCKS_REGISTER_ON_START"] == "true"
 
 
+@pytest.mark.parametrize(
+    ("given", "wanted"),
+    [
+        ({}, "127.0.0.1,localhost"),
+        ({"NO_PROXY": "intranet"}, "intranet,127.0.0.1,localhost"),
+        ({"no_proxy": "intranet, localhost"}, "intranet,localhost,127.0.0.1"),
+        ({"NO_PROXY": "*", "no_proxy": "*"}, "*"),
+    ],
+)
+def test_no_proxy_stands_before_this_machine(
+    monkeypatch: pytest.MonkeyPatch, given: dict[str, str], wanted: str
+) -> None:
+    for name in ("NO_PROXY", "no_proxy"):
+        monkeypatch.setenv(name, "")
+        monkeypatch.delenv(name)
+    for name, value in {"HTTP_PROXY": "http://127.0.0.1:9", **given}.items():
+        monkeypatch.setenv(name, value)
+    runtime.surround()
+    assert os.environ["NO_PROXY"] == os.environ["no_proxy"] == wanted
+    with serve({"api/health": b"true"}) as server:
+        assert runtime.answers(f"{server.url}/api")
+
+
 def test_a_server_that_answers_is_used(monkeypatch: pytest.MonkeyPatch) -> None:
     with serve({"api/health": b"true"}) as given:
         monkeypatch.setenv(runtime.API, f"{given.url}/api/")
