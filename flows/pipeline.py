@@ -12,7 +12,7 @@ from prefect import flow, get_run_logger
 from prefect.artifacts import create_markdown_artifact
 from pydantic import BaseModel, ConfigDict, create_model
 
-from prelar.config import Config, load_config
+from prelar.config import Config, keys, load_config
 from prelar.errors import UserError
 from prelar.files import write_text
 
@@ -21,32 +21,26 @@ NAMED = "Ran experiment(s):"
 
 
 def _form() -> type[BaseModel]:
-    """The flat keys of params.yaml as a form: types and bounds of `Config`, the file's values as defaults."""
-    present = load_config()
-    values = {name: getattr(present, name) for name in Config.model_fields}
-    fields: dict[str, Any] = {
-        name: (field.rebuild_annotation(), values[name])
-        for name, field in Config.model_fields.items()
-        if not isinstance(values[name], BaseModel)
-    }
+    """The flat keys of params.yaml as a form, with the types and bounds of `Config`; None: as in the file."""
+    flat = {key: field for key, field in Config.model_fields.items() if key in keys()}
+    fields: dict[str, Any] = {key: (field.rebuild_annotation() | None, None) for key, field in flat.items()}
     return create_model("Params", __config__=ConfigDict(extra="forbid"), **fields)
 
 
 Params = _form()
-PRESENT = Params()
+UNCHANGED = Params()
 
 
 @flow(name="pipeline")
-def pipeline(params: Params = PRESENT, targets: tuple[str, ...] = ()) -> str:  # type: ignore[valid-type]
+def pipeline(params: Params = UNCHANGED, targets: tuple[str, ...] = ()) -> str:  # type: ignore[valid-type]
     """Run the stages of dvc.yaml that changed params concern, as one DVC experiment; returns its name.
 
     Args:
-        params: Keys of params.yaml. Those that differ from the file are the experiment's changes.
+        params: Changes to the keys of params.yaml. What is left empty stays as the file has it.
         targets: Stages to run, with the stages they need. None: the whole pipeline.
     """
-    present = PRESENT.model_dump()
-    chosen = params.model_dump()  # type: ignore[attr-defined]
-    changes = {name: value for name, value in chosen.items() if value != present[name]}
+    load_config()
+    changes = params.model_dump(exclude_none=True)  # type: ignore[attr-defined]
     experiment = run_experiment(changes, targets)
     publish_result(experiment, changes)
     return experiment
@@ -58,15 +52,19 @@ def run_experiment(changes: dict[str, Any], targets: tuple[str, ...]) -> str:
     settings = [word for key, value in changes.items() for word in ("-S", f"{key}={json.dumps(value)}")]
     command = [sys.executable, "-m", "dvc", "exp", "run", "--temp", *settings, *targets]
     logger.info(" ".join(command[2:]))
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
-    assert process.stdout is not None
     lines = []
-    for line in process.stdout:
-        if text := line.strip():
-            logger.info(text)
-            lines.append(text)
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True) as process:
+        assert process.stdout is not None
+        try:
+            for line in process.stdout:
+                if text := line.strip():
+                    logger.info(text)
+                    lines.append(text)
+        except BaseException:
+            process.terminate()
+            raise
     named = [line.removeprefix(NAMED).strip() for line in lines if line.startswith(NAMED)]
-    if process.wait() != 0 or not named:
+    if process.returncode != 0 or not named:
         reasons = [line for line in lines if line.lower().startswith("error")] or lines[-1:]
         raise UserError(f"dvc exp run ended with status {process.returncode}: {'; '.join(reasons)}")
     return named[-1]

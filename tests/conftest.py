@@ -89,14 +89,18 @@ class Project:
         with path.open("w", encoding="utf-8") as handle:
             yaml.dump(params, handle)
 
+    @property
+    def surroundings(self) -> dict[str, str]:
+        """The environment of a user who has activated the project's."""
+        kept = {key: value for key, value in os.environ.items() if key != "PYTHONDONTWRITEBYTECODE"}
+        return kept | {"PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"}
+
     def run(
         self, *command: str, timeout: float = 600, check: bool = True
     ) -> subprocess.CompletedProcess[str]:
         """Run a command as a user would, in the project and with its environment active."""
-        surroundings = {key: value for key, value in os.environ.items() if key != "PYTHONDONTWRITEBYTECODE"}
-        surroundings["PATH"] = f"{Path(sys.executable).parent}{os.pathsep}{surroundings['PATH']}"
         done = subprocess.run(
-            command, cwd=self.root, env=surroundings, capture_output=True, text=True, timeout=timeout
+            command, cwd=self.root, env=self.surroundings, capture_output=True, text=True, timeout=timeout
         )
         if check and done.returncode != 0:
             told = f"{done.stdout[-4000:]}\n{done.stderr[-4000:]}"
