@@ -15,18 +15,19 @@ import numpy as np
 import numpy.typing as npt
 import pyarrow.compute as pc
 import torch
+from tqdm import tqdm
 
 from prelar.checkpoint import load_config, load_parts
 from prelar.config import Config
 from prelar.control.agent import load_agent
 from prelar.control.envs import PixelEnv, Purpose, episode_seed
-from prelar.control.rollout import Episode, RandomPolicy, play_episodes, summarise
+from prelar.control.rollout import Episode, Policy, RandomPolicy, play, summarise
 from prelar.data.store import Store
 from prelar.errors import UserError
 from prelar.evaluation.panels import abreast, contact_sheet, write_png
 from prelar.evaluation.prediction import Prediction, measure, write_prediction
 from prelar.evaluation.probe import collect, run_probe, swap_actions
-from prelar.files import STAGING, publish, remove, write_text
+from prelar.files import publish, remove, write_text
 from prelar.loop import set_up
 from prelar.media import write_mp4
 from prelar.methods import METHODS, build_pretrain
@@ -60,7 +61,7 @@ def run(config: Config) -> None:
     check_origin(FINETUNE, load_config(FINETUNE), method=config.method, task=config.task)
     fabric = set_up(device=config.device, precision=config.precision, threads=config.threads)
     store = Store.open(config.store)
-    folder = STAGING / "reports-evaluate"
+    folder = REPORT.with_name(f".{REPORT.name}.partial")
     remove(folder)
     folder.mkdir(parents=True)
 
@@ -84,6 +85,18 @@ def run(config: Config) -> None:
     _write_json(folder / "summary.json", summary)
     publish(folder, REPORT)
     _write_json(METRICS, {name: float(f"{value:.9g}") for name, value in metrics.items()})
+    print(f"evaluate: {told(metrics)} -> {METRICS}, {REPORT}", flush=True)
+
+
+def told(metrics: Mapping[str, float]) -> str:
+    """The chief metrics in a line: success, return, and the error of the best model there is to predict."""
+    words = [f"success {metrics['success_rate']:.0%}", f"return {metrics['return']:.4g}"]
+    error = next((key for key in ("prediction_error", "prediction_error_policy") if key in metrics), None)
+    if error:
+        words.append(
+            f"prediction error {metrics[error]:.3g} (copying the last frame: {metrics[f'{error}_copy']:.3g})"
+        )
+    return ", ".join(words)
 
 
 def check_origin(folder: Path, described: Mapping[str, Any], **expected: str) -> None:
@@ -115,12 +128,11 @@ def evaluate_agent(
     seed = episode_seed(config.seed, Purpose.EVALUATE)
     with Simulator(config.task, time_limit=settings.time_limit) as simulator:
         env = PixelEnv(simulator, seed=seed)
-        played = play_episodes(
-            env, agent, episodes=settings.episodes, seed=config.seed, keep_frames=KEPT_EPISODES
+        count, chances = settings.episodes, RandomPolicy(ACTION_DIM, config.seed)
+        played = play_visibly(
+            env, agent, episodes=count, seed=config.seed, name="the agent", keep_frames=KEPT_EPISODES
         )
-        chance = play_episodes(
-            env, RandomPolicy(ACTION_DIM, config.seed), episodes=settings.episodes, seed=config.seed
-        )
+        chance = play_visibly(env, chances, episodes=count, seed=config.seed, name="random actions")
         shown = played[:SHOWN_EPISODES]
         views = [film(simulator, seed, number, episode.actions) for number, episode in enumerate(shown)]
     video = abreast(views, [episode.success for episode in shown])
@@ -154,6 +166,14 @@ def evaluate_agent(
         )
         write_prediction(folder, "prediction_policy", "open_loop_policy", found)
         _record(found, "prediction_policy", "prediction_error_policy", metrics, summary)
+
+
+def play_visibly(
+    env: PixelEnv, policy: Policy, *, episodes: int, seed: int, name: str, keep_frames: int = 0
+) -> list[Episode]:
+    """`control.rollout.play_episodes` with a bar of progress, called by `name`."""
+    numbers = tqdm(range(episodes), desc=f"evaluate: {name}", unit="episode", disable=None)
+    return [play(env, policy, episode=n, seed=seed, keep_frames=n < keep_frames) for n in numbers]
 
 
 def film(simulator: Simulator, seed: int, number: int, actions: npt.NDArray[np.float32]) -> Frames:

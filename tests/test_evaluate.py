@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import json
 import shutil
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -126,11 +127,24 @@ def test_evaluation_writes_metrics_tables_and_videos_twice_the_same(place: Path,
         assert contents(place) == first
 
 
-def test_a_method_without_pretraining_and_its_page(place: Path) -> None:
+def test_a_method_without_pretraining_and_its_page(
+    place: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     make_store(place / "data/ssv2.zarr")
     make_checkpoints("dreamerv2", "reach")
     config = configure(method="dreamerv2")
+    moved: list[tuple[Path, Path]] = []
+    publish = evaluate.publish
+    monkeypatch.setattr(evaluate, "publish", lambda *paths: (moved.append(paths), publish(*paths)))
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
     evaluate.run(config)
+    ((staged, final),) = moved
+    assert staged.parent == final.parent, "a rename between folders may cross file systems"
+    shown = capsys.readouterr()
+    for part in ("the agent", "random actions", "prediction"):
+        assert f"evaluate: {part}: 100%" in shown.err
+    assert shown.out.startswith("evaluate: success 0%, return ") and shown.out.count("\n") == 1
+    assert shown.out.endswith(" -> metrics.json, reports/evaluate\n")
     report.run(config)
     metrics = json.loads((place / "metrics.json").read_text())
     assert "prediction_error" not in metrics and metrics["prediction_error_policy"] > 0
@@ -146,6 +160,16 @@ def test_a_store_without_held_out_clips_is_said(place: Path) -> None:
     evaluate.evaluate_prediction(configure(), model, store, place, metrics, summary)
     assert metrics == {} and not list(place.glob("*.mp4"))
     assert "no clip of the validation split has 6 frames" in summary["prediction_missing"]
+
+
+def test_the_closing_line_tells_the_pretrained_models_error_where_there_is_one() -> None:
+    metrics = {"success_rate": 1 / 3, "return": 412.345, "prediction_error_policy": 0.5}
+    metrics["prediction_error_policy_copy"] = 0.25
+    end = "(copying the last frame: 0.25)"
+    assert evaluate.told(metrics) == f"success 33%, return 412.3, prediction error 0.5 {end}"
+    metrics |= {"prediction_error": 0.125, "prediction_error_copy": 0.25}
+    assert evaluate.told(metrics) == f"success 33%, return 412.3, prediction error 0.125 {end}"
+    assert evaluate.told({"success_rate": 0, "return": -1}) == "success 0%, return -1"
 
 
 def test_checkpoints_of_another_run_are_refused(place: Path) -> None:

@@ -11,6 +11,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 from torch import Tensor
+from tqdm import tqdm
 
 from prelar.data.batches import denormalise, normalise
 from prelar.evaluation.panels import strip, write_png
@@ -69,7 +70,8 @@ def measure(
         raise ValueError(f"observed is {observed}, segments have {truth.shape[1]} frames")
     predicted = np.empty_like(truth)
     errors = np.empty((2, *truth.shape[:2]))
-    for batch, begin in enumerate(range(0, len(truth), BATCH)):
+    begins = tqdm(range(0, len(truth), BATCH), desc="evaluate: prediction", unit="batch", disable=None)
+    for batch, begin in enumerate(begins):
         chosen = slice(begin, begin + BATCH)
         seed_step(seed, batch)
         frames = torch.from_numpy(truth[chosen]).to(device)

@@ -16,6 +16,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 from torch import Tensor, nn
+from tqdm import tqdm
 
 from prelar.data.batches import denormalise, normalise
 from prelar.evaluation.panels import grid
@@ -54,7 +55,7 @@ def collect(
 ) -> Episodes:
     """Play random episodes, each action held `held` steps: a pure function of arguments and task."""
     frames, change = [], []
-    for episode in range(episodes):
+    for episode in tqdm(range(episodes), desc="evaluate: probe", unit="episode", disable=None):
         random = np.random.default_rng([seed, episode])
         actions = random.uniform(-1, 1, (-(-steps // held), ACTION_DIM)).repeat(held, axis=0)[:steps]
         simulator.reset(seed, episode)
@@ -114,7 +115,10 @@ def _r2(predicted: Floats, truth: Floats) -> Floats:
 def run_probe(
     model: WorldModel, episodes: Episodes, *, updates: int, seed: int, device: torch.device
 ) -> dict[str, Any]:
-    """R² of the latent action and of its controls, as the page shows them.
+    """R² of the latent action and of its controls, as the page shows them, in full precision.
+
+    An autocast around the call does not hold inside: it keeps the weights that it has cast, and would go on
+    with them while the encoder with labels learns.
 
     Args:
         model: a pre-training model that infers latent actions.
@@ -126,20 +130,8 @@ def run_probe(
     count, pairs = episodes.change.shape[:2]
     groups = np.repeat(np.arange(count), pairs)
     targets = episodes.change.reshape(-1, len(DIMENSIONS))
-    latent = _latent(model.infer_actions, episodes.frames, device)
-    torch.manual_seed(seed)
-    fresh = build_pretrain(**model.spec).to(device)
-    untrained = _latent(fresh.infer_actions, episodes.frames, device)
-    order = np.random.default_rng(seed).permutation(len(targets))
-    difference = np.diff(episodes.frames.astype(np.float32), axis=1).reshape(len(targets), -1)
-    taught = _teach(fresh, episodes, groups % TEST_SHARE != 1, updates=updates, seed=seed, device=device)
-    features: dict[str, npt.NDArray[Any]] = {
-        "latent action, pre-trained": latent,
-        "untrained encoder": untrained,
-        "raw frame difference": difference,
-        "shuffled pairs": latent[order],
-        "encoder trained with labels": _latent(taught, episodes.frames, device),
-    }
+    with torch.autocast(device.type, enabled=False):
+        features = _features(model, episodes, groups, updates=updates, seed=seed, device=device)
     rows = []
     for name, values in features.items():
         r2 = ridge_r2(values, targets, groups)
@@ -151,6 +143,32 @@ def run_probe(
         "train": len(groups) - test,
         "test": test,
         "rows": rows,
+    }
+
+
+def _features(
+    model: WorldModel,
+    episodes: Episodes,
+    groups: npt.NDArray[np.int64],
+    *,
+    updates: int,
+    seed: int,
+    device: torch.device,
+) -> dict[str, npt.NDArray[Any]]:
+    """What the regression reads, by name: rows (N, F) for the N pairs, of episodes `groups` (N,)."""
+    latent = _latent(model.infer_actions, episodes.frames, device)
+    torch.manual_seed(seed)
+    fresh = build_pretrain(**model.spec).to(device)
+    untrained = _latent(fresh.infer_actions, episodes.frames, device)
+    order = np.random.default_rng(seed).permutation(len(groups))
+    difference = np.diff(episodes.frames.astype(np.float32), axis=1).reshape(len(groups), -1)
+    taught = _teach(fresh, episodes, groups % TEST_SHARE != 1, updates=updates, seed=seed, device=device)
+    return {
+        "latent action, pre-trained": latent,
+        "untrained encoder": untrained,
+        "raw frame difference": difference,
+        "shuffled pairs": latent[order],
+        "encoder trained with labels": _latent(taught, episodes.frames, device),
     }
 
 
@@ -190,7 +208,7 @@ def _teach(
     head = nn.Linear(action.action_dim, len(DIMENSIONS)).to(device)
     optimizer = adam([*action.parameters(), *head.parameters()], RATE)
     length = min(SEGMENT, pairs + 1)
-    for update in range(updates):
+    for update in tqdm(range(updates), desc="evaluate: probe with labels", unit="update", disable=None):
         seed_step(seed, update)
         random = np.random.default_rng([seed, update])
         rows = random.integers(len(numbers), size=BATCH)[:, None]

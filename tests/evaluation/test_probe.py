@@ -102,6 +102,17 @@ def test_the_probe_is_repeatable() -> None:
     assert first == second
 
 
+def test_the_encoder_with_labels_learns_under_autocast_too() -> None:
+    model = build_pretrain(method="prelar", **SIZES)
+    episodes = squares(np.random.default_rng(0))
+    plain = run_probe(model, episodes, updates=2, seed=0, device=CPU)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        under = run_probe(model, episodes, updates=2, seed=0, device=CPU)
+    r2 = {row["name"]: row["r2"] for row in under["rows"]}
+    assert r2["encoder trained with labels"] != r2["untrained encoder"]
+    assert under == plain
+
+
 def test_swapped_actions_show_donors_states_and_what_follows() -> None:
     torch.manual_seed(0)
     model = build_pretrain(method="prelar", **SIZES)
