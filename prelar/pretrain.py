@@ -124,7 +124,8 @@ def _train(cfg: Config, store: Store, snapshots: Snapshots) -> WorldModel:
             batch = batches.at(index)
             images = normalise(batch["image"].to(fabric.device, non_blocking=True))
             is_first = batch["is_first"].to(fabric.device, non_blocking=True)
-            losses, outputs = module.pretrain_losses(images, is_first)
+            with fabric.autocast():
+                losses, outputs = module.pretrain_losses(images, is_first)
             loss = model.total(losses)
             norm = descend(fabric, module, wrapped, loss)
             scalars = {f"loss/{name}": value.detach() for name, value in losses.items()}

@@ -17,7 +17,7 @@ import torch
 
 from prelar import finetune
 from prelar.checkpoint import load_config as load_description
-from prelar.checkpoint import save_parts
+from prelar.checkpoint import load_parts, save_parts
 from prelar.config import Config, Finetune, load_config
 from prelar.control.agent import load_agent
 from prelar.control.bonus import Bonus
@@ -93,6 +93,18 @@ def test_the_stage_leaves_an_agent_that_acts(method: str) -> None:
     logged = {path.stem for path in finetune.LOGS.glob("plots/metrics/*/*.tsv")}
     assert {"success", "return", "image", "kl", "actor", "critic"} <= logged
     assert ("mean" in logged) == (method != "dreamerv2"), "the exploration bonus"
+
+
+def test_it_learns_in_mixed_precision_with_a_bonus() -> None:
+    pretrained("prelar")
+    finetune.run(config())
+    exact = column(finetune.LOGS / "plots/metrics/loss/image.tsv")
+    finetune.run(config(precision="bf16"))
+    mixed = column(finetune.LOGS / "plots/metrics/loss/image.tsv")
+    assert mixed != exact and mixed == pytest.approx(exact, rel=0.05), "rounded, and by no more"
+    assert column(finetune.LOGS / "plots/metrics/bonus/mean.tsv")[-1] > 0
+    parts, _ = load_parts(finetune.OUTPUT)
+    assert {value.dtype for part in parts.values() for value in part.values()} <= {torch.float32, torch.int64}
 
 
 def test_the_stage_loads_what_was_pretrained() -> None:

@@ -143,6 +143,16 @@ def test_the_same_params_give_the_same_bytes(
     assert other["data/pretrain/encoder.safetensors"] != undisturbed["data/pretrain/encoder.safetensors"]
 
 
+def test_mixed_precision_rounds_and_no_more(tmp_path: Path, data: Path, undisturbed: dict[str, bytes]) -> None:
+    def losses(files: dict[str, bytes]) -> list[float]:
+        text = files["reports/pretrain/plots/metrics/loss/image.tsv"].decode()
+        return [float(row.split("\t")[1]) for row in text.splitlines()[1:]]
+
+    assert run(tmp_path / "run", data, config(precision="bf16")) == 0
+    mixed, exact = losses(outputs(tmp_path / "run")), losses(undisturbed)
+    assert mixed != exact and mixed == pytest.approx(exact, rel=0.05)
+
+
 def test_a_killed_run_ends_as_it_would_have(
     tmp_path: Path, data: Path, undisturbed: dict[str, bytes]
 ) -> None:

@@ -43,12 +43,14 @@ class Bonus:
     def __call__(self, feature: Tensor) -> Tensor:
         """Features (B, T, F) -> bonus (B, T - window + 1) of the windows that start at each step.
 
-        The queue takes the windows before the search, so each finds itself at distance 0. Raises
-        `ValueError` where the sequences are shorter than a window.
+        The queue takes the windows before the search, so each finds itself at distance 0. All of it is in
+        float32, whatever the precision of training. Raises `ValueError` where the sequences are shorter than
+        a window.
         """
         if feature.shape[1] < self.window:
             raise ValueError(f"sequences of {feature.shape[1]} steps: need {self.window} or more")
-        projected = feature.float() @ self.projection
+        with torch.autocast(feature.device.type, enabled=False):
+            projected = feature.float() @ self.projection
         windows = projected.unfold(1, self.window, 1).mean(-1)
         flat = windows.flatten(0, 1)
         self._remember(flat)

@@ -75,9 +75,11 @@ class Learner:
         for group in self._model_optimizer.param_groups:
             group["lr"] = 0.0 if group["name"] == "held" and number < self.hold else self.lr
         self._wrapped_model.train()
-        losses, outputs = self._wrapped_model.finetune_losses(
-            to_images(data["image"]), data["action"], data["reward"], data["is_first"], bonus=self.bonus
-        )
+        images = to_images(data["image"])
+        with self.fabric.autocast():
+            losses, outputs = self._wrapped_model.finetune_losses(
+                images, data["action"], data["reward"], data["is_first"], bonus=self.bonus
+            )
         norm = descend(self.fabric, self._wrapped_model, self._model_optimizer, self.model.total(losses))
         metrics = {f"loss/{name}": value.detach() for name, value in losses.items()}
         metrics |= {f"model/{name}": value for name, value in outputs["metrics"].items()}
@@ -89,7 +91,8 @@ class Learner:
         """Improve the policy in imagination from every posterior state of the batch; returns metrics."""
         with frozen(self.model):
             start = self.model.start(post)
-            actor_loss, critic_loss, found = self._wrapped_behaviour.losses(self.model, start)
+            with self.fabric.autocast():
+                actor_loss, critic_loss, found = self._wrapped_behaviour.losses(self.model, start)
             actor_norm = descend(self.fabric, self._wrapped_behaviour, self._actor_optimizer, actor_loss)
         critic_norm = descend(self.fabric, self._wrapped_behaviour, self._critic_optimizer, critic_loss)
         self.behaviour.refresh(number)

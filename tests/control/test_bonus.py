@@ -73,6 +73,14 @@ def test_the_projection_has_the_references_scale() -> None:
     assert not torch.equal(Bonus(3072, weight=1, seed=2, device=CPU).projection, projection)
 
 
+def test_mixed_precision_changes_nothing() -> None:
+    one, two = make(), make()
+    feature = torch.randn(2, 5, 7)
+    with torch.autocast("cpu", torch.bfloat16):
+        mixed = one(feature)
+    assert mixed.dtype == torch.float32 and torch.equal(mixed, two(feature))
+
+
 def test_short_sequences_are_refused() -> None:
     with pytest.raises(ValueError, match="need 3 or more"):
         make()(torch.zeros(1, 2, 7))
