@@ -5,8 +5,10 @@ from __future__ import annotations
 import contextlib
 import errno
 import fcntl
+import hashlib
 import os
 import shutil
+import sys
 import uuid
 from collections.abc import Iterator
 from pathlib import Path
@@ -47,6 +49,17 @@ def write_text(path: Path, text: str) -> None:
     """Write a whole text file atomically."""
     with atomic_file(path) as partial:
         partial.write_text(text, encoding="utf-8")
+
+
+def digest(path: Path) -> str:
+    """sha256 of a file, in hexadecimal."""
+    with path.open("rb") as handle:
+        return hashlib.file_digest(handle, "sha256").hexdigest()
+
+
+def code_digests(*modules: str) -> dict[str, str]:
+    """sha256 of the source of imported modules, by name."""
+    return {name: digest(Path(str(sys.modules[name].__file__))) for name in modules}
 
 
 def remove(path: Path) -> None:

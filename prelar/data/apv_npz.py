@@ -19,6 +19,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from prelar import files
 from prelar.data.demonstrations import ALIGNMENT, Array, Episode, Job
 from prelar.data.store import Frames
 from prelar.errors import UserError
@@ -63,8 +64,10 @@ class ApvNpz:
         """Read an episode's files; a file that cannot be read is the episode's reason."""
         frames: dict[str, Frames] = {}
         arrays: dict[str, Array] = {}
+        digests: dict[str, str] = {}
         for camera, name in job.files:
             try:
+                digests[camera] = files.digest(self.folder / name)
                 content = read_npz(self.folder / name)
                 expected = LENGTH.fullmatch(name)
                 if expected and len(content["image"]) != int(expected[1]):
@@ -72,8 +75,9 @@ class ApvNpz:
                 frames[camera] = content["image"]
                 arrays = arrays or {key: _aligned(content, key) for key in self.arrays}
             except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile) as error:
-                return Episode(job, reason=f"{name}: {' '.join(str(error).split())}")
-        return Episode(job, frames, arrays)
+                reason = f"{name}: {' '.join(str(error).split())}"
+                return Episode(job, reason=reason, digests=digests)
+        return Episode(job, frames, arrays, digests=digests)
 
     def files(self, job: Job) -> list[Path]:
         """The episode's files."""

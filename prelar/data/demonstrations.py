@@ -20,7 +20,6 @@ import hashlib
 import importlib.metadata
 import json
 import os
-import sys
 import zlib
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -29,7 +28,7 @@ from typing import Any, Protocol
 import numpy as np
 import numpy.typing as npt
 
-from prelar import gl, sim
+from prelar import files, gl, sim
 from prelar.data import store
 from prelar.data.store import FRAME, SIZE, Frames, Row
 from prelar.errors import UserError
@@ -66,7 +65,8 @@ class Episode:
 
     frames: camera to uint8 (T, 64, 64, 3), upright. arrays: name to float32 (T, D), aligned as this module
     says. success: whether the task was solved, None if unknown. fps: frames a second of simulated time.
-    reason: why there is nothing to store, else None.
+    reason: why there is nothing to store, else None. digests: camera to sha256 of the file that held its
+    frames, where there is one.
     """
 
     job: Job
@@ -75,6 +75,7 @@ class Episode:
     success: bool | None = None
     fps: float | None = None
     reason: str | None = None
+    digests: Mapping[str, str] = dataclasses.field(default_factory=dict)
 
 
 class Source(Protocol):
@@ -111,9 +112,7 @@ class Source(Protocol):
 
 def staging_key(source: Source, jobs: Sequence[Job]) -> str:
     """A name for all that decides the result, so that only work towards the same result is continued."""
-    code = [
-        sys.modules[name].__file__ for name in (gl.__name__, sim.__name__, __name__, type(source).__module__)
-    ]
+    code = (gl.__name__, sim.__name__, store.__name__, __name__, type(source).__module__)
     found = [path for job in jobs for path in source.files(job) if path.exists()]
     decides = {
         "schema": store.SCHEMA,
@@ -122,7 +121,7 @@ def staging_key(source: Source, jobs: Sequence[Job]) -> str:
         "files": [(str(path), path.stat().st_size, path.stat().st_mtime_ns) for path in found],
         "versions": {name: importlib.metadata.version(name) for name in VERSIONS},
         "gl": os.environ.get("MUJOCO_GL"),
-        "code": [hashlib.sha256(Path(str(path)).read_bytes()).hexdigest() for path in code],
+        "code": files.code_digests(*code),
     }
     return hashlib.sha256(json.dumps(decides).encode()).hexdigest()[:16]
 
@@ -193,7 +192,10 @@ Clip = tuple[Frames | None, dict[str, Any], dict[str, Array]]
 
 
 def clips(episode: Episode, source: Source, label_id: int, splits: Splits) -> Iterator[Clip]:
-    """An episode as what `StoreWriter.append` takes: one clip per camera, with its row and its arrays."""
+    """An episode as what `StoreWriter.append` takes: one clip per camera, with its row and its arrays.
+
+    A clip's sha256 is that of its file, or of the bytes of its frames where no file of its own holds them.
+    """
     job = episode.job
     reason = episode.reason or fault(episode, source.cameras, source.arrays)
     split = None if reason else splits.deal(job.task)
@@ -212,10 +214,12 @@ def clips(episode: Episode, source: Source, label_id: int, splits: Splits) -> It
             "episode": job.episode,
             "success": episode.success,
             "reason": reason,
+            "sha256": episode.digests.get(camera),
         }
         if reason:
             yield None, row, {}
         else:
+            row["sha256"] = row["sha256"] or hashlib.sha256(episode.frames[camera].tobytes()).hexdigest()
             yield episode.frames[camera], row, {name: episode.arrays[name] for name in source.arrays}
 
 

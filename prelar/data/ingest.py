@@ -15,6 +15,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+from prelar import files
 from prelar.data import archive, labels, store, video
 from prelar.data.archive import Member, Piece
 from prelar.data.labels import Labels
@@ -74,14 +75,16 @@ def files_source(paths: Sequence[Path], labels_path: Path | None) -> Source:
 
 def staging_key(source: Source, known: Labels, version: str, min_frames: int) -> str:
     """A name for all that decides the result, so that only work towards the same result is continued."""
-    files = [piece.path for piece in source.pieces] or list(source.clips)
-    stamps = [(path.name, path.stat().st_size, path.stat().st_mtime_ns) for path in files]
+    read = [piece.path for piece in source.pieces] or list(source.clips)
+    stamps = [(path.name, path.stat().st_size, path.stat().st_mtime_ns) for path in read]
+    code = (archive.__name__, labels.__name__, store.__name__, video.__name__, __name__)
     decides = {
         "schema": store.SCHEMA,
         "scale": video.SCALE,
         "ffmpeg": version,
         "min_frames": min_frames,
         "files": stamps,
+        "code": files.code_digests(*code),
         "labels": [sorted(known.names.items()), [(i, c.split, c.label) for i, c in known.clips.items()]],
     }
     return hashlib.sha256(json.dumps(decides).encode()).hexdigest()[:16]

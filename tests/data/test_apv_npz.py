@@ -1,12 +1,13 @@
 """Episode files of APV's format: grouping by name, alignment, broken files in words."""
 
+import hashlib
 from pathlib import Path
 
 import numpy as np
 import pytest
 
 from prelar.data.apv_npz import ApvNpz, open_folder, read_npz
-from prelar.data.demonstrations import fault
+from prelar.data.demonstrations import Splits, clips, fault
 from prelar.errors import UserError
 
 
@@ -62,6 +63,18 @@ def test_content_is_kept_and_the_last_action_dropped(folder: Path) -> None:
     assert np.array_equal(episode.arrays["actions"][:-1], raw["action"][:-1])
     assert not episode.arrays["actions"][-1].any()
     assert np.array_equal(episode.arrays["gripper"], raw["gripper_pose"])
+
+
+def test_clips_carry_the_digests_of_their_files(folder: Path) -> None:
+    broken = folder / "open_drawer-v1-e0-left_shoulder-6.npz"
+    broken.write_bytes(b"broken")
+    source = open_folder(folder)
+    bad, good = (source.collect(job) for job in source.jobs()[:2])
+    assert bad.digests["left_shoulder"] == hashlib.sha256(b"broken").hexdigest()
+    rows = [row for _, row, _ in clips(good, source, 0, Splits(source.jobs(), []))]
+    for row, camera in zip(rows, source.cameras, strict=True):
+        content = (folder / f"open_drawer-v1-e1-{camera}-7.npz").read_bytes()
+        assert row["sha256"] == hashlib.sha256(content).hexdigest()
 
 
 def test_other_names_are_episodes_of_their_folder(tmp_path: Path) -> None:

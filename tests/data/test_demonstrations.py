@@ -1,6 +1,7 @@
 """Demonstrations: repeatable experts, the alignment of actions, faults in words, splits, suites."""
 
 import dataclasses
+import hashlib
 import pickle
 from pathlib import Path
 
@@ -52,6 +53,15 @@ def synthetic(job: Job, *, length: int = 12, seed: int = 0) -> Episode:
         success=True,
         fps=80.0,
     )
+
+
+def test_clips_made_by_us_carry_the_digests_of_their_frames(tmp_path: Path) -> None:
+    job = SOURCE.jobs()[0]
+    first, other = (build(tmp_path / f"{seed}.zarr", [synthetic(job, seed=seed)]) for seed in (0, 1))
+    for clip in first.clip_index.to_pylist():
+        frames = first.read(clip["start"], clip["frames"])
+        assert clip["sha256"] == hashlib.sha256(frames.tobytes()).hexdigest()
+    assert first.attrs["index_sha256"] != other.attrs["index_sha256"]
 
 
 # --- Meta-World ---------------------------------------------------------------------------------------------

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 
 import pytest
@@ -135,6 +136,20 @@ def test_staging_of_other_clips_is_not_continued(tmp_path: Path, folder: Path, d
     archives.labels_zip(tmp_path / "other" / "labels.zip", archives.labels_files(list(CONTENTS)))
     with pytest.raises(UserError, match="clip 107: the source changed"):
         build(tmp_path / "work", tmp_path / "other", decoder, 3)
+
+
+@pytest.mark.parametrize("module", ["archive", "ingest", "labels", "store", "video"])
+def test_work_of_other_code_is_not_continued(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, module: str
+) -> None:
+    source = folder_source(folder, None)
+    known = read_labels(source.labels)
+    key = staging_key(source, known, "7.0", 8)
+    code = sys.modules[f"prelar.data.{module}"]
+    edited = tmp_path / f"{module}.py"
+    edited.write_text(Path(str(code.__file__)).read_text(encoding="utf-8") + "#", encoding="utf-8")
+    monkeypatch.setattr(code, "__file__", str(edited))
+    assert staging_key(source, known, "7.0", 8) != key
 
 
 def test_the_staging_key_tells_what_decides_the_result(folder: Path, tmp_path: Path) -> None:

@@ -10,6 +10,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -152,6 +153,28 @@ def test_killed_refused_continued(here: Path) -> None:
     assert "hush" not in out + err
     for path in (path for folder in (".prefect", "reports") for path in Path(folder).rglob("*")):
         assert not path.is_file() or b"hush" not in path.read_bytes(), path
+
+
+def test_what_was_valid_once_is_validated_again(here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Killed after its validation, the flow is run again with stricter settings."""
+    pool = ThreadPoolExecutor(2)
+    monkeypatch.setattr(ssv2.decode, "submit", lambda desk, number: pool.submit(ssv2.decode.fn, desk, number))
+    monkeypatch.setattr(ssv2, "validate", ssv2.validate.fn)
+    with monkeypatch.context() as context, pytest.raises(InterruptedError):
+        context.setattr(staging, "publish", interrupt)
+        ssv2.ssv2.fn()
+    change(max_bad=0.0)
+    with pytest.raises(UserError, match=r"at most 0\.00% of the clips are bad"):
+        ssv2.ssv2.fn()
+    assert not Path("data/ssv2.zarr").exists()
+    change(max_bad=0.1)
+    monkeypatch.setattr(ssv2, "fill", None)
+    assert ssv2.ssv2.fn().startswith("46 clips, ")
+    assert Store.open("data/ssv2.zarr").num_clips == 46
+
+
+def interrupt(*arguments: object, **named: object) -> None:
+    raise InterruptedError
 
 
 class Interruption:
