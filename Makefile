@@ -4,15 +4,18 @@ export PATH := $(CURDIR)/.venv/bin:$(PATH)
 READY := .venv/.ready
 
 .DEFAULT_GOAL := help
-.PHONY: help setup repro test test-long lint format bench ui check lock clean
+.PHONY: help setup repro test test-long test-live lint format bench ui check lock clean rlbench-setup
 
 help: ## list the targets
-	@awk -F ':.*## ' '/^[a-z-]+:.*## /{printf "  make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## /{printf "  make %-13s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
 $(READY): requirements.lock tools/setup.sh
 	@PYTHON="$(PYTHON)" sh tools/setup.sh
 
 setup: $(READY) ## create .venv with the locked dependencies
+
+rlbench-setup: $(READY) ## add RLBench for live demonstrations; needs CoppeliaSim and COPPELIASIM_ROOT
+	@PYTHON=.venv/bin/python sh tools/rlbench_setup.sh
 
 check: $(READY) ## validate params.yaml
 	@python -m prelar check
@@ -26,6 +29,9 @@ test: lint ## run all checks and tests
 
 test-long: $(READY) ## run what takes longer: kill storms and learning runs
 	@python -m pytest -m long
+
+test-live: $(READY) ## collect demonstrations of three tasks in CoppeliaSim
+	@python -m pytest -m live
 
 lint: $(READY) ## format check, linter, type checker, import directions
 	@ruff format --check --quiet . && ruff check --quiet . && mypy --no-error-summary && lint-imports --no-logo >/dev/null || \

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import argparse
+import collections
+import contextlib
+import functools
 import itertools
-from collections.abc import Iterator
-from concurrent.futures import ProcessPoolExecutor
+from collections.abc import Callable, Iterator
 from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
 from typing import Any
@@ -20,13 +22,16 @@ from prelar import files, gl
 from prelar.config import Rlbench, load_config
 from prelar.data import apv_npz
 from prelar.data.demonstrations import Episode, Job, Metaworld, Source, Splits, clips, staging_key
+from prelar.data.rlbench_crew import Crew
 from prelar.data.rlbench_folder import RlbenchFolder
+from prelar.data.rlbench_live import RlbenchLive
 from prelar.data.store import Store, StoreWriter
 from prelar.errors import UserError
 from prelar.workers import worker_pool
 
 NAME = "rlbench"
 BATCH = 4
+SHOWN = 100
 
 _desks: dict[str, staging.Desk[list[Job], list[Episode]]] = {}
 
@@ -87,6 +92,17 @@ def find(settings: Rlbench) -> Source:
             keep_failures=settings.keep_failures,
             seed=settings.seed,
         )
+    if settings.source == "rlbench":
+        return RlbenchLive(
+            tasks=() if settings.tasks == ["all"] else tuple(settings.tasks),
+            variations=settings.variations,
+            episodes=settings.episodes,
+            cameras=tuple(settings.cameras),
+            size=settings.image_size,
+            renderer=settings.renderer,
+            seed=settings.seed,
+            timeout=settings.timeout,
+        )
     folder = Path(str(settings.path))
     return apv_npz.open_folder(folder) if settings.source == "apv_npz" else RlbenchFolder(folder)
 
@@ -96,27 +112,46 @@ def fill(writer: StoreWriter, source: Source, jobs: list[Job], workers: int) -> 
     done = writer.count // len(source.cameras)
     labels = {name: number for number, name in enumerate(sorted({job.task for job in jobs}))}
     splits = Splits(jobs, writer.rows())
+    total, stored = collections.Counter(job.task for job in jobs), collections.Counter[str]()
     with (
-        worker_pool(workers) as pool,
+        hands(source, jobs[done:], workers, writer.path.parent / "demos") as (collect_job, settle),
         tqdm(desc="demonstrations", total=len(jobs), initial=done, unit="episode", disable=None) as bar,
     ):
-        for episodes in collected(source, jobs[done:], pool, workers):
+        stored.update(job.task for job in jobs[:done])
+        for episodes in collected(jobs[done:], collect_job, workers):
             for episode in episodes:
                 for frames, row, arrays in clips(episode, source, labels[episode.job.task], splits):
                     writer.append(frames, row, **arrays)
-                bar.set_postfix(task=episode.job.task, clips=len(writer.lengths), refresh=False)
+                stored[task := episode.job.task] += 1
+                bar.set_postfix_str(f"{task} {stored[task]}/{total[task]}", refresh=False)
             writer.commit()
             bar.update(len(episodes))
+            for episode in episodes:
+                settle(episode.job)
 
 
-def collected(
-    source: Source, jobs: list[Job], pool: ProcessPoolExecutor, workers: int
-) -> Iterator[list[Episode]]:
+Later = Callable[[], Episode]
+
+
+@contextlib.contextmanager
+def hands(
+    source: Source, jobs: list[Job], workers: int, folder: Path
+) -> Iterator[tuple[Callable[[Job], Later], Callable[[Job], None]]]:
+    """Worker processes, or simulators that use `folder`: what starts a job, and what ends it."""
+    if isinstance(source, RlbenchLive):
+        with Crew(source, jobs, workers, folder) as crew:
+            yield lambda job: functools.partial(crew.result, job), crew.settle
+    else:
+        with worker_pool(workers) as pool:
+            yield lambda job: pool.submit(source.collect, job).result, lambda job: None
+
+
+def collected(jobs: list[Job], start: Callable[[Job], Later], workers: int) -> Iterator[list[Episode]]:
     """Batches of collected episodes in the order of the jobs."""
 
     def work(batch: list[Job]) -> list[Episode]:
-        running = [pool.submit(source.collect, job) for job in batch]
-        return [episode.result() for episode in running]
+        running = [start(job) for job in batch]
+        return [wait() for wait in running]
 
     _desks[NAME] = desk = staging.Desk(work)
     batches = (jobs[begin : begin + BATCH] for begin in itertools.count(0, BATCH))
@@ -126,6 +161,19 @@ def collected(
         )
     except BrokenProcessPool:
         raise UserError("a worker process died; run again, the work so far is kept") from None
+
+
+def account(store: Store) -> list[str]:
+    """What could not be collected and why, a line for each task and reason."""
+    bad = collections.Counter(
+        (row["task"], row["variation"], row["reason"])
+        for row in store.index.select(["task", "variation", "status", "reason"]).to_pylist()
+        if row["status"] == "bad"
+    )
+    return [
+        f"  {task}, variation {variation}: {count} clips: {why}"
+        for (task, variation, why), count in bad.items()
+    ]
 
 
 def _arguments() -> None:
@@ -141,6 +189,9 @@ def main() -> None:
     with staging.surroundings(NAME):
         pool: Any = ThreadPoolTaskRunner(max_workers=workers)
         print(f"{staging.target(NAME)}: {rlbench.with_options(task_runner=pool)()}")
+        left_out = account(Store.open(staging.target(NAME)))
+        if left_out:
+            print("\n".join(["left out:", *left_out[:SHOWN], *(["  …"] if left_out[SHOWN:] else [])]))
 
 
 if __name__ == "__main__":

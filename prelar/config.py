@@ -52,10 +52,14 @@ class Ssv2(_Frozen):
 class Rlbench(_Frozen):
     """Which demonstrations are made or read."""
 
-    source: Literal["metaworld", "apv_npz", "rlbench_folder"]
+    source: Literal["metaworld", "rlbench", "apv_npz", "rlbench_folder"]
     path: Text | None
     tasks: Annotated[list[Text], Field(min_length=1)]
     episodes: Count
+    variations: Count | None
+    image_size: Annotated[int, Field(ge=16, le=2048)]
+    renderer: Literal["opengl", "opengl3"]
+    timeout: Annotated[float, Field(gt=0)]
     cameras: Annotated[list[Text], Field(min_length=1)]
     noise: Weight
     keep_failures: bool
@@ -65,7 +69,7 @@ class Rlbench(_Frozen):
 
     @model_validator(mode="after")
     def _has_folder(self) -> Rlbench:
-        if self.source != "metaworld" and self.path is None:
+        if self.source in ("apv_npz", "rlbench_folder") and self.path is None:
             raise ValueError(f"path is null; name the folder that source {self.source} reads")
         return self
 

@@ -1,0 +1,500 @@
+"""RLBench simulators at work: processes that are launched, asked, watched, killed and launched again.
+
+Each simulator is a process of its own (`prelar.data.rlbench_simulator`), launched once and used for many
+demos. `Crew` gives work to several of them:
+
+- a demo gets ten attempts, each with random numbers of its own;
+- an attempt without an answer for too long is killed, three times at most for one demo;
+- a simulator that dies costs the attempt in progress; another one takes its place;
+- where a demo's attempts are exhausted before the first success of its task and variation, the others of
+  that variation are not tried;
+- a finished demo waits in a file until the store has it, so that a killed run loses only what was in
+  progress.
+
+Every way to fail ends in words.
+"""
+
+from __future__ import annotations
+
+import collections
+import contextlib
+import json
+import os
+import re
+import select
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+import zipfile
+import zlib
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from types import TracebackType
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from PIL import Image
+
+from prelar import files
+from prelar.data import rlbench_simulator
+from prelar.data.demonstrations import Episode, Job
+from prelar.data.rlbench_folder import RATE
+from prelar.data.store import SIZE, Frames
+from prelar.errors import UserError
+
+if TYPE_CHECKING:
+    from prelar.data.rlbench_live import RlbenchLive
+
+ATTEMPTS = 10
+HANGS = 3
+LAUNCHES = 5
+LAUNCH_SECONDS = 180.0
+FAREWELL = 5.0
+DIED = "the simulator ended"
+ROOT = "COPPELIASIM_ROOT"
+
+# --- Surroundings -------------------------------------------------------------------------------------------
+
+
+def given_display() -> str | None:
+    """The value of DISPLAY if a local X server answers there."""
+    shown = os.environ.get("DISPLAY", "")
+    local = re.fullmatch(r"(?:unix)?:(\d+)(?:\.\d+)?", shown)
+    if not local:
+        return shown or None
+    for address in (f"/tmp/.X11-unix/X{local[1]}", f"\0/tmp/.X11-unix/X{local[1]}"):
+        with socket.socket(socket.AF_UNIX) as client, contextlib.suppress(OSError):
+            client.settimeout(2)
+            client.connect(address)
+            return shown
+    return None
+
+
+def surroundings(display: str | None) -> dict[str, str]:
+    """The environment of a process that runs CoppeliaSim."""
+    root = os.environ.get(ROOT, "")
+    paths = [path for path in os.environ.get("LD_LIBRARY_PATH", "").split(os.pathsep) if path]
+    settings = dict(os.environ)
+    if root:
+        settings["LD_LIBRARY_PATH"] = os.pathsep.join([*paths, root] if root not in paths else paths)
+        settings["QT_QPA_PLATFORM_PLUGIN_PATH"] = root
+    for name in ("LP_NUM_THREADS", "OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS"):
+        settings.setdefault(name, "1")
+    if display:
+        settings["DISPLAY"] = display
+    code = [str(Path(__file__).parents[2]), *filter(None, [os.environ.get("PYTHONPATH")])]
+    settings["PYTHONPATH"] = os.pathsep.join(code)
+    return settings
+
+
+_FOLLOWER = """
+import ctypes, os, signal, sys
+ctypes.CDLL(None).prctl(1, signal.SIGTERM)
+os.execvp(sys.argv[1], sys.argv[1:])
+"""
+
+
+class Display:
+    """The X display that simulators draw on: the user's if it answers, else an Xvfb for as long as needed."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._server: subprocess.Popen[bytes] | None = None
+        self._name: str | None = None
+
+    def name(self) -> str:
+        """A display that answers; an Xvfb that has ended is replaced. Raises `UserError` where none does."""
+        with self._lock:
+            if self._server is not None and self._server.poll() is None and self._name:
+                return self._name
+            given = given_display()
+            self._name = given or self._start()
+            return self._name
+
+    def _start(self) -> str:
+        reading, writing = os.pipe()
+        command = ["Xvfb", "-displayfd", str(writing), "-screen", "0", "1280x1024x24", "-nolisten", "tcp"]
+        self._server = subprocess.Popen(
+            [sys.executable, "-c", _FOLLOWER, *command],
+            pass_fds=[writing],
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.DEVNULL,
+            start_new_session=True,
+        )
+        os.close(writing)
+        with os.fdopen(reading, "rb", buffering=0) as pipe:
+            number = _line(pipe.fileno(), bytearray(), 30.0) or b""
+        if not number.strip().isdigit():
+            self.close()
+            raise UserError("Xvfb does not start; run `Xvfb :99` to see why, or set DISPLAY")
+        return f":{int(number)}"
+
+    def close(self) -> None:
+        """End the Xvfb, if one was started."""
+        if self._server is not None:
+            self._server.terminate()
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                self._server.wait(timeout=5)
+            if self._server.poll() is None:
+                self._server.kill()
+                self._server.wait()
+            self._server = None
+
+
+# --- A simulator --------------------------------------------------------------------------------------------
+
+
+class HungError(Exception):
+    """A simulator gave no answer in time, and was killed."""
+
+
+class DeadError(Exception):
+    """A simulator ended by itself."""
+
+
+def _line(pipe: int, held: bytearray, seconds: float) -> bytes | None:
+    """The next line from a pipe; empty where the pipe ends, None where nothing came in time."""
+    end = time.monotonic() + seconds
+    while b"\n" not in held:
+        left = end - time.monotonic()
+        if left <= 0 or not select.select([pipe], [], [], left)[0]:
+            return None
+        piece = os.read(pipe, 65536)
+        if not piece:
+            return b""
+        held += piece
+    line, _, rest = bytes(held).partition(b"\n")
+    held[:] = rest
+    return line + b"\n"
+
+
+class Simulator:
+    """A process with a launched CoppeliaSim; it ends with the thread that started it."""
+
+    def __init__(self, display: str, log: Path) -> None:
+        """Start the process."""
+        self._pipe, writing = os.pipe()
+        self._held = bytearray()
+        with log.open("ab") as told:
+            self._process = subprocess.Popen(
+                [sys.executable, "-m", rlbench_simulator.__name__, str(writing), str(os.getpid())],
+                env=surroundings(display),
+                pass_fds=[writing],
+                stdin=subprocess.PIPE,
+                stdout=told,
+                stderr=told,
+                start_new_session=True,
+            )
+        os.close(writing)
+
+    @property
+    def alive(self) -> bool:
+        """Whether the process is there."""
+        return self._process.poll() is None
+
+    def launch(self, settings: Mapping[str, Any], seconds: float) -> None:
+        """Launch CoppeliaSim. Raises `HungError` or `DeadError`, with what it said."""
+        answer = self.ask(settings, seconds)
+        if "ready" not in answer:
+            self.kill()
+            raise DeadError(str(answer.get("reason")))
+
+    def ask(self, request: Mapping[str, Any], seconds: float) -> dict[str, Any]:
+        """The answer to a request. Raises `HungError` or `DeadError`, after which the process is gone."""
+        assert self._process.stdin is not None
+        try:
+            self._process.stdin.write(json.dumps(request).encode() + b"\n")
+            self._process.stdin.flush()
+            line = _line(self._pipe, self._held, seconds)
+        except OSError:
+            line = b""
+        if line is None:
+            self.kill()
+            raise HungError(f"no answer from the simulator within {seconds:g} s")
+        if not line:
+            self.kill(2.0)
+            raise DeadError(f"{DIED} {_ending(self._process.returncode)}")
+        answer: dict[str, Any] = json.loads(line)
+        return answer
+
+    def close(self) -> None:
+        """Let it shut CoppeliaSim down; kill it if that takes long."""
+        with contextlib.suppress(OSError):
+            self._process.stdin.close() if self._process.stdin else None
+        self.kill(FAREWELL)
+
+    def interrupt(self) -> None:
+        """End the process from any thread; whoever waits for it finds it dead."""
+        if self.alive:
+            with contextlib.suppress(ProcessLookupError, PermissionError):
+                os.killpg(self._process.pid, signal.SIGKILL)
+
+    def kill(self, grace: float = 0.0) -> None:
+        """End the process and what it started, after `grace` seconds. A second time does nothing."""
+        if self._pipe < 0:
+            return
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            self._process.wait(timeout=grace)
+        with contextlib.suppress(ProcessLookupError, PermissionError):
+            os.killpg(self._process.pid, signal.SIGKILL)
+        self._process.wait()
+        with contextlib.suppress(OSError):
+            self._process.stdin.close() if self._process.stdin else None
+        os.close(self._pipe)
+        self._pipe = -1
+
+
+def _ending(code: int) -> str:
+    """How a process ended, in words."""
+    return f"by signal {-code}" if code < 0 else f"with status {code}"
+
+
+def count_variations(source: RlbenchLive, tasks: Sequence[str]) -> dict[str, int]:
+    """How many variations each task has; 1 where a simulator does not tell in three tries."""
+    counts: dict[str, int] = {}
+    files.STAGING.mkdir(parents=True, exist_ok=True)
+    display = Display()
+    yard = Yard(source, display, files.STAGING / "rlbench-count.log")
+    try:
+        for task in tasks:
+            counts[task] = 1
+            for _ in range(HANGS):
+                with contextlib.suppress(HungError, DeadError):
+                    counts[task] = int(yard.ask({"count": task}).get("variations", 1))
+                    break
+    finally:
+        yard.close()
+        display.close()
+    return counts
+
+
+class Yard:
+    """Keeps one simulator running for one thread, and launches it anew when it is gone."""
+
+    def __init__(self, source: RlbenchLive, display: Display, log: Path) -> None:
+        self._source = source
+        self._display = display
+        self._log = log
+        self._simulator: Simulator | None = None
+        self._stopped = False
+
+    def ask(self, request: Mapping[str, Any]) -> dict[str, Any]:
+        """A simulator's answer. Raises `HungError` or `DeadError`, or `UserError` where none starts."""
+        return self._launched().ask(request, self._source.timeout)
+
+    def _launched(self) -> Simulator:
+        reasons: list[str] = []
+        while len(reasons) < LAUNCHES:
+            if self._stopped:
+                raise DeadError("stopped")
+            if self._simulator is not None and self._simulator.alive:
+                return self._simulator
+            self.drop()
+            time.sleep(min(len(reasons), 2))
+            try:
+                self._simulator = Simulator(self._display.name(), self._log)
+                self._simulator.launch(self._source.settings, LAUNCH_SECONDS)
+                return self._simulator
+            except (HungError, DeadError) as error:
+                reasons.append(str(error))
+        raise UserError(f"CoppeliaSim does not start: {reasons[-1]}; {self._log} says more")
+
+    def drop(self) -> None:
+        """End the simulator; the next request has a new one."""
+        if self._simulator is not None:
+            self._simulator.kill()
+        self._simulator = None
+
+    def interrupt(self) -> None:
+        """End what the simulator is doing, from any thread, for good."""
+        self._stopped = True
+        simulator = self._simulator
+        if simulator is not None:
+            simulator.interrupt()
+
+    def close(self) -> None:
+        """Shut the simulator down."""
+        if self._simulator is not None:
+            self._simulator.close()
+        self._simulator = None
+
+
+# --- Many simulators ----------------------------------------------------------------------------------------
+
+
+class Crew:
+    """Simulators at work on all jobs at once; finished demos wait in `folder` until they are settled."""
+
+    def __init__(self, source: RlbenchLive, jobs: Sequence[Job], workers: int, folder: Path) -> None:
+        """Demos and failures that an earlier run left in `folder` count as done."""
+        self._source = source
+        self._folder = folder.resolve()
+        self._folder.mkdir(parents=True, exist_ok=True)
+        self._changed = threading.Condition()
+        self._finished = {job for job in jobs if self._left(job)}
+        self._waiting = [job for job in jobs if job not in self._finished]
+        self._busy: collections.Counter[str] = collections.Counter()
+        self._solved = {
+            (job.task, job.variation) for job in self._finished if not self._failure(job).exists()
+        }
+        self._failed: dict[tuple[str, int], str] = {}
+        self._error: BaseException | None = None
+        self._closed = False
+        self._display = Display()
+        self._threads = [
+            threading.Thread(target=self._work, args=(number,), daemon=True)
+            for number in range(min(workers, len(self._waiting)))
+        ]
+        self._yards = [
+            Yard(source, self._display, self._folder / f"simulator{number}.log")
+            for number in range(len(self._threads))
+        ]
+
+    def __enter__(self) -> Crew:
+        if self._threads:
+            self._display.name()
+        for thread in self._threads:
+            thread.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        with self._changed:
+            self._closed = True
+            self._changed.notify_all()
+        for yard in self._yards if error else ():
+            yard.interrupt()
+        for thread in self._threads:
+            thread.join()
+        self._display.close()
+
+    def result(self, job: Job) -> Episode:
+        """Wait for a job and load what came of it. Raises what keeps the crew from working."""
+        with self._changed:
+            self._changed.wait_for(lambda: job in self._finished or self._error or self._closed)
+            if job not in self._finished:
+                raise self._error or RuntimeError("the crew was dismissed")
+        if self._failure(job).exists():
+            reason = self._failure(job).read_text(encoding="utf-8")
+            return Episode(job, success=False, fps=RATE, reason=reason)
+        return self._load(job)
+
+    def settle(self, job: Job) -> None:
+        """Remove the file of a job that the store has by now."""
+        self._demo(job).unlink(missing_ok=True)
+        self._failure(job).unlink(missing_ok=True)
+
+    def _demo(self, job: Job) -> Path:
+        return self._folder / f"{job.task}-v{job.variation}-e{job.episode}.npz"
+
+    def _failure(self, job: Job) -> Path:
+        return self._demo(job).with_suffix(".txt")
+
+    def _left(self, job: Job) -> bool:
+        """Whether an earlier run left a whole file for a job."""
+        if self._failure(job).exists():
+            return True
+        return zipfile.is_zipfile(self._demo(job))
+
+    def _load(self, job: Job) -> Episode:
+        try:
+            with np.load(self._demo(job), allow_pickle=False) as content:
+                frames = {camera: _at_size(content[camera]) for camera in self._source.cameras}
+                arrays = {name: content[name] for name in self._source.arrays}
+        except (OSError, ValueError, KeyError, zipfile.BadZipFile) as error:
+            return Episode(job, reason=f"the stored demo cannot be read: {' '.join(str(error).split())}")
+        return Episode(job, frames, arrays, success=True, fps=RATE)
+
+    def _take(self, task: str | None) -> Job | None:
+        """The next job, at best of the task that is loaded, else of one that nobody has; None at the end."""
+        with self._changed:
+            self._changed.wait_for(lambda: self._waiting or self._closed or self._error)
+            if self._closed or self._error:
+                return None
+            ranked = min(
+                range(len(self._waiting)),
+                key=lambda n: (self._waiting[n].task != task, self._busy[self._waiting[n].task] > 0, n),
+            )
+            job = self._waiting.pop(ranked)
+            self._busy[job.task] += 1
+            return job
+
+    def _work(self, number: int) -> None:
+        """What each thread does: take jobs until there are none or something keeps it from working."""
+        yard, task = self._yards[number], None
+        try:
+            while (job := self._take(task)) is not None:
+                task = job.task
+                reason = self._hopeless(job) or self._attempts(yard, job)
+                if self._closed:
+                    break
+                self._finish(job, reason)
+        except BaseException as error:
+            with self._changed:
+                self._error = self._error or error
+                self._changed.notify_all()
+        finally:
+            yard.close()
+
+    def _hopeless(self, job: Job) -> str | None:
+        """Why a job is not worth trying, if so."""
+        key = (job.task, job.variation)
+        with self._changed:
+            return None if key in self._solved else self._failed.get(key)
+
+    def _finish(self, job: Job, reason: str | None) -> None:
+        """Let the waiting know what came of a job; dead simulators do not speak against the next one."""
+        key = (job.task, job.variation)
+        if reason:
+            files.write_text(self._failure(job), reason)
+        with self._changed:
+            self._busy[job.task] -= 1
+            self._finished.add(job)
+            if not reason:
+                self._solved.add(key)
+            elif DIED not in reason:
+                self._failed.setdefault(key, f"not tried after episode {job.episode}: {reason}")
+            self._changed.notify_all()
+
+    def _attempts(self, yard: Yard, job: Job) -> str | None:
+        """Try for a demo; None once it is stored, else what came of the attempts."""
+        reasons: collections.Counter[str] = collections.Counter()
+        hangs = 0
+        for attempt in range(ATTEMPTS):
+            if self._closed:
+                break
+            request = {
+                "task": job.task,
+                "variation": job.variation,
+                "seed": zlib.crc32(repr((self._source.seed, job, attempt)).encode()),
+                "path": str(self._demo(job)),
+            }
+            try:
+                answer = yard.ask(request)
+            except (HungError, DeadError) as error:
+                reasons[str(error)] += 1
+                hangs += isinstance(error, HungError)
+                if hangs == HANGS:
+                    break
+                continue
+            if "errno" in answer:
+                raise OSError(answer["errno"], answer["strerror"], str(self._demo(job)))
+            if "steps" in answer:
+                return None
+            reasons[answer["reason"]] += 1
+        yard.drop()
+        told = "; ".join(f"{count} × {reason}" for reason, count in reasons.most_common())
+        return f"no demo in {reasons.total()} attempts: {told}"
+
+
+def _at_size(frames: Frames) -> Frames:
+    """Pictures brought to 64x64."""
+    if frames.shape[1:3] == (SIZE, SIZE):
+        return frames
+    resized = [Image.fromarray(frame).resize((SIZE, SIZE), Image.Resampling.BICUBIC) for frame in frames]
+    return np.stack([np.asarray(picture) for picture in resized])

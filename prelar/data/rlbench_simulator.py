@@ -1,0 +1,169 @@
+"""One RLBench simulator in a process of its own: `python -m prelar.data.rlbench_simulator <pipe> <parent>`.
+
+`prelar.data.rlbench_crew` starts it and tells it what to do. Lines of JSON come in by the standard input:
+first the settings, then requests, one at a time.
+
+    {"count": task}                              how many variations has the task?
+    {"task", "variation", "seed", "path"}        one attempt at a demo, to be stored at path
+
+Answers go out by the pipe with the given number, a line of JSON each: `{"ready": true}` once CoppeliaSim
+runs, then one a request: `{"variations": n}`, `{"steps": n}` when the demo is stored, or `{"reason":
+words}`. What CoppeliaSim itself prints goes to the standard output. The process ends with its parent,
+whatever the simulator is doing.
+
+A demo is an `.npz`: uint8 (T, size, size, 3) per camera, `actions` float32 (T, 8), which are the 7 joint
+velocities (rad/s) and the gripper's opening with zeros at the last step, and `gripper` float32 (T, 8): x,
+y, z (m), quaternion x, y, z, w, opening.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import json
+import logging
+import os
+import random
+import signal
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+BAD_DEMO = "Bad demo. "
+
+
+def demo_arrays(demo: Sequence[Any], cameras: Sequence[str]) -> dict[str, npt.NDArray[Any]]:
+    """Pictures and vectors of a demo. Raises `ValueError` where a step lacks one."""
+    steps = [demo[number] for number in range(len(demo))]
+    found = {camera: np.stack([getattr(step, f"{camera}_rgb") for step in steps]) for camera in cameras}
+    for camera, frames in found.items():
+        if frames.dtype != np.uint8 or frames.ndim != 4:
+            raise ValueError(f"camera {camera}: frames are {frames.dtype} {frames.shape}, not uint8 pictures")
+    opening = np.array([step.gripper_open for step in steps], dtype=np.float32)[:, None]
+    velocities = np.stack([step.joint_velocities for step in steps])
+    poses = np.stack([step.gripper_pose for step in steps])
+    found["actions"] = np.concatenate([velocities, opening], axis=1).astype(np.float32)
+    found["actions"][-1] = 0
+    found["gripper"] = np.concatenate([poses, opening], axis=1).astype(np.float32)
+    return found
+
+
+def store_arrays(path: Path, arrays: dict[str, npt.NDArray[Any]]) -> None:
+    """Write an `.npz`, whole or not at all."""
+    partial = path.with_suffix(".partial")
+    with partial.open("wb") as handle:
+        np.savez(handle, **arrays)  # type: ignore[arg-type]
+    partial.replace(path)
+
+
+class _LastBadDemo(logging.Handler):
+    """Keeps the reason that RLBench logs when an attempt fails; what it raises then does not tell."""
+
+    def __init__(self) -> None:
+        super().__init__(logging.INFO)
+        self.reason: str | None = None
+
+    def emit(self, record: logging.LogRecord) -> None:
+        """Keep the words of one failure."""
+        words = record.getMessage()
+        if words.startswith(BAD_DEMO):
+            self.reason = words.removeprefix(BAD_DEMO)
+
+
+class Bench:
+    """A launched RLBench environment and the task that it holds."""
+
+    def __init__(self, *, cameras: Sequence[str], size: int, renderer: str) -> None:
+        """Launch CoppeliaSim with RGB of `cameras` at `size` pixels and nothing else that costs time."""
+        from pyrep.const import RenderMode
+        from rlbench.action_modes.action_mode import MoveArmThenGripper
+        from rlbench.action_modes.arm_action_modes import JointVelocity
+        from rlbench.action_modes.gripper_action_modes import Discrete
+        from rlbench.environment import Environment
+        from rlbench.observation_config import ObservationConfig
+
+        config = ObservationConfig()
+        config.set_all(False)
+        config.joint_velocities = config.gripper_open = config.gripper_pose = True
+        for camera in cameras:
+            shown = getattr(config, f"{camera}_camera")
+            shown.rgb = True
+            shown.image_size = [size, size]
+            shown.render_mode = RenderMode[renderer.upper()]
+        self._cameras = tuple(cameras)
+        self._log = _LastBadDemo()
+        logging.getLogger().addHandler(self._log)
+        logging.getLogger().setLevel(logging.INFO)
+        mode = MoveArmThenGripper(JointVelocity(), Discrete())
+        self._environment = Environment(mode, obs_config=config, headless=True)
+        self._environment.launch()
+        self._name: str | None = None
+        self._task: Any = None
+
+    def task(self, name: str) -> Any:
+        """The task environment of a task's file name; what is loaded already stays."""
+        from rlbench.backend.utils import task_file_to_task_class
+
+        if name != self._name:
+            self._name = None
+            self._task = self._environment.get_task(task_file_to_task_class(name))
+            self._name = name
+        return self._task
+
+    def answer(self, request: dict[str, Any]) -> dict[str, Any]:
+        """What came of a request. Raises `OSError` where a demo cannot be stored."""
+        self._log.reason = None
+        try:
+            if "count" in request:
+                return {"variations": int(self.task(request["count"]).variation_count())}
+            random.seed(request["seed"])
+            np.random.seed(request["seed"] % 2**32)
+            task = self.task(request["task"])
+            task.set_variation(request["variation"])
+            demo = task.get_demos(1, live_demos=True, max_attempts=1)[0]
+            arrays = demo_arrays(demo, self._cameras)
+        except Exception as error:
+            reason = self._log.reason or str(error) or type(error).__name__
+            return {"reason": " ".join(reason.split())}
+        store_arrays(Path(request["path"]), arrays)
+        return {"steps": len(arrays["actions"])}
+
+    def close(self) -> None:
+        """Shut CoppeliaSim down."""
+        self._environment.shutdown()
+
+
+def main() -> None:
+    """Serve requests until the standard input ends."""
+    pipe, parent = int(sys.argv[1]), int(sys.argv[2])
+    ctypes.CDLL(None, use_errno=True).prctl(1, signal.SIGKILL)
+    if os.getppid() != parent:
+        return
+    with os.fdopen(pipe, "w", encoding="utf-8") as out:
+
+        def tell(**answer: Any) -> None:
+            out.write(json.dumps(answer) + "\n")
+            out.flush()
+
+        settings = json.loads(sys.stdin.readline())
+        try:
+            bench = Bench(**settings)
+        except Exception as error:
+            tell(reason=" ".join(f"{type(error).__name__}: {error}".split()))
+            return
+        tell(ready=True)
+        for line in sys.stdin:
+            try:
+                tell(**bench.answer(json.loads(line)))
+            except OSError as error:
+                tell(errno=error.errno, strerror=error.strerror)
+        with contextlib.suppress(Exception):
+            bench.close()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,331 @@
+"""Live RLBench demos through stand-ins that plan, fail, hang and die: what comes, and what is told."""
+
+from __future__ import annotations
+
+import os
+import signal
+import socket
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import psutil
+import pytest
+
+from prelar.data import rlbench_crew, rlbench_live
+from prelar.data.demonstrations import Episode, Job, fault
+from prelar.data.rlbench_crew import Crew
+from prelar.data.rlbench_live import RlbenchLive
+from prelar.errors import UserError
+from tests.rlbench_standin import STANDINS, orders, surround
+
+SOURCE = RlbenchLive(
+    tasks=("push_button", "open_drawer"), variations=1, episodes=2, cameras=("front", "wrist"), timeout=60.0
+)
+
+
+@pytest.fixture
+def standin(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The folder of the stand-ins' surroundings, which are in force."""
+    for name, value in surround(tmp_path / "standin").items():
+        if value is None:
+            monkeypatch.delenv(name, raising=False)
+        else:
+            monkeypatch.setenv(name, value)
+    monkeypatch.syspath_prepend(str(STANDINS))
+    monkeypatch.chdir(tmp_path)
+    return tmp_path / "standin"
+
+
+def collect(source: RlbenchLive, folder: Path, workers: int = 1) -> list[Episode]:
+    """All episodes of a source."""
+    jobs = source.jobs()
+    with Crew(source, jobs, workers, folder) as crew:
+        return [crew.result(job) for job in jobs]
+
+
+def reasons(episodes: list[Episode]) -> list[str | None]:
+    return [episode.reason for episode in episodes]
+
+
+# --- Demos --------------------------------------------------------------------------------------------------
+
+
+def test_demos_are_whole_aligned_and_in_order(standin: Path, tmp_path: Path) -> None:
+    episodes = collect(SOURCE, tmp_path / "demos", workers=2)
+    assert [(episode.job.task, episode.job.episode) for episode in episodes] == [
+        ("push_button", 0),
+        ("push_button", 1),
+        ("open_drawer", 0),
+        ("open_drawer", 1),
+    ]
+    for episode in episodes:
+        assert episode.reason is None and episode.success and episode.fps == 20
+        assert fault(episode, SOURCE.cameras, SOURCE.arrays) is None
+        assert set(episode.frames) == {"front", "wrist"} and episode.frames["front"].shape == (8, 64, 64, 3)
+        assert (episode.frames["front"][0, -1, -1] == 80).all() and (
+            episode.frames["wrist"][0, -1, -1] == 60
+        ).all()
+        actions, gripper = episode.arrays["actions"], episode.arrays["gripper"]
+        assert np.allclose(actions[:-1, :7], actions[0, :7] * np.cos(np.arange(7))[:, None], atol=1e-6)
+        assert actions[:-1, 7].tolist() == [1, 1, 1, 1, 0, 0, 0] and not actions[-1].any()
+        assert np.allclose(gripper[:, 0], np.arange(8) / 10) and gripper[:, 7].tolist() == [1] * 4 + [0] * 4
+    first, second = (episode.arrays["actions"] for episode in episodes[:2])
+    assert not np.array_equal(first, second)
+
+
+def test_simulators_are_launched_once_each_on_one_display(
+    standin: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    started = []
+    launch = rlbench_crew.Simulator.launch
+    monkeypatch.setattr(
+        rlbench_crew.Simulator, "launch", lambda self, *rest: (started.append(self), launch(self, *rest))[1]
+    )
+    collect(SOURCE, tmp_path / "demos", workers=2)
+    assert len(started) == 2 and not any(simulator.alive for simulator in started)
+    assert (standin / "xvfb").read_text() == "started\n"
+    assert not [
+        child for child in psutil.Process().children(recursive=True) if "Xvfb" in " ".join(child.cmdline())
+    ]
+
+
+def test_variations_are_asked_of_the_simulator(standin: Path, tmp_path: Path) -> None:
+    def planned(variations: int | None) -> dict[str, int]:
+        source = replace(SOURCE, variations=variations, episodes=1)
+        return {task: sum(job.task == task for job in source.jobs()) for task in SOURCE.tasks}
+
+    assert planned(None) == {"push_button": 3, "open_drawer": 1}
+    assert planned(2) == {"push_button": 2, "open_drawer": 1}
+    every = replace(SOURCE, tasks=(), episodes=1).jobs()
+    assert [job.task for job in every] == ["open_drawer", "push_button", "reach_target", "weighing_scales"]
+    lengths = [
+        len(episode.arrays["actions"])
+        for episode in collect(replace(SOURCE, variations=None), tmp_path / "x")
+    ]
+    assert lengths == [8, 8, 9, 9, 10, 10, 8, 8]
+
+
+def test_larger_pictures_are_brought_to_64(standin: Path, tmp_path: Path) -> None:
+    episode = collect(replace(SOURCE, tasks=("push_button",), episodes=1, size=96), tmp_path / "demos")[0]
+    assert fault(episode, SOURCE.cameras, SOURCE.arrays) is None
+
+
+def test_one_episode_alone(standin: Path) -> None:
+    assert SOURCE.collect(Job("push_button", 0, 0)).success
+
+
+# --- Failures -----------------------------------------------------------------------------------------------
+
+
+def test_failed_planning_is_tried_ten_times(standin: Path, tmp_path: Path) -> None:
+    orders(standin, push_button=" ".join(["fail"] * 9), open_drawer=" ".join(["work"] + ["fail"] * 10))
+    assert reasons(collect(SOURCE, tmp_path / "demos")) == [
+        None,
+        None,
+        None,
+        "no demo in 10 attempts: 10 × Demo was completed, but was not successful.",
+    ]
+
+
+def test_hopeless_task_is_given_up_and_the_others_go_on(standin: Path, tmp_path: Path) -> None:
+    told = "no demo in 10 attempts: 10 × Demo was completed, but was not successful."
+    episodes = collect(replace(SOURCE, tasks=("weighing_scales", "push_button")), tmp_path / "demos")
+    assert reasons(episodes) == [told, f"not tried after episode 0: {told}", None, None]
+    assert [episode.success for episode in episodes] == [False, False, True, True]
+
+
+def test_crash_costs_the_attempt_in_progress(standin: Path, tmp_path: Path) -> None:
+    orders(standin, push_button="work die die work", open_drawer="die")
+    assert reasons(collect(SOURCE, tmp_path / "demos", workers=2)) == [None] * 4
+
+
+def test_endless_crashes_end_in_words(standin: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(rlbench_crew, "ATTEMPTS", 3)
+    orders(standin, push_button="die fail die")
+    source = replace(SOURCE, tasks=("push_button",))
+    assert reasons(collect(source, tmp_path / "demos")) == [
+        "no demo in 3 attempts: 2 × the simulator ended by signal 11; "
+        "1 × Demo was completed, but was not successful.",
+        None,
+    ]
+
+
+def test_hang_is_killed_and_tried_again(standin: Path, tmp_path: Path) -> None:
+    orders(standin, push_button="hang")
+    began = time.monotonic()
+    assert reasons(collect(replace(SOURCE, timeout=2.0), tmp_path / "demos")) == [None] * 4
+    assert 2 < time.monotonic() - began < 30
+
+
+def test_third_hang_of_a_demo_is_its_last(standin: Path, tmp_path: Path) -> None:
+    orders(standin, push_button="work hang hang hang")
+    source = replace(SOURCE, tasks=("push_button",), timeout=1.0)
+    assert reasons(collect(source, tmp_path / "demos")) == [
+        None,
+        "no demo in 3 attempts: 3 × no answer from the simulator within 1 s",
+    ]
+
+
+def test_killed_simulators_and_display_are_replaced(standin: Path, tmp_path: Path) -> None:
+    source = replace(SOURCE, episodes=6)
+    stop = threading.Event()
+
+    def storm() -> None:
+        for _ in range(4):
+            if stop.wait(1.0):
+                return
+            for child in psutil.Process().children(recursive=True):
+                command = " ".join(child.cmdline())
+                if "rlbench_simulator" in command or "Xvfb" in command:
+                    os.kill(child.pid, signal.SIGKILL)
+
+    killer = threading.Thread(target=storm)
+    killer.start()
+    try:
+        orders(standin, push_button="hang work hang work", open_drawer="work hang")
+        assert reasons(collect(source, tmp_path / "demos", workers=2)) == [None] * 12
+    finally:
+        stop.set()
+        killer.join()
+    assert (standin / "xvfb").read_text().count("started") > 1
+
+
+def test_simulator_that_never_starts_stops_the_run(
+    standin: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(rlbench_crew, "LAUNCHES", 2)
+    orders(standin, launch="fail fail fail fail")
+    with pytest.raises(
+        UserError, match=r"CoppeliaSim does not start: RuntimeError: no licence; .*simulator0\.log"
+    ):
+        collect(SOURCE, tmp_path / "demos")
+
+
+def test_full_disk_is_no_failure_of_the_task(standin: Path, tmp_path: Path) -> None:
+    (tmp_path / "demos").mkdir()
+    (tmp_path / "demos" / "push_button-v0-e0.partial").mkdir()
+    with pytest.raises(OSError, match=r"push_button-v0-e0\.npz"):
+        collect(SOURCE, tmp_path / "demos")
+
+
+def test_interrupted_crew_leaves_finished_demos_to_the_next(standin: Path, tmp_path: Path) -> None:
+    orders(standin, open_drawer="work hang")
+    jobs = SOURCE.jobs()
+    began = time.monotonic()
+    with pytest.raises(InterruptedError), Crew(SOURCE, jobs, 1, tmp_path / "demos") as crew:
+        before = [crew.result(job) for job in jobs[:3]]
+        crew.settle(jobs[0])
+        raise InterruptedError
+    assert time.monotonic() - began < 30
+    orders(standin, push_button="work die", open_drawer="die")
+    with Crew(SOURCE, jobs[1:], 2, tmp_path / "demos") as crew:
+        after = [crew.result(job) for job in jobs[1:]]
+    assert (standin / "orders" / "push_button").read_text() == "work\ndie\n"
+    for old, new in zip(before[1:], after, strict=False):
+        assert np.array_equal(old.frames["front"], new.frames["front"])
+    assert reasons(after) == [None] * 3
+
+
+def test_simulators_end_with_a_killed_parent(standin: Path, tmp_path: Path) -> None:
+    orders(standin, push_button="hang")
+    script = (
+        "from pathlib import Path\nfrom tests.data.test_rlbench_live import SOURCE, collect\n"
+        f"collect(SOURCE, Path({str(tmp_path / 'demos')!r}), 1)\n"
+    )
+    root = Path(__file__).parents[2]
+    paths = os.pathsep.join([str(root), str(STANDINS)])
+    with psutil.Popen(
+        [sys.executable, "-c", script], cwd=root, env=os.environ | {"PYTHONPATH": paths}
+    ) as parent:
+        end = time.monotonic() + 60
+        while (standin / "orders" / "push_button").read_text() and time.monotonic() < end:
+            time.sleep(0.1)
+        family = parent.children(recursive=True)
+        parent.kill()
+    assert len(family) >= 2
+    assert not psutil.wait_procs(family, timeout=20)[1]
+
+
+# --- The check ----------------------------------------------------------------------------------------------
+
+
+def test_check_passes_in_the_right_surroundings(standin: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    rlbench_live.check()
+    assert rlbench_live.task_names() == ["open_drawer", "push_button", "reach_target", "weighing_scales"]
+
+
+def missing() -> str:
+    """What the check says."""
+    with pytest.raises(UserError) as raised:
+        rlbench_live.check()
+    assert "\n" not in str(raised.value)
+    return str(raised.value)
+
+
+def test_check_names_all_that_is_missing(
+    standin: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("PATH", str(tmp_path))
+    assert missing().endswith("no DISPLAY and no Xvfb, run `apt-get install xvfb`")
+    monkeypatch.setenv("DISPLAY", ":4999")
+    assert "DISPLAY = :4999 does not answer and no Xvfb" in missing()
+    monkeypatch.setattr(
+        rlbench_live, "package_folder", lambda name: None if name == "rlbench" else STANDINS / name
+    )
+    assert "the package rlbench not installed, run `make rlbench-setup`" in missing()
+    monkeypatch.setattr(rlbench_live, "package_folder", lambda name: tmp_path)
+    assert "the installed pyrep is an unrelated package of that name" in missing()
+    monkeypatch.delenv("COPPELIASIM_ROOT")
+    assert "COPPELIASIM_ROOT not set" in missing()
+
+
+def test_check_looks_into_coppeliasim(standin: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    library = standin / "coppelia" / "libcoppeliaSim.so.1"
+    programs = standin / "programs"
+    (programs / "ldd").write_text(
+        "#!/bin/sh\necho '\tlibQt5Core.so.5 => not found'\necho '\tlibc.so.6 => /lib/x (0)'\n"
+    )
+    (programs / "ldd").chmod(0o755)
+    assert missing().endswith("CoppeliaSim lacks the libraries libQt5Core.so.5, install them")
+    library.rename(library.with_suffix(""))
+    assert f"lacks libcoppeliaSim.so.1, run `ln -s libcoppeliaSim.so {library}`" in missing()
+    library.with_suffix("").unlink()
+    assert "lacks libcoppeliaSim.so.1, set it to CoppeliaSim 4.1.0's folder" in missing()
+    monkeypatch.setenv("COPPELIASIM_ROOT", str(tmp_path / "nowhere"))
+    assert "nowhere is no folder" in missing()
+
+
+@pytest.fixture
+def x_server() -> Iterator[str]:
+    """A socket that answers like a local X server's."""
+    with socket.socket(socket.AF_UNIX) as server:
+        server.bind("\0/tmp/.X11-unix/X4877")
+        server.listen()
+        yield ":4877.0"
+
+
+def test_display_that_answers_is_used(
+    standin: Path, tmp_path: Path, x_server: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("DISPLAY", x_server)
+    assert rlbench_crew.given_display() == x_server
+    collect(replace(SOURCE, tasks=("push_button",), episodes=1), tmp_path / "demos")
+    assert not (standin / "xvfb").exists()
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"tasks": ("push_buton",)}, "rlbench.tasks: RLBench has no 'push_buton'; did you mean push_button"),
+        ({"tasks": ("push_button", "push_button")}, "name each one once"),
+        ({"cameras": ("corner",)}, "rlbench.cameras: RLBench has no 'corner'"),
+    ],
+)
+def test_mistyped_sources_are_refused(standin: Path, change: dict[str, tuple[str, ...]], words: str) -> None:
+    with pytest.raises(UserError, match=words):
+        replace(SOURCE, **change).jobs()

@@ -1,0 +1,109 @@
+"""The rlbench flow with live demos: through stand-ins while it is killed, and through the real simulator."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import time
+from collections import Counter
+from collections.abc import Callable
+from pathlib import Path
+
+import psutil
+import pytest
+
+from prelar.data import rlbench_live
+from prelar.data.rlbench_folder import CAMERAS
+from prelar.data.store import Store
+from tests.conftest import Project
+from tests.rlbench_standin import orders, surround
+
+WAIT = 120
+
+
+@pytest.fixture
+def project(
+    tmp_path: Path, make_project: Callable[[Path], Project], monkeypatch: pytest.MonkeyPatch
+) -> Project:
+    """A project that collects three tasks from the stand-ins."""
+    for name, value in surround(tmp_path / "standin").items():
+        if value is None:
+            monkeypatch.delenv(name, raising=False)
+        else:
+            monkeypatch.setenv(name, value)
+    project = make_project(tmp_path / "project")
+    tasks = ["push_button", "weighing_scales", "reach_target"]
+    settings = {"source": "rlbench", "tasks": tasks, "cameras": list(CAMERAS), "episodes": 3, "variations": 2}
+    project.edit(rlbench={**settings, "timeout": 5.0})
+    return project
+
+
+def kill_when(ready: Callable[[], bool], root: Path) -> None:
+    """Start the flow, kill it without warning once `ready`, and see all its processes end."""
+    with subprocess.Popen(
+        [sys.executable, "-m", "flows.rlbench"],
+        cwd=root,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+    ) as process:
+        end = time.monotonic() + WAIT
+        while not ready() and time.monotonic() < end:
+            assert process.poll() is None
+            time.sleep(0.05)
+        family = psutil.Process(process.pid).children(recursive=True)
+        process.kill()
+    assert len(family) >= 3
+    assert not psutil.wait_procs(family, timeout=20)[1]
+
+
+def test_flow_survives_what_simulators_do_and_being_killed(project: Project, tmp_path: Path) -> None:
+    standin, root = tmp_path / "standin", project.root
+    orders(standin, push_button="work die work fail", reach_target="work hang hang")
+    demos = "data/.staging/rlbench-*/demos/*.npz"
+    kill_when(lambda: bool(list(root.glob(demos))), root)
+    assert not (root / "data/rlbench.zarr").exists()
+    told = project.run("python", "-m", "flows.rlbench").stdout
+    store = Store.open(root / "data/rlbench.zarr")
+    rows = store.index.to_pylist()
+    stored = Counter((row["task"], row["variation"]) for row in rows if row["status"] == "ok")
+    assert stored == dict.fromkeys([(t, v) for t in ("push_button", "reach_target") for v in (0, 1)], 15)
+    bad = [row for row in rows if row["status"] == "bad"]
+    assert {(row["task"], row["success"]) for row in bad} == {("weighing_scales", False)} and len(bad) == 15
+    assert "60 clips of 5 cameras" in told
+    words = "no demo in 10 attempts: 10 × Demo was completed, but was not successful."
+    assert f"left out:\n  weighing_scales, variation 0: 5 clips: {words}\n" in told
+    assert f"weighing_scales, variation 0: 10 clips: not tried after episode 0: {words}" in told
+    assert store.array("actions").shape == (store.num_frames, 8)
+    assert store.attrs["source"] == {"name": "rlbench", "renderer": "opengl", "size": 64, "seed": 0}
+    assert not list((root / "data/.staging").glob("rlbench-*/demos"))
+
+
+def test_flow_without_any_demo_says_why(project: Project) -> None:
+    project.edit(rlbench={"tasks": ["weighing_scales"], "variations": 1})
+    told = project.run("python", "-m", "flows.rlbench", check=False)
+    assert told.returncode == 2
+    assert told.stderr.strip().splitlines()[-1].startswith("error: ")
+    assert "Demo was completed, but was not successful" in told.stderr
+
+
+def test_setup_says_that_coppeliasim_is_missing(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("COPPELIASIM_ROOT", raising=False)
+    root = Path(__file__).parents[2]
+    told = subprocess.run(
+        ["sh", "tools/rlbench_setup.sh"], cwd=root, env=os.environ, capture_output=True, text=True, timeout=60
+    )
+    assert told.returncode == 2 and told.stderr.startswith("error: COPPELIASIM_ROOT is not set")
+
+
+@pytest.mark.live
+def test_three_tasks_live(tmp_path: Path, make_project: Callable[[Path], Project]) -> None:
+    rlbench_live.check()
+    project = make_project(tmp_path / "project")
+    tasks = ["reach_target", "push_button", "open_drawer"]
+    project.edit(rlbench={"source": "rlbench", "tasks": tasks, "cameras": list(CAMERAS), "episodes": 2})
+    project.run("python", "-m", "flows.rlbench", timeout=1800)
+    store = Store.open(project.root / "data/rlbench.zarr")
+    stored = Counter(row["task"] for row in store.clip_index.to_pylist())
+    assert stored == dict.fromkeys(tasks, 10)
+    assert all(abs(store.array("actions")).max(axis=0) > 0)

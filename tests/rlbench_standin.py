@@ -1,0 +1,41 @@
+"""What the stand-ins for RLBench, PyRep, CoppeliaSim and Xvfb need around them."""
+
+from __future__ import annotations
+
+import os
+import sys
+from pathlib import Path
+
+STANDINS = Path(__file__).parent / "standins"
+XVFB = f"""#!{sys.executable}
+import os, signal, sys, time
+count = os.environ["XVFB_COUNT"]
+with open(count, "a") as handle:
+    handle.write("started\\n")
+os.write(int(sys.argv[sys.argv.index("-displayfd") + 1]), b"4321\\n")
+time.sleep(600)
+"""
+
+
+def surround(folder: Path) -> dict[str, str | None]:
+    """Environment variables under which the stand-ins take the place of the real ones; None: not set."""
+    root, programs, orders = (folder / name for name in ("coppelia", "programs", "orders"))
+    for path in (root, programs, orders):
+        path.mkdir(parents=True)
+    (root / "libcoppeliaSim.so.1").touch()
+    (programs / "Xvfb").write_text(XVFB)
+    (programs / "Xvfb").chmod(0o755)
+    return {
+        "COPPELIASIM_ROOT": str(root),
+        "DISPLAY": None,
+        "PATH": f"{programs}{os.pathsep}{os.environ['PATH']}",
+        "PYTHONPATH": str(STANDINS),
+        "RLBENCH_ORDERS": str(orders),
+        "XVFB_COUNT": str(folder / "xvfb"),
+    }
+
+
+def orders(folder: Path, **lines: str) -> None:
+    """Say what becomes of the next attempts at tasks, words apart by spaces."""
+    for task, words in lines.items():
+        (folder / "orders" / task).write_text("".join(f"{word}\n" for word in words.split()))

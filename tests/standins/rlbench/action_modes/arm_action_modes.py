@@ -1,0 +1,5 @@
+"""Arm action modes."""
+
+
+class JointVelocity:
+    """Velocities of the joints."""

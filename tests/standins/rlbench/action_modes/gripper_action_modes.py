@@ -1,0 +1,5 @@
+"""Gripper action modes."""
+
+
+class Discrete:
+    """Open or closed."""

@@ -1,0 +1,18 @@
+"""What tasks are made of."""
+
+
+class Task:
+    """A task with some variations."""
+
+    variations = 1
+
+    def __init__(self, pyrep: object, robot: object) -> None:
+        self.held = (pyrep, robot)
+
+    def get_name(self) -> str:
+        """The name of its file."""
+        return type(self).__module__.rpartition(".")[2]
+
+    def variation_count(self) -> int:
+        """How many there are."""
+        return self.variations

@@ -1,0 +1,9 @@
+"""A task of the stand-in."""
+
+from rlbench.backend.task import Task
+
+
+class WeighingScales(Task):
+    """A task with 1 variation(s)."""
+
+    variations = 1
