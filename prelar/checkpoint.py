@@ -5,7 +5,8 @@ they are. It appears under its name whole or not at all.
 
 A snapshot is the state of an unfinished run after some step. Snapshots lie in `data/.resume/<key>/`, outside
 every output that DVC tracks. The key is a hash of the run's params, inputs and code, so that no run finds
-another's; the folder is removed when its run completes, so that a finished run leaves nothing to resume.
+another's; the folder is removed when its run completes, so that a finished run leaves nothing to resume. A
+run is complete when its outputs are published and the process that started it is still there to take them.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import json
+import os
 import sys
 from collections.abc import Iterable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -158,6 +160,7 @@ class Snapshots:
     def __init__(self, key: str, *, root: Path = RESUME, keep: int = 2) -> None:
         self.folder = root / key
         self._keep = keep
+        self._parent = os.getppid()
         self._writer = ThreadPoolExecutor(1, thread_name_prefix="snapshot")
         self._pending: Future[None] | None = None
 
@@ -196,9 +199,19 @@ class Snapshots:
                 ) from error
 
     def remove(self) -> None:
-        """Remove everything that this run could resume from: it is complete."""
+        """Remove everything that this run could resume from, and runs of its stage that never ended.
+
+        Call it when the outputs are published. Where the process that started this one is gone meanwhile, as
+        when DVC was killed, nobody takes the outputs, and DVC removes them before it starts the stage again.
+        The snapshots then stay, so that the next start of the same run soon ends.
+        """
         self.wait()
-        remove(self.folder)
+        stage = self.folder.name.rpartition("-")[0]
+        if os.getppid() != self._parent:
+            print(f"{stage}: what started it is gone; {self.folder} stays for the next start", flush=True)
+            return
+        for path in [self.folder, *(self.folder.parent.glob(f"{stage}-*") if stage else ())]:
+            remove(path)
 
     def _write(self, step: int, state: Any) -> None:
         self.folder.mkdir(parents=True, exist_ok=True)

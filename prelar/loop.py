@@ -7,6 +7,7 @@ resumed therefore ends with the same weights and the same log, byte for byte on 
 
 from __future__ import annotations
 
+import json
 import math
 import os
 import signal
@@ -33,6 +34,8 @@ from prelar.files import remove, write_text
 ADAM_EPS = 1e-5
 WEIGHT_DECAY = 1e-6
 CLIP_NORM = 100.0
+SUMMARY = "metrics.json"
+STDERR = 2
 PRECISIONS = {"fp32": "32-true", "bf16": "bf16-mixed"}
 
 Scalars = Mapping[str, Tensor | float]
@@ -103,32 +106,43 @@ def seed_step(seed: int, step: int, rank: int = 0, *, hook: bool = False) -> Non
 class MetricLog:
     """Scalars by step, written by DVCLive: `metrics.json` and `plots/metrics/<name>.tsv`, without times.
 
-    What the folder held before is removed; `content` puts back the log of the run that is resumed.
+    What the folder held before is removed; `content` puts back the log of the run that is resumed. The log is
+    kept in memory as well and never read from the disk again, so that it stays whole where somebody removes
+    the folder while the run goes on, as DVC does before it starts a stage.
     """
 
     def __init__(self, folder: Path, content: Mapping[str, str] | None = None) -> None:
         self.folder = folder
+        self._texts = dict(content or {})
         remove(folder)
         folder.mkdir(parents=True)
-        for name, text in (content or {}).items():
-            write_text(folder / name, text)
+        self.write()
         self._live = Live(
             str(folder), resume=True, dvcyaml=None, save_dvc_exp=False, report=None, monitor_system=False
         )
 
     def log(self, step: int, values: Mapping[str, float]) -> None:
         """Append one row for each value, to six significant digits."""
+        if not (self.folder / SUMMARY).exists():
+            self.write()
         self._live.step = step
         for name, value in values.items():
-            self._live.log_metric(name, float(f"{value:.6g}"))
+            rounded = float(f"{value:.6g}")
+            self._live.log_metric(name, rounded)
+            path = f"plots/metrics/{name}.tsv"
+            before = self._texts.get(path, f"step\t{name.rpartition('/')[2]}\n")
+            self._texts[path] = f"{before}{step}\t{rounded}\n"
         self._live.make_summary()
+        self._texts[SUMMARY] = json.dumps(self._live.summary, indent=4) + "\n"
 
     def content(self) -> dict[str, str]:
         """The text of every file of the log, by its path in the folder."""
-        files = [self.folder / "metrics.json", *sorted((self.folder / "plots").rglob("*.tsv"))]
-        return {
-            str(file.relative_to(self.folder)): file.read_text("utf-8") for file in files if file.exists()
-        }
+        return dict(self._texts)
+
+    def write(self) -> None:
+        """Write every file anew, whatever became of it on the disk."""
+        for name, text in self._texts.items():
+            write_text(self.folder / name, text)
 
 
 class Averages:
@@ -181,10 +195,12 @@ class Averages:
 class Interrupts:
     """While entered, SIGTERM and Ctrl-C only leave a note, so that the step under way can end.
 
-    A second signal ends the process at once, as it would have without this.
+    A second signal ends the process at once, as it would have without this; Ctrl-C says so. `name` is the
+    run's.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, name: str) -> None:
+        self.name = name
         self.received: int | None = None
         self._before: dict[int, Any] = {}
 
@@ -206,6 +222,9 @@ class Interrupts:
             signal.signal(number, signal.SIG_DFL)
             os.kill(os.getpid(), number)
         self.received = number
+        if number == signal.SIGINT:
+            told = f"\n{self.name}: finishing the step under way to keep it; Ctrl-C again stops at once\n"
+            os.write(STDERR, told.encode())  # print is not safe within a signal handler
 
     def leave(self) -> None:
         """End the run as the signal asks: exit status 143 after SIGTERM, 130 after Ctrl-C."""
@@ -262,7 +281,7 @@ def train(
                 log.log(done, {key: float(value) for key, value in (hook.run(done) or {}).items()})
 
     progress = tqdm(total=steps, initial=start, desc=name, unit="step", disable=None, dynamic_ncols=True)
-    with Interrupts() as interrupts, progress:
+    with Interrupts(name) as interrupts, progress:
         for done in range(start + 1, steps + 1):
             seed_step(seed, done - 1, rank)
             averages.add(done, step(done - 1))
@@ -282,4 +301,5 @@ def train(
                 interrupts.leave()
         log.log(steps, {})
         run_hooks(steps)
+        log.write()
     snapshots.wait()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import json
+import os
 from pathlib import Path
 from typing import Any
 
@@ -190,6 +191,30 @@ def test_the_newest_snapshots_are_kept_and_read_back(tmp_path: Path) -> None:
     assert found[1]["nested"] == state(0)["nested"] and torch.equal(found[1]["w"], state(1_000_000_005)["w"])
     assert Snapshots("other", root=tmp_path).latest() is None
     snapshots.remove()
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_finished_run_takes_those_with_it_that_never_ended(tmp_path: Path) -> None:
+    for name in ("pretrain-1", "pretrain-2", "finetune-1"):
+        (tmp_path / name).mkdir()
+    snapshots = Snapshots("pretrain-2", root=tmp_path)
+    snapshots.remove()
+    assert [path.name for path in tmp_path.iterdir()] == ["finetune-1"]
+
+
+def test_a_run_that_nobody_waits_for_keeps_its_snapshots(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    snapshots = Snapshots("pretrain-2", root=tmp_path)
+    snapshots.save(7, state(7))
+    with monkeypatch.context() as orphaned:
+        orphaned.setattr(os, "getppid", lambda: 1)
+        snapshots.remove()
+    assert f"{snapshots.folder} stays for the next start" in capsys.readouterr().out
+    again = Snapshots("pretrain-2", root=tmp_path)
+    found = again.latest()
+    assert found is not None and found[0] == 7
+    again.remove()
     assert list(tmp_path.iterdir()) == []
 
 

@@ -20,7 +20,7 @@ from prelar import loop
 from prelar.checkpoint import Snapshots, load_parts
 from prelar.errors import UserError
 from prelar.files import remove
-from prelar.loop import Averages, Hook, MetricLog, adam, descend, seed_step, set_up, train
+from prelar.loop import Averages, Hook, Interrupts, MetricLog, adam, descend, seed_step, set_up, train
 from tests import toy
 
 PROCESSES = multiprocessing.get_context("forkserver")
@@ -80,6 +80,18 @@ def test_kills_anywhere_leave_the_end_as_it_would_have_been(
     assert outputs(folder) == undisturbed
 
 
+@pytest.mark.parametrize("kills", [[], [{"lose_log_at": 13, "kill_at": 18}]])
+def test_the_log_stays_whole_when_its_folder_is_removed_beneath_it(
+    tmp_path: Path, undisturbed: dict[str, bytes], kills: list[dict[str, Any]]
+) -> None:
+    """As DVC does when a second `dvc repro` comes while a first one's stage lives on."""
+    folder = tmp_path / "run"
+    for kill in kills:
+        assert run(folder, **kill) == KILLED
+    assert run(folder, lose_log_at=22 if kills else 10) == 0
+    assert outputs(folder) == undisturbed
+
+
 @pytest.mark.parametrize(("number", "status"), [(signal.SIGTERM, 143), (signal.SIGINT, 1)])
 def test_a_signal_keeps_the_step_it_came_in(
     tmp_path: Path, undisturbed: dict[str, bytes], number: int, status: int
@@ -90,6 +102,17 @@ def test_a_signal_keeps_the_step_it_came_in(
     assert found is not None and found[0] == 6
     assert run(folder) == 0
     assert outputs(folder) == undisturbed
+
+
+def test_ctrl_c_says_what_happens_once(capfd: pytest.CaptureFixture[str]) -> None:
+    with Interrupts("toy") as interrupts:
+        signal.raise_signal(signal.SIGINT)
+    assert interrupts.received == signal.SIGINT
+    told = capfd.readouterr().err
+    assert told.strip() == "toy: finishing the step under way to keep it; Ctrl-C again stops at once"
+    with Interrupts("toy"):
+        signal.raise_signal(signal.SIGTERM)
+    assert capfd.readouterr().err == ""
 
 
 def test_a_finished_run_starts_again_at_step_0(tmp_path: Path, undisturbed: dict[str, bytes]) -> None:
@@ -214,6 +237,10 @@ def test_the_log_of_an_earlier_run_is_gone(tmp_path: Path) -> None:
     assert not (tmp_path / "log/plots/metrics/old.tsv").exists()
 
 
+def texts(folder: Path) -> dict[str, str]:
+    return {name: content.decode() for name, content in outputs(folder).items()}
+
+
 def test_a_restored_log_goes_on_byte_for_byte(tmp_path: Path) -> None:
     whole = MetricLog(tmp_path / "whole")
     for step in range(1, 7):
@@ -223,7 +250,7 @@ def test_a_restored_log_goes_on_byte_for_byte(tmp_path: Path) -> None:
     restored = MetricLog(tmp_path / "restored", kept)
     for step in range(4, 7):
         restored.log(step, {"a": step / 3, "b/c": 1e-9 * step})
-    assert restored.content() == whole.content()
+    assert restored.content() == whole.content() == texts(tmp_path / "whole") == texts(tmp_path / "restored")
     assert whole.content()["plots/metrics/a.tsv"].splitlines()[:2] == ["step\ta", "1\t0.333333"]
 
 

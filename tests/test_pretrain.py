@@ -143,7 +143,9 @@ def test_the_same_params_give_the_same_bytes(
     assert other["data/pretrain/encoder.safetensors"] != undisturbed["data/pretrain/encoder.safetensors"]
 
 
-def test_mixed_precision_rounds_and_no_more(tmp_path: Path, data: Path, undisturbed: dict[str, bytes]) -> None:
+def test_mixed_precision_rounds_and_no_more(
+    tmp_path: Path, data: Path, undisturbed: dict[str, bytes]
+) -> None:
     def losses(files: dict[str, bytes]) -> list[float]:
         text = files["reports/pretrain/plots/metrics/loss/image.tsv"].decode()
         return [float(row.split("\t")[1]) for row in text.splitlines()[1:]]

@@ -13,6 +13,7 @@ from torch import nn
 
 from prelar import checkpoint
 from prelar.checkpoint import Snapshots, save_parts
+from prelar.files import remove
 from prelar.loop import Hook, Scalars, adam, descend, set_up, train
 
 STEPS = 24
@@ -59,6 +60,7 @@ def run(
     signal_at: tuple[int, int] | None = None,
     kill_at_end: bool = False,
     nan_at: int | None = None,
+    lose_log_at: int | None = None,
     pause: float = 0.0,
     steps: int = STEPS,
 ) -> None:
@@ -74,6 +76,8 @@ def run(
 
     def step(index: int) -> Scalars:
         time.sleep(pause)
+        if index == lose_log_at:
+            remove(folder / "log")
         if index == kill_at:
             _die()
         if signal_at is not None and index == signal_at[0]:
@@ -84,6 +88,7 @@ def run(
         return scalars | ({"episode": float(index)} if index % 7 == 3 else {})
 
     def look(done: int) -> Scalars:
+        (folder / "log").mkdir(exist_ok=True)
         (folder / "log" / "picture").write_text(f"{done} {torch.rand(()).item()}", encoding="utf-8")
         if kill_at_end and done == steps:
             snapshots.wait()
