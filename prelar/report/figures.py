@@ -54,13 +54,18 @@ def short(value: float) -> str:
     return f"{value:g}".replace("-", "\u2212")
 
 
-def linear_ticks(low: float, high: float, count: int = 5) -> list[float]:
-    """Round values, steps of 1, 2 or 5 times a power of ten, that lie in [low, high]."""
-    if not high > low:
-        return [low]
+def tick_step(low: float, high: float, count: int = 5) -> float:
+    """The least of 1, 2 and 5 times powers of ten that cuts [low, high] into at most `count` parts."""
     rough = (high - low) / count
     power = 10.0 ** math.floor(math.log10(rough))
-    step = next(m * power for m in (1, 2, 5, 10) if m * power >= rough * (1 - 1e-9))
+    return next(m * power for m in (1, 2, 5, 10) if m * power >= rough * (1 - 1e-9))
+
+
+def linear_ticks(low: float, high: float, count: int = 5) -> list[float]:
+    """Multiples of the round `tick_step` that lie in [low, high]."""
+    if not high > low:
+        return [low]
+    step = tick_step(low, high, count)
     first, last = math.ceil(low / step - 1e-9), math.floor(high / step + 1e-9)
     return [float(f"{i * step:.12g}") for i in range(first, last + 1)]
 
@@ -107,7 +112,7 @@ def line_chart(
         identifier: unique in the page; the labels that assistive technology reads hang on it.
         title, description: what the chart shows, and what a reader who cannot see it should know.
         x_label, y_label: names of the axes with their units.
-        y_range: fixed limits of y; otherwise those of the data with a margin.
+        y_range: fixed limits of y; otherwise round ones around the data. x begins at 0.
         log: logarithmic y; all values are to be positive.
 
     Raises:
@@ -121,8 +126,8 @@ def line_chart(
     all_x, all_y = (np.concatenate([p[axis] for p in points]) for axis in (0, 1))
     if log and (all_y <= 0).any():
         raise ValueError(f"{title}: logarithm of a value that is not positive")
-    x_scale = _Scale(*_limits(all_x, 0.0), LEFT, WIDTH - RIGHT)
-    y_limits = y_range or (_log_limits(all_y) if log else _limits(all_y, 0.06))
+    x_scale = _Scale(*_x_limits(all_x), LEFT, WIDTH - RIGHT)
+    y_limits = y_range or (_log_limits(all_y) if log else _y_limits(all_y))
     y_scale = _Scale(*y_limits, HEIGHT - BOTTOM, TOP, log=log)
     body = [
         f'<svg viewBox="0 0 {WIDTH} {HEIGHT}" role="img" aria-labelledby="{identifier}-t {identifier}-d">',
@@ -155,13 +160,22 @@ class _Scale:
         return round(self.first + min(max(share, 0.0), 1.0) * (self.last - self.first), 1)
 
 
-def _limits(values: np.ndarray, margin: float) -> tuple[float, float]:
+def _x_limits(values: np.ndarray) -> tuple[float, float]:
+    """From 0, or the lowest value below it, to the highest value."""
+    low, high = min(float(values.min()), 0.0), float(values.max())
+    return low, high if high > low else low + 1
+
+
+def _y_limits(values: np.ndarray) -> tuple[float, float]:
+    """Round limits around the values, from 0 where that leaves them most of the height."""
     low, high = float(values.min()), float(values.max())
     if low == high:
         size = max(abs(low) * 0.5, 1e-6 if low else 1.0)
         return low - size, high + size
-    room = margin * (high - low)
-    return (0.0 if 0 <= low < 0.35 * high and margin else low - room), high + room
+    if 0 <= low < 0.35 * high:
+        low = 0.0
+    step = tick_step(low, high)
+    return math.floor(low / step + 1e-9) * step, math.ceil(high / step - 1e-9) * step
 
 
 def _log_limits(values: np.ndarray) -> tuple[float, float]:

@@ -1,8 +1,9 @@
 """The page that shows a run: reports/index.html, one file that needs nothing else.
 
-The page is a function of the files that the stages left behind, of params.yaml and of git: it holds no time,
-host or absolute path. What a run does not have (DreamerV2 has no pre-training, a store may lack a validation
-split) is said in a sentence where it would stand.
+The page is a function of the files that the stages left behind, of params.yaml and of git: it holds no time
+and nothing of the machine. Of the parameters it shows addresses without user, password and query, and of
+absolute paths the last part. What a run does not have (DreamerV2 has no pre-training, a store may lack a
+validation split) is said in a sentence where it would stand.
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ from prelar.config import Config
 from prelar.errors import UserError
 from prelar.files import write_text
 from prelar.report.figures import Series, line_chart, number, thin
+from prelar.report.privacy import presentable
 from prelar.report.provenance import find_provenance, flatten
 from prelar.tables import read_tsv
 
@@ -28,6 +30,7 @@ METRICS = Path("metrics.json")
 EVALUATE = Path("reports/evaluate")
 SAMPLE = Path("data/sample")
 VALIDATION = Path("reports/validation")
+CURVES = Path("reports/finetune/plots/metrics/eval")
 TEMPLATES = Path(__file__).parent / "templates"
 TABLE_ROWS = 12
 
@@ -90,6 +93,7 @@ def run(config: Config, root: Path = Path()) -> None:
         UserError: there is no metrics.json, so nothing was evaluated yet.
     """
     write_text(root / PAGE, render(config, root))
+    print(f"report: {root / PAGE}", flush=True)
 
 
 def render(config: Config, root: Path = Path()) -> str:
@@ -116,7 +120,6 @@ def gather(config: Config, root: Path) -> dict[str, Any]:
         raise UserError(f"{root / METRICS}: no such file; run `dvc repro evaluate` first")
     name, account = METHODS[config.method]
     provenance = find_provenance(config, root)
-    validation = VALIDATION / config.dataset / "index.html"
     curves: dict[bool, list[Figure]] = {True: [], False: []}
     for loss, figure in loss_curves(root / "reports/pretrain/plots/metrics", "pre").items():
         curves[loss in LOSSES].append(figure)
@@ -128,7 +131,7 @@ def gather(config: Config, root: Path) -> dict[str, Any]:
         "metrics": metrics,
         "summary": _read_json(folder / "summary.json") or {},
         "episodes": _episodes(folder / "episodes.tsv"),
-        "learning": learning_curves(root / "reports/finetune/plots/metrics"),
+        "learning": learning_curves(root / CURVES),
         "pretraining": curves[True],
         "pretraining_more": curves[False],
         "prediction": prediction_chart(folder / "prediction.tsv", "prediction"),
@@ -136,9 +139,7 @@ def gather(config: Config, root: Path) -> dict[str, Any]:
         "dataset": _read_json(folder / "dataset.json"),
         "probe": _read_json(folder / "probe.json"),
         "media": {path.stem + path.suffix.replace(".", "_"): data_uri(path) for path in _media(folder)},
-        "validation": validation.relative_to(PAGE.parent).as_posix()
-        if (root / validation).exists()
-        else None,
+        "validation": (VALIDATION / config.dataset / "index.html").relative_to(PAGE.parent).as_posix(),
         "stand_in": stand_in(config),
         "provenance": provenance,
         "params": params_groups(config),
@@ -158,13 +159,16 @@ def stand_in(config: Config) -> str | None:
 
 
 def params_groups(config: Config) -> dict[str, dict[str, str]]:
-    """The parameters that this run used, as text: for ablations, for the data, and the chosen presets."""
-    flat = flatten(config.model_dump(mode="json"))
+    """The parameters that this run used, as text: for ablations, for the data, and the chosen presets.
+
+    What is private in them is left out.
+    """
+    flat = {key: presentable(value) for key, value in flatten(config.model_dump(mode="json")).items()}
     stages = ("pretrain", "finetune", "evaluate")
     groups: dict[str, dict[str, str]] = {"Ablation": {}, "Data": {}}
     groups.update({f"scales.{config.scale}.{stage}": {} for stage in stages})
     for key, value in flat.items():
-        text = json.dumps(value) if not isinstance(value, str) else value
+        text = json.dumps(value, ensure_ascii=False) if not isinstance(value, str) else value
         if "." not in key:
             groups["Ablation"][key] = text
         elif key.startswith((f"{config.dataset}.", "sample.")):
@@ -176,19 +180,22 @@ def params_groups(config: Config) -> dict[str, dict[str, str]]:
 
 
 def learning_curves(folder: Path) -> list[Figure]:
-    """Success and return of the evaluations during fine-tuning, against environment steps."""
+    """Success and return of the evaluations during fine-tuning, against environment steps.
+
+    `folder` holds `success.tsv` and `return.tsv`, the names under which fine-tuning logs them.
+    """
     figures = []
-    for names, title, unit, limits in (
-        (("success_rate", "success"), "Success rate", "share of evaluation episodes", (0.0, 1.0)),
-        (("return",), "Return", "mean of the evaluation episodes", None),
+    for name, title, unit, limits in (
+        ("success", "Success rate", "share of evaluation episodes", (0.0, 1.0)),
+        ("return", "Return", "mean of the evaluation episodes", None),
     ):
-        path = next((p for name in names for p in sorted(folder.rglob(f"eval*/{name}.tsv"))), None)
-        curve = _curve(path) if path else None
+        path = folder / f"{name}.tsv"
+        curve = _curve(path) if path.exists() else None
         if curve:
             steps, values = curve
             chart = line_chart(
                 [Series(title, steps, values)],
-                identifier=f"learning-{names[0].replace('_', '-')}",
+                identifier=f"learning-{name}",
                 title=f"{title} during fine-tuning",
                 description=_trend(title, steps, values, "environment steps"),
                 x_label="environment steps",

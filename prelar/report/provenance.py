@@ -14,6 +14,7 @@ from ruamel.yaml import YAML
 from ruamel.yaml.error import YAMLError
 
 from prelar.config import Config, read_yaml
+from prelar.report.privacy import presentable
 
 WRITTEN_BY_RUNS = ("dvc.lock", "metrics.json")
 
@@ -25,7 +26,9 @@ class Provenance:
     Attributes:
         commit: full hash of the commit that was checked out; None outside a git repository.
         modified: tracked files that differ from it, without those that every run writes.
-        changed: dotted key → value of the parameters that differ from the commit's params.yaml.
+        changed: dotted key → value, as it may be shown, of the parameters that differ from the commit's
+            params.yaml.
+        withheld: whether a value in `changed` stands there without what is private.
         hashes: (path, hash) of what the stages before the evaluation made, as dvc.lock has them.
         stale: stages whose entry in dvc.lock was made with other parameters than the present ones.
     """
@@ -33,6 +36,7 @@ class Provenance:
     commit: str | None
     modified: tuple[str, ...]
     changed: Mapping[str, Any]
+    withheld: bool
     hashes: tuple[tuple[str, str], ...]
     stale: tuple[str, ...]
 
@@ -57,10 +61,13 @@ def find_provenance(config: Config, root: Path = Path()) -> Provenance:
     modified = tuple(line[3:].strip('"') for line in (status or "").splitlines())
     stages = ("sample", config.dataset, "pretrain", "finetune")
     hashes, stale = _read_lock(root / "dvc.lock", stages, config.model_dump(mode="json"))
+    changed = _changed_params(root, config) if commit else {}
+    shown = {key: presentable(value) for key, value in changed.items()}
     return Provenance(
         commit=commit.strip() if commit else None,
         modified=tuple(path for path in modified if path not in WRITTEN_BY_RUNS),
-        changed=_changed_params(root, config) if commit else {},
+        changed=shown,
+        withheld=shown != changed,
         hashes=hashes,
         stale=stale,
     )

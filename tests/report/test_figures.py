@@ -92,6 +92,24 @@ def test_ends_of_the_data_meet_ends_of_the_axes() -> None:
     assert points and points[1] == f"{LEFT},{HEIGHT - BOTTOM} {WIDTH - RIGHT},{TOP}"
 
 
+def ticks_of(chart: str, anchor: str) -> list[str]:
+    found = ElementTree.fromstring(chart).iter("text")
+    return [e.text or "" for e in found if e.get("class") == "tick" and e.get("text-anchor") == anchor]
+
+
+def test_steps_are_counted_from_zero_and_ticks_are_round() -> None:
+    chart = line_chart([Series("a", [500, 1000, 1500], [313, 204, 197])], **TEXTS)
+    assert ticks_of(chart, "middle") == ["0", "500", "1k", "1.5k"]
+    assert ticks_of(chart, "end") == ["150", "200", "250", "300", "350"]
+
+
+def test_the_highest_value_lies_under_a_tick() -> None:
+    chart = line_chart(
+        [Series("a", [1, 11], [0.0142, 0.0138]), Series("b", [1, 11], [0.001, 0.005])], **TEXTS
+    )
+    assert ticks_of(chart, "end") == ["0", "0.005", "0.01", "0.015"]
+
+
 def test_lines_differ_in_more_than_colour() -> None:
     chart = line_chart([Series(name, [0, 1], [0, k]) for k, name in enumerate("abcd")], **TEXTS)
     root = ElementTree.fromstring(chart)

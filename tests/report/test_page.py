@@ -7,17 +7,23 @@ import re
 from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
+from unittest.mock import MagicMock
 
+import numpy as np
 import pytest
 
+from prelar import finetune
 from prelar.config import Config, load_config
+from prelar.control.rollout import Episode
 from prelar.errors import UserError
 from prelar.report import page as report
 from prelar.report.figures import number
+from prelar.tables import write_tsv
 from tests.conftest import ROOT
 from tests.fake_results import METRICS, make_results
 
 VOID = {"meta", "link", "img", "br", "hr", "input", "source", "wbr"}
+VALIDATION = "validation/ssv2/index.html"
 ADDRESSES = {"src", "href", "poster", "srcset", "data", "action", "xlink:href"}
 
 
@@ -79,7 +85,8 @@ def test_the_page_parses_and_every_reference_stays_inside(text: str) -> None:
     page = Page(text)
     for _, attributes in page.elements:
         for name in ADDRESSES & attributes.keys():
-            assert re.match(r"(data:|#)", attributes[name] or ""), f"{name} leaves the page"
+            if attributes[name] != VALIDATION:
+                assert re.match(r"(data:|#)", attributes[name] or ""), f"{name} leaves the page"
     assert not page.all("script", "iframe", "object", "embed", "base")
     style = text.split("<style>")[1].split("</style>")[0]
     assert "url(" not in style and "@import" not in style and "@font-face" not in style
@@ -102,7 +109,7 @@ def test_landmarks_labels_and_texts_for_what_is_seen(text: str) -> None:
         assert chart["role"] == "img"
         assert set((chart["aria-labelledby"] or "").split()) <= set(identifiers)
     for link in page.all("a"):
-        assert (link["href"] or "")[1:] in identifiers
+        assert (link["href"] or "")[1:] in identifiers or link["href"] == VALIDATION
 
 
 def test_numbers_shown_are_those_of_metrics_json(text: str, results: Path) -> None:
@@ -144,20 +151,54 @@ def test_a_run_without_pretraining_says_so(tmp_path: Path, config: Config, metho
     assert '<data value="0.0021"' in page
 
 
-def test_a_page_of_bare_metrics(tmp_path: Path, config: Config) -> None:
+def test_a_page_of_bare_metrics(tmp_path: Path, config: Config, capsys: pytest.CaptureFixture[str]) -> None:
     (tmp_path / "metrics.json").write_text("{}")
     report.run(config, tmp_path)
+    assert capsys.readouterr().out == f"report: {tmp_path / report.PAGE}\n"
     text = (tmp_path / report.PAGE).read_text()
     Page(text)
     for sentence in ("Not measured", "No learning curve", "was not described", "No dvc.lock"):
         assert sentence in text
 
 
-def test_the_link_to_the_validation_stands_where_there_is_one(tmp_path: Path, config: Config) -> None:
+def test_the_page_is_the_same_with_and_without_the_validation_documents(
+    tmp_path: Path, config: Config
+) -> None:
     (tmp_path / "metrics.json").write_text("{}")
+    without = report.render(config, tmp_path)
     (tmp_path / "reports/validation/ssv2").mkdir(parents=True)
     (tmp_path / "reports/validation/ssv2/index.html").write_text("")
-    assert 'href="validation/ssv2/index.html"' in report.render(config, tmp_path)
+    assert report.render(config, tmp_path) == without
+    assert f'href="{VALIDATION}"' in without and "come without them" in without
+
+
+def test_nothing_private_in_the_parameters_is_shown(results: Path, config: Config) -> None:
+    private = {
+        "source": ["https://me:hush@host.org:81/parts/20bn-00?token=hush", "https://host.org/20bn-01#hush"],
+        "labels": "/home/hush/labels.zip",
+        "ffmpeg": "~hush/bin/ffmpeg",
+    }
+    config = config.model_copy(update={"ssv2": config.ssv2.model_copy(update=private)})
+    text = report.render(config, results)
+    assert "hush" not in text
+    shown = report.params_groups(config)["Data"]
+    assert shown["ssv2.source"] == '["https://host.org:81/parts/20bn-00", "https://host.org/20bn-01"]'
+    assert (shown["ssv2.labels"], shown["ssv2.ffmpeg"]) == ("…/labels.zip", "…/ffmpeg")
+    assert shown["ssv2.min_frames"] == "8"
+
+
+def test_the_learning_curves_are_those_that_finetuning_logs(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    played = [Episode(np.ones(3, np.float32), np.zeros((3, 4), np.float32), True, None)]
+    monkeypatch.setattr(finetune, "Agent", MagicMock())
+    monkeypatch.setattr(finetune, "play_episodes", lambda *arguments, **options: played)
+    for name, value in finetune.curve(MagicMock(), MagicMock(), 1, 0)(500).items():
+        path = tmp_path / f"{name}.tsv"
+        write_tsv(path, {"step": [500], path.stem: [value]})
+    write_tsv(tmp_path / "eval/success_rate.tsv", {"step": [7], "success_rate": [0.7]})
+    success, total = report.learning_curves(tmp_path / report.CURVES.name)
+    assert (success.rows, total.rows) == ((("500", "1"),), (("500", "3"),))
 
 
 @pytest.mark.parametrize(

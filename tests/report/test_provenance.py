@@ -12,17 +12,18 @@ from prelar.config import load_config
 from prelar.report.provenance import find_provenance
 from tests.conftest import ROOT
 
-LOCK = """
+STEPS = load_config(ROOT / "params.yaml").scales.smoke.pretrain.steps
+LOCK = f"""
 schema: '2.0'
 stages:
   ssv2:
-    params: {params.yaml: {ssv2: {min_frames: 8}}}
-    outs: [{path: data/ssv2.zarr, hash: md5, md5: aa.dir}]
+    params: {{params.yaml: {{ssv2: {{min_frames: 8}}}}}}
+    outs: [{{path: data/ssv2.zarr, hash: md5, md5: aa.dir}}]
   rlbench:
-    outs: [{path: data/rlbench.zarr, hash: md5, md5: bb.dir}]
+    outs: [{{path: data/rlbench.zarr, hash: md5, md5: bb.dir}}]
   pretrain:
-    params: {params.yaml: {beta_a: 1.0, scales.smoke.pretrain: {steps: 200}}}
-    outs: [{path: data/pretrain, hash: md5, md5: cc.dir}]
+    params: {{params.yaml: {{beta_a: 1.0, scales.smoke.pretrain: {{steps: {STEPS}}}}}}}
+    outs: [{{path: data/pretrain, hash: md5, md5: cc.dir}}]
 """
 
 
@@ -69,6 +70,15 @@ def test_changed_params_become_settings_and_stale_stages_are_named(project: Path
     assert found.changed == {"beta_a": 0.1, "rlbench.tasks": ["reach"]}
     assert found.stale == ("pretrain",)
     assert found.commands[-1] == ".venv/bin/dvc exp run -S beta_a=0.1 -S 'rlbench.tasks=[reach]'"
+
+
+def test_commands_hold_nothing_private_and_say_so(project: Path) -> None:
+    edit(project / "params.yaml", "source: data/sample", 'source: ["https://host.org/a?token=hush"]')
+    found = find_provenance(load_config(project / "params.yaml"), project)
+    assert found.commands[-1] == ".venv/bin/dvc exp run -S 'ssv2.source=[https://host.org/a]'"
+    assert found.withheld
+    edit(project / "params.yaml", '["https://host.org/a?token=hush"]', '["https://host.org/a"]')
+    assert not find_provenance(load_config(project / "params.yaml"), project).withheld
 
 
 def test_changed_code_is_told(project: Path) -> None:
