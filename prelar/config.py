@@ -6,16 +6,26 @@ range, is refused before anything expensive starts. Presets of the scales that a
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    ValidationError,
+    ValidationInfo,
+    field_validator,
+    model_validator,
+)
 from ruamel.yaml import YAML
 from ruamel.yaml.error import YAMLError
 
 from prelar.errors import UserError
 
 PARAMS = Path("params.yaml")
+CLASSES = 8  # of a group of a discrete latent action, as in prelar.model.actions
 
 Count = Annotated[int, Field(ge=1)]
 Natural = Annotated[int, Field(ge=0)]
@@ -23,6 +33,13 @@ Rate = Annotated[float, Field(gt=0, le=1)]
 Share = Annotated[float, Field(ge=0, le=1)]
 Weight = Annotated[float, Field(ge=0)]
 Text = Annotated[str, Field(min_length=1)]
+
+
+def _found_anywhere(value: Any) -> Any:
+    """A path, or a URL, that means the same wherever DVC runs a stage: in the workspace or beside it."""
+    if isinstance(value, str) and os.path.normpath(value).split("/")[0] == "..":
+        raise ValueError(f"{value} leads outside the project, which experiments leave; give an absolute path")
+    return value
 
 
 class _Frozen(BaseModel):
@@ -48,6 +65,8 @@ class Ssv2(_Frozen):
     workers: Count
     ffmpeg: Text | None
 
+    _places = field_validator("source", "labels", "ffmpeg")(_found_anywhere)
+
 
 class Rlbench(_Frozen):
     """Which demonstrations are made or read."""
@@ -66,6 +85,8 @@ class Rlbench(_Frozen):
     seed: Natural
     max_bad: Share
     workers: Count
+
+    _places = field_validator("path")(_found_anywhere)
 
     @model_validator(mode="after")
     def _has_folder(self) -> Rlbench:
@@ -135,6 +156,11 @@ class Finetune(_Frozen):
             raise ValueError(f"envs is {self.envs}; choose a divisor of train_every ({self.train_every})")
         if self.replay <= self.time_limit:
             raise ValueError(f"replay is {self.replay}; make it larger than time_limit ({self.time_limit})")
+        if self.env_steps <= self.prefill:
+            raise ValueError(
+                f"env_steps is {self.env_steps}, so that nothing is learnt; "
+                f"make it larger than prefill ({self.prefill})"
+            )
         return self
 
 
@@ -199,6 +225,21 @@ class Config(_Frozen):
     ssv2: Ssv2
     rlbench: Rlbench
     scales: Scales
+
+    @field_validator("action_kind")
+    @classmethod
+    def _divides(cls, kind: str, given: ValidationInfo) -> str:
+        size = given.data.get("action_dim", 0)
+        if kind == "discrete" and size % CLASSES:
+            raise ValueError(f"discrete needs an action_dim that is a multiple of {CLASSES}; it is {size}")
+        return kind
+
+    @field_validator("naive")
+    @classmethod
+    def _can_be_naive(cls, naive: bool, given: ValidationInfo) -> bool:
+        if naive and given.data.get("method") == "dreamerv2":
+            raise ValueError("true does not fit method dreamerv2, which is not pre-trained; set it to false")
+        return naive
 
     @property
     def preset(self) -> Scale:

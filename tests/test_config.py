@@ -10,8 +10,10 @@ from pathlib import Path
 import pytest
 from pydantic import ValidationError
 
+from prelar import config
 from prelar.config import Config, Finetune, keys, load_config, read_yaml
 from prelar.errors import UserError
+from prelar.model import actions
 
 ROOT = Path(__file__).parents[1]
 
@@ -77,6 +79,19 @@ def test_a_preset_belongs_to_one_stage_and_one_scale() -> None:
             ["smoke.finetune", "replay is 250", "larger than time_limit"],
         ),
         (
+            "env_steps: 1500",
+            "env_steps: 500",
+            ["scales.smoke.finetune", "env_steps is 500", "larger than prefill (500)"],
+        ),
+        (
+            "source: data/sample ",
+            "source: ../ssv2 ",
+            ["ssv2.source: ../ssv2 leads outside", "give an absolute path"],
+        ),
+        ("labels: null", "labels: data/../../labels.zip", ["ssv2.labels: data/../../", "absolute path"]),
+        ("ffmpeg: null", "ffmpeg: ../bin/ffmpeg", ["ssv2.ffmpeg: ../bin/ffmpeg", "absolute path"]),
+        ("path: null ", "path: .. ", ["rlbench.path: .. leads outside", "absolute path"]),
+        (
             "{episodes: 10, time_limit: 500",
             "{episodes: 0, time_limit: 500",
             ["scales.lite.evaluate.episodes = 0"],
@@ -89,6 +104,37 @@ def test_bad_values_are_named_with_a_remedy(
 ) -> None:
     message = refuse(tmp_path, params.replace(old, new, 1))
     assert all(text in message for text in told), message
+
+
+@pytest.mark.parametrize(
+    "source", ["data/..sample", "./data/../data/sample", "/data/../ssv2", "[http://h/..]"]
+)
+def test_places_that_stay_where_they_are_are_taken(tmp_path: Path, params: str, source: str) -> None:
+    path = tmp_path / "params.yaml"
+    path.write_text(params.replace("source: data/sample ", f"source: {source} "), encoding="utf-8")
+    assert str(load_config(path).ssv2.source).replace("'", "") == source
+
+
+@pytest.mark.parametrize(
+    ("changes", "told"),
+    [
+        (
+            {"method: prelar": "method: dreamerv2", "naive: false": "naive: true"},
+            "naive: true does not fit method dreamerv2, which is not pre-trained; set it to false",
+        ),
+        (
+            {"action_dim: 64": "action_dim: 60", "action_kind: gaussian": "action_kind: discrete"},
+            "action_kind: discrete needs an action_dim that is a multiple of 8; it is 60",
+        ),
+    ],
+)
+def test_values_that_do_not_fit_together_are_refused(
+    tmp_path: Path, params: str, changes: dict[str, str], told: str
+) -> None:
+    assert config.CLASSES == actions.CLASSES
+    for old, new in changes.items():
+        params = params.replace(old, new, 1)
+    assert refuse(tmp_path, params) == f"{tmp_path / 'params.yaml'}: {told}"
 
 
 def test_environments_share_the_steps_between_updates() -> None:
@@ -108,10 +154,10 @@ def test_small_numbers_written_by_dvc_are_numbers(tmp_path: Path, params: str) -
 
 
 def test_the_config_is_frozen() -> None:
-    config = load_config(ROOT / "params.yaml")
+    present = load_config(ROOT / "params.yaml")
     with pytest.raises(ValidationError):
-        config.beta = 2.0  # type: ignore[misc]
-    assert isinstance(config, Config)
+        present.beta = 2.0  # type: ignore[misc]
+    assert isinstance(present, Config)
 
 
 def test_entry_points_refuse_bad_params_at_once(tmp_path: Path, params: str) -> None:
