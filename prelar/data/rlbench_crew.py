@@ -22,6 +22,7 @@ import json
 import os
 import re
 import select
+import shutil
 import signal
 import socket
 import subprocess
@@ -104,15 +105,21 @@ class Display:
         self._lock = threading.Lock()
         self._server: subprocess.Popen[bytes] | None = None
         self._name: str | None = None
+        self._distrusted = False
 
     def name(self) -> str:
         """A display that answers; an Xvfb that has ended is replaced. Raises `UserError` where none does."""
         with self._lock:
             if self._server is not None and self._server.poll() is None and self._name:
                 return self._name
-            given = given_display()
+            given = None if self._distrusted else given_display()
             self._name = given or self._start()
             return self._name
+
+    def distrust(self) -> None:
+        """Leave the user's display, on which a simulator did not start, for an Xvfb if there is one."""
+        with self._lock:
+            self._distrusted = shutil.which("Xvfb") is not None
 
     def _start(self) -> str:
         reading, writing = os.pipe()
@@ -301,6 +308,7 @@ class Yard:
                 return self._simulator
             except (HungError, DeadError) as error:
                 reasons.append(str(error))
+                self._display.distrust()
         raise UserError(f"CoppeliaSim does not start: {reasons[-1]}; {self._log} says more")
 
     def drop(self) -> None:

@@ -24,7 +24,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from prelar.data import rlbench_folder
+from prelar.data import rlbench_folder, rlbench_simulator
 from prelar.data.demonstrations import ALIGNMENT, Episode, Job
 from prelar.data.rlbench_crew import ROOT, Crew, count_variations, given_display, surroundings
 from prelar.data.store import SIZE
@@ -99,8 +99,8 @@ class RlbenchLive:
             return crew.result(job)
 
     def files(self, job: Job) -> list[Path]:
-        """None."""
-        return []
+        """The program that records it."""
+        return [Path(rlbench_simulator.__file__)]
 
     def attributes(self) -> dict[str, Any]:
         """The source and how it was asked."""

@@ -24,6 +24,7 @@ import json
 import logging
 import os
 import random
+import re
 import signal
 import sys
 from collections.abc import Sequence
@@ -34,6 +35,13 @@ import numpy as np
 import numpy.typing as npt
 
 BAD_DEMO = "Bad demo. "
+FOLDERS = re.compile(r"(?:/[^\s/'\":]+)+/")
+LONGEST = 300
+
+
+def in_words(reason: str) -> str:
+    """A reason as a line that names files without their folders."""
+    return FOLDERS.sub("", " ".join(reason.split()))[:LONGEST]
 
 
 def demo_arrays(demo: Sequence[Any], cameras: Sequence[str]) -> dict[str, npt.NDArray[Any]]:
@@ -127,8 +135,7 @@ class Bench:
             demo = task.get_demos(1, live_demos=True, max_attempts=1)[0]
             arrays = demo_arrays(demo, self._cameras)
         except Exception as error:
-            reason = self._log.reason or str(error) or type(error).__name__
-            return {"reason": " ".join(reason.split())}
+            return {"reason": in_words(self._log.reason or str(error) or type(error).__name__)}
         store_arrays(Path(request["path"]), arrays)
         return {"steps": len(arrays["actions"])}
 
@@ -153,7 +160,7 @@ def main() -> None:
         try:
             bench = Bench(**settings)
         except Exception as error:
-            tell(reason=" ".join(f"{type(error).__name__}: {error}".split()))
+            tell(reason=in_words(f"{type(error).__name__}: {error}"))
             return
         tell(ready=True)
         for line in sys.stdin:

@@ -9,6 +9,7 @@ import sys
 import threading
 import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 
@@ -16,7 +17,7 @@ import numpy as np
 import psutil
 import pytest
 
-from prelar.data import rlbench_crew, rlbench_live
+from prelar.data import rlbench_crew, rlbench_live, rlbench_simulator
 from prelar.data.demonstrations import Episode, Job, fault
 from prelar.data.rlbench_crew import Crew
 from prelar.data.rlbench_live import RlbenchLive
@@ -206,6 +207,12 @@ def test_simulator_that_never_starts_stops_the_run(
         collect(SOURCE, tmp_path / "demos")
 
 
+def test_reasons_name_no_folders() -> None:
+    told = rlbench_simulator.in_words("No such file:\n '/home/me/RLBench/task_ttms/x.ttm'")
+    assert told == "No such file: 'x.ttm'"
+    assert rlbench_simulator.in_words("in m/s, 3 / 4: none") == "in m/s, 3 / 4: none"
+
+
 def test_full_disk_is_no_failure_of_the_task(standin: Path, tmp_path: Path) -> None:
     (tmp_path / "demos").mkdir()
     (tmp_path / "demos" / "push_button-v0-e0.partial").mkdir()
@@ -220,7 +227,12 @@ def test_interrupted_crew_leaves_finished_demos_to_the_next(standin: Path, tmp_p
     with pytest.raises(InterruptedError), Crew(SOURCE, jobs, 1, tmp_path / "demos") as crew:
         before = [crew.result(job) for job in jobs[:3]]
         crew.settle(jobs[0])
+        pool = ThreadPoolExecutor(1)
+        waiting = pool.submit(crew.result, jobs[3])
         raise InterruptedError
+    with pytest.raises(RuntimeError, match="dismissed"):
+        waiting.result(timeout=10)
+    pool.shutdown()
     assert time.monotonic() - began < 30
     orders(standin, push_button="work die", open_drawer="die")
     with Crew(SOURCE, jobs[1:], 2, tmp_path / "demos") as crew:
@@ -316,6 +328,15 @@ def test_display_that_answers_is_used(
     assert rlbench_crew.given_display() == x_server
     collect(replace(SOURCE, tasks=("push_button",), episodes=1), tmp_path / "demos")
     assert not (standin / "xvfb").exists()
+
+
+def test_display_on_which_nothing_starts_is_left_for_an_xvfb(
+    standin: Path, tmp_path: Path, x_server: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("DISPLAY", x_server)
+    orders(standin, launch="fail")
+    assert reasons(collect(SOURCE, tmp_path / "demos")) == [None] * 4
+    assert (standin / "xvfb").read_text() == "started\n"
 
 
 @pytest.mark.parametrize(
