@@ -27,6 +27,7 @@ from prelar.data.rlbench_folder import RlbenchFolder
 from prelar.data.rlbench_live import RlbenchLive
 from prelar.data.store import Store, StoreWriter
 from prelar.errors import UserError
+from prelar.names import checked_config
 from prelar.workers import worker_pool
 
 NAME = "rlbench"
@@ -185,7 +186,7 @@ def _arguments() -> None:
 def main() -> None:
     """Run the flow with the settings of params.yaml."""
     _arguments()
-    workers = load_config().rlbench.workers
+    workers = checked_config().rlbench.workers
     with staging.surroundings(NAME):
         pool: Any = ThreadPoolTaskRunner(max_workers=workers)
         print(f"{staging.target(NAME)}: {rlbench.with_options(task_runner=pool)()}")

@@ -21,6 +21,7 @@ from prelar.data.ingest import Ingested, Source
 from prelar.data.labels import Labels, read_labels
 from prelar.data.store import Store, StoreWriter
 from prelar.data.video import Decoder
+from prelar.names import checked_config
 
 NAME = "ssv2"
 PARTS = f"{NAME}-parts-"
@@ -125,7 +126,7 @@ def _arguments() -> None:
 def main() -> None:
     """Run the flow with the settings of params.yaml."""
     _arguments()
-    workers = load_config().ssv2.workers
+    workers = checked_config().ssv2.workers
     with staging.surroundings(NAME):
         pool: Any = ThreadPoolTaskRunner(max_workers=workers)
         print(f"{staging.target(NAME)}: {ssv2.with_options(task_runner=pool)()}")

@@ -8,9 +8,10 @@ import os
 from pathlib import Path
 from typing import get_args
 
-from prelar.config import Config, load_config
+from prelar.config import Config
 from prelar.errors import run_main
 from prelar.files import exclusive
+from prelar.names import checked_config
 
 STAGES = {
     "sample": "render the embedded sample archive, in the shape of Something-Something V2, to data/sample",
@@ -38,8 +39,7 @@ def main() -> None:
     }
     add_import_arguments(parsers["import-reference"])
     arguments = parser.parse_args()
-    config = load_config()
-    check_names(config)
+    config = checked_config()
     if arguments.command == "check":
         print("params.yaml is valid")
     elif arguments.command == "import-reference":
@@ -73,18 +73,6 @@ def run_import(config: Config, arguments: argparse.Namespace) -> None:
             part=arguments.part,
             output=arguments.output,
         )
-
-
-def check_names(config: Config) -> None:
-    """Check the values that name things of Meta-World. Raises `UserError` with the nearest known name."""
-    from prelar.sim import check_camera, check_task
-
-    check_task(config.task)
-    if config.rlbench.source == "metaworld":
-        for task in config.rlbench.tasks:
-            check_task(task)
-        for camera in config.rlbench.cameras:
-            check_camera(camera)
 
 
 def run_stage(command: str, config: Config) -> None:

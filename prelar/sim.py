@@ -11,7 +11,6 @@ turned by 180 degrees.
 
 from __future__ import annotations
 
-import difflib
 import warnings
 import weakref
 from collections.abc import Iterable
@@ -22,6 +21,7 @@ import numpy.typing as npt
 
 from prelar import gl
 from prelar.errors import UserError
+from prelar.names import VERSION, check_camera, check_task
 
 if TYPE_CHECKING:
     import mujoco
@@ -29,24 +29,9 @@ if TYPE_CHECKING:
 Floats = npt.NDArray[np.float64]
 Image = npt.NDArray[np.uint8]
 
-VERSION = "-v3"
 ACTION_DIM = 4
 GRIPPER_DIM = 8
 MAX_STEPS = 500
-# fmt: off
-TASKS = (
-    "assembly", "basketball", "bin-picking", "box-close", "button-press", "button-press-topdown",
-    "button-press-topdown-wall", "button-press-wall", "coffee-button", "coffee-pull", "coffee-push",
-    "dial-turn", "disassemble", "door-close", "door-lock", "door-open", "door-unlock", "drawer-close",
-    "drawer-open", "faucet-close", "faucet-open", "hammer", "hand-insert", "handle-press",
-    "handle-press-side", "handle-pull", "handle-pull-side", "lever-pull", "peg-insert-side",
-    "peg-unplug-side", "pick-out-of-hole", "pick-place", "pick-place-wall", "plate-slide",
-    "plate-slide-back", "plate-slide-back-side", "plate-slide-side", "push", "push-back", "push-wall",
-    "reach", "reach-wall", "shelf-place", "soccer", "stick-pull", "stick-push", "sweep", "sweep-into",
-    "window-close", "window-open",
-)
-# fmt: on
-CAMERAS = ("topview", "corner", "corner2", "corner3", "corner4", "behindGripper", "gripperPOV")
 _MAX_GEOMETRIES = 1000
 
 
@@ -63,23 +48,6 @@ class Step(NamedTuple):
     reward: float
     success: bool
     done: bool
-
-
-def check_task(task: str) -> str:
-    """The task's name without version suffix. Raises `UserError` with the nearest names if unknown."""
-    return _known("task", task.removesuffix(VERSION), list(TASKS))
-
-
-def check_camera(camera: str) -> str:
-    """The camera's name. Raises `UserError` with the nearest names if unknown."""
-    return _known("camera", camera, list(CAMERAS))
-
-
-def _known(kind: str, name: str, names: list[str]) -> str:
-    if name in names:
-        return name
-    close = difflib.get_close_matches(name, names, n=3, cutoff=0.4) or names
-    raise UserError(f"{kind} = {name!r}: Meta-World has none of this name; did you mean {', '.join(close)}?")
 
 
 def _metaworld() -> Any:

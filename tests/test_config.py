@@ -160,10 +160,21 @@ def test_the_config_is_frozen() -> None:
     assert isinstance(present, Config)
 
 
-def test_entry_points_refuse_bad_params_at_once(tmp_path: Path, params: str) -> None:
-    (tmp_path / "params.yaml").write_text(params.replace("beta_a: 1.0", "beta_a: -1"), encoding="utf-8")
-    commands = ["prelar check", "prelar pretrain", "prelar report", "flows.ssv2", "flows.rlbench"]
-    for command in commands:
+@pytest.mark.parametrize(
+    ("old", "new", "told"),
+    [
+        ("beta_a: 1.0", "beta_a: -1", "beta_a = -1"),
+        ("task: drawer-open", "task: drawer-opn", "task = 'drawer-opn'"),
+        ("tasks: [drawer-open,", "tasks: [drawer-opn,", "task = 'drawer-opn'"),
+        ("cameras: [corner]", "cameras: [korner]", "camera = 'korner'"),
+    ],
+)
+def test_entry_points_refuse_bad_params_at_once(
+    tmp_path: Path, params: str, old: str, new: str, told: str
+) -> None:
+    (tmp_path / "params.yaml").write_text(params.replace(old, new, 1), encoding="utf-8")
+    commands = ["prelar check", "flows.ssv2", "flows.rlbench"]
+    for command in commands if "beta" not in old else [*commands, "prelar pretrain", "prelar report"]:
         done = subprocess.run(
             [sys.executable, "-m", *command.split()],
             cwd=tmp_path,
@@ -173,4 +184,5 @@ def test_entry_points_refuse_bad_params_at_once(tmp_path: Path, params: str) -> 
             timeout=120,
         )
         assert done.returncode == 2, (command, done.stderr)
-        assert done.stderr.count("\n") == 1 and "beta_a = -1" in done.stderr, (command, done.stderr)
+        assert done.stderr.count("\n") == 1 and told in done.stderr, (command, done.stderr)
+        assert not (tmp_path / ".prefect/server.log").exists(), f"{command} started a server"

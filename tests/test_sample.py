@@ -18,7 +18,8 @@ import pytest
 
 from prelar import sample
 from prelar.config import load_config
-from prelar.sim import TASKS, Simulator
+from prelar.names import TASKS
+from prelar.sim import Simulator
 
 CLIPS = 8
 

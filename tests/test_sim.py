@@ -8,7 +8,8 @@ import numpy as np
 import pytest
 
 from prelar.errors import UserError
-from prelar.sim import ACTION_DIM, CAMERAS, GRIPPER_DIM, MAX_STEPS, TASKS, Simulator, check_task
+from prelar.names import CAMERAS, TASKS, check_task
+from prelar.sim import ACTION_DIM, GRIPPER_DIM, MAX_STEPS, Simulator
 
 
 @pytest.fixture(scope="module")

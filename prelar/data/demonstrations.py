@@ -32,7 +32,8 @@ from prelar import files, gl, sim
 from prelar.data import store
 from prelar.data.store import FRAME, SIZE, Frames, Row
 from prelar.errors import UserError
-from prelar.sim import ACTION_DIM, GRIPPER_DIM, MAX_STEPS, Simulator, check_camera, check_task
+from prelar.names import check_camera, check_task
+from prelar.sim import ACTION_DIM, GRIPPER_DIM, MAX_STEPS, Simulator
 
 ALIGNMENT = "actions[t] is taken after frame t and leads to frame t + 1; zero at the last frame of a clip"
 HELD_OUT = 10

@@ -25,8 +25,9 @@ from PIL import Image, UnidentifiedImageError
 from prelar.data.demonstrations import ALIGNMENT, Array, Episode, Job
 from prelar.data.store import SIZE, Frames
 from prelar.errors import UserError
+from prelar.names import RLBENCH_CAMERAS
 
-CAMERAS = ("left_shoulder", "right_shoulder", "overhead", "wrist", "front")
+CAMERAS = RLBENCH_CAMERAS
 JOINTS, POSE = 7, 7
 RATE = 20.0
 MAX_PIXELS = 2048 * 2048

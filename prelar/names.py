@@ -1,0 +1,63 @@
+"""Names that params.yaml may use: tasks and cameras of simulators, which are not imported to know them."""
+
+from __future__ import annotations
+
+import difflib
+from pathlib import Path
+
+from prelar.config import PARAMS, Config, load_config
+from prelar.errors import UserError
+
+VERSION = "-v3"
+# fmt: off
+TASKS = (
+    "assembly", "basketball", "bin-picking", "box-close", "button-press", "button-press-topdown",
+    "button-press-topdown-wall", "button-press-wall", "coffee-button", "coffee-pull", "coffee-push",
+    "dial-turn", "disassemble", "door-close", "door-lock", "door-open", "door-unlock", "drawer-close",
+    "drawer-open", "faucet-close", "faucet-open", "hammer", "hand-insert", "handle-press",
+    "handle-press-side", "handle-pull", "handle-pull-side", "lever-pull", "peg-insert-side",
+    "peg-unplug-side", "pick-out-of-hole", "pick-place", "pick-place-wall", "plate-slide",
+    "plate-slide-back", "plate-slide-back-side", "plate-slide-side", "push", "push-back", "push-wall",
+    "reach", "reach-wall", "shelf-place", "soccer", "stick-pull", "stick-push", "sweep", "sweep-into",
+    "window-close", "window-open",
+)
+# fmt: on
+CAMERAS = ("topview", "corner", "corner2", "corner3", "corner4", "behindGripper", "gripperPOV")
+RLBENCH_CAMERAS = ("left_shoulder", "right_shoulder", "overhead", "wrist", "front")
+
+
+def checked_config(path: Path = PARAMS) -> Config:
+    """Read params.yaml and check it, names too, as every entry point does first. Raises `UserError`."""
+    config = load_config(path)
+    check_names(config)
+    return config
+
+
+def check_names(config: Config) -> None:
+    """Check the values that name things of a simulator. Raises `UserError` with the nearest known name."""
+    check_task(config.task)
+    if config.rlbench.source == "metaworld":
+        for task in config.rlbench.tasks:
+            check_task(task)
+        for camera in config.rlbench.cameras:
+            check_camera(camera)
+    if config.rlbench.source == "rlbench":
+        for camera in config.rlbench.cameras:
+            _known("camera", camera, RLBENCH_CAMERAS, "RLBench")
+
+
+def check_task(task: str) -> str:
+    """The task's name without version suffix. Raises `UserError` with the nearest names if unknown."""
+    return _known("task", task.removesuffix(VERSION), TASKS)
+
+
+def check_camera(camera: str) -> str:
+    """The camera's name. Raises `UserError` with the nearest names if unknown."""
+    return _known("camera", camera, CAMERAS)
+
+
+def _known(kind: str, name: str, names: tuple[str, ...], owner: str = "Meta-World") -> str:
+    if name in names:
+        return name
+    close = difflib.get_close_matches(name, names, n=3, cutoff=0.4) or names
+    raise UserError(f"{kind} = {name!r}: {owner} has none of this name; did you mean {', '.join(close)}?")
