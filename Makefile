@@ -34,8 +34,10 @@ test-live: $(READY) ## collect demonstrations of three tasks in CoppeliaSim
 	@python -m pytest -m live
 
 lint: $(READY) ## format check, linter, type checker, import directions
-	@ruff format --check --quiet . && ruff check --quiet . && mypy --no-error-summary && lint-imports --no-logo >/dev/null || \
-		{ lint-imports --no-logo; echo "lint failed; make format mends what can be mended"; exit 1; }
+	@ruff format --check --quiet . || { echo "error: not formatted; run make format"; exit 1; }
+	@ruff check --quiet .
+	@mypy --no-error-summary
+	@lint-imports --no-logo > .import_linter.log || { cat .import_linter.log; exit 1; }
 
 format: $(READY) ## format the code and mend what the linter can
 	@ruff format . && ruff check --fix .
@@ -49,6 +51,6 @@ ui: $(READY) ## serve the flows in the Prefect UI on this machine
 lock: $(READY) ## resolve pyproject.toml into requirements.lock anew
 	@python tools/lock.py
 
-clean: ## remove what can be made again, but no data, results or checkpoints
-	rm -rf .pytest_cache .mypy_cache .ruff_cache .hypothesis .import_linter_cache tests/output data/.staging
+clean: ## remove the caches of tools; data, downloads and results stay
+	rm -rf .pytest_cache .mypy_cache .ruff_cache .hypothesis .import_linter_cache .import_linter.log tests/output
 	find prelar flows tests -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -10,7 +10,14 @@ from typing import Any
 
 from prefect import flow, get_run_logger
 from prefect.artifacts import create_markdown_artifact
-from pydantic import BaseModel, ConfigDict, create_model
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    SerializerFunctionWrapHandler,
+    create_model,
+    model_serializer,
+)
 
 from prelar.config import Config, keys, load_config
 from prelar.errors import UserError
@@ -20,11 +27,33 @@ PAGES = Path("reports/experiments")
 NAMED = "Ran experiment(s):"
 
 
+class _Changes(BaseModel):
+    """A form whose fields may stay empty; an empty field is no change."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    @model_serializer(mode="wrap")
+    def _without_empty(self, serialise: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        return {key: value for key, value in serialise(self).items() if value is not None}
+
+
 def _form() -> type[BaseModel]:
-    """The flat keys of params.yaml as a form, with the types and bounds of `Config`; None: as in the file."""
-    flat = {key: field for key, field in Config.model_fields.items() if key in keys()}
-    fields: dict[str, Any] = {key: (field.rebuild_annotation() | None, None) for key, field in flat.items()}
-    return create_model("Params", __config__=ConfigDict(extra="forbid"), **fields)
+    """The flat keys of params.yaml as a form, with the types and bounds of `Config`.
+
+    The UI shows a switch that is off for a boolean without default, and sends it; None keeps it empty.
+    """
+
+    def no_default(schema: dict[str, Any]) -> None:
+        del schema["default"]
+
+    fields: dict[str, Any] = {}
+    for key, field in Config.model_fields.items():
+        if field.annotation is bool:
+            fields[key] = (bool | None, Field(default=None, title=key))
+        elif key in keys():
+            empty = Field(default=None, title=key, json_schema_extra=no_default)
+            fields[key] = (field.rebuild_annotation(), empty)
+    return create_model("Params", __base__=_Changes, **fields)
 
 
 Params = _form()
@@ -40,7 +69,7 @@ def pipeline(params: Params = UNCHANGED, targets: tuple[str, ...] = ()) -> str: 
         targets: Stages to run, with the stages they need. None: the whole pipeline.
     """
     load_config()
-    changes = params.model_dump(exclude_none=True)  # type: ignore[attr-defined]
+    changes = params.model_dump()  # type: ignore[attr-defined]
     experiment = run_experiment(changes, targets)
     publish_result(experiment, changes)
     return experiment

@@ -25,7 +25,7 @@ def main() -> None:
     parser.add_argument("--port", type=int, default=4200, help="port of UI and API (default: %(default)s)")
     given = parser.parse_args()
     with _server(given.host, given.port) as url:
-        os.environ[runtime.API] = f"{url}/api"
+        os.environ |= {runtime.API: f"{url}/api", "PREFECT_LOGGING_LEVEL": "INFO"}
         _serve(url)
 
 
@@ -38,7 +38,8 @@ def _server(host: str, port: int) -> Iterator[str]:
             f"port = {port}: a Prefect server runs there already; open {url} or choose another port"
         )
     command = [sys.executable, "-m", "prefect", "server", "start", "--host", host, "--port", str(port)]
-    process = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL)
+    own_api = os.environ | {"PREFECT_SERVER_UI_API_URL": "/api"}
+    process = subprocess.Popen(command, env=own_api, stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL)
     try:
         end = time.monotonic() + runtime.PATIENCE
         while not runtime.answers(f"{url}/api"):
