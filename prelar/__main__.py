@@ -20,6 +20,13 @@ STAGES = {
     "evaluate": "measure the agent and the model, to metrics.json and reports/evaluate",
     "report": "write the page that shows it all from the results at hand, to reports/index.html",
 }
+WRITES = {
+    "sample": "data/sample",
+    "pretrain": "data/pretrain",
+    "finetune": "data/finetune",
+    "evaluate": "reports/evaluate",
+    "report": "reports/index.html",
+}
 HELPERS = {
     "check": "validate the whole of params.yaml and exit",
     "import-reference": "turn a published checkpoint into data/pretrain, for fine-tuning to start from",
@@ -62,10 +69,10 @@ def add_import_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run_import(config: Config, arguments: argparse.Namespace) -> None:
-    """Import a published checkpoint while holding the lock of the stage that would write there."""
+    """Import a published checkpoint while holding the lock on what it writes."""
     from prelar import import_reference
 
-    with exclusive("stage-pretrain"):
+    with exclusive(arguments.output):
         import_reference.run(
             config,
             arguments.file,
@@ -81,12 +88,8 @@ def run_stage(command: str, config: Config) -> None:
     Threads that wait for work sleep instead of spinning: on a busy machine that is several times faster.
     """
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
-    if command in ("pretrain", "finetune", "evaluate"):
-        import torch
-
-        torch.set_num_threads(config.threads)
     stage = importlib.import_module(f"prelar.{command}")
-    with exclusive(f"stage-{command}"):
+    with exclusive(WRITES[command]):
         stage.run(config)
 
 

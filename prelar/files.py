@@ -73,14 +73,16 @@ def remove(path: Path) -> None:
 def publish(staged: Path, final: Path) -> None:
     """Move a finished file or folder to its final name, replacing what is there.
 
-    The old artefact is first renamed aside, so that the final name never shows a mixture. Both paths lie on
-    one file system.
+    The old artefact is first renamed aside, so that the final name never shows a mixture. What runs that were
+    killed in here left aside is removed. Both paths lie on one file system.
     """
     final.parent.mkdir(parents=True, exist_ok=True)
     if staged.is_dir():
         for item in staged.rglob("*"):
             sync(item)
     sync(staged)
+    for left in final.parent.glob(f".{final.name}.*.old"):
+        remove(left)
     aside = final.with_name(f".{final.name}.{uuid.uuid4().hex[:8]}.old")
     if final.exists() or final.is_symlink():
         final.replace(aside)
@@ -126,7 +128,9 @@ def exclusive(target: Path | str) -> Iterator[None]:
         except BlockingIOError:
             handle.seek(0)
             holder = handle.read().strip() or "unknown"
-            raise UserError(f"{target}: process {holder} is writing it; wait for it or stop it") from None
+            raise UserError(
+                f"{target}: process {holder} is writing it; wait for it or stop it, then run this again"
+            ) from None
         handle.truncate(0)
         handle.write(str(os.getpid()))
         handle.flush()

@@ -48,6 +48,15 @@ def test_publish_leaves_the_target_of_a_linked_artefact_alone(tmp_path: Path) ->
     assert not (tmp_path / "final").is_symlink()
 
 
+def test_publish_removes_what_killed_runs_left_aside(tmp_path: Path) -> None:
+    (tmp_path / ".final.0a1b2c3d.old").mkdir()
+    write_text(tmp_path / ".final.0a1b2c3d.old/file", "old")
+    write_text(tmp_path / ".other.0a1b2c3d.old", "another's")
+    write_text(tmp_path / "staged", "new")
+    publish(tmp_path / "staged", tmp_path / "final")
+    assert {path.name for path in tmp_path.iterdir()} == {"final", ".other.0a1b2c3d.old"}
+
+
 def test_remove_takes_anything(tmp_path: Path) -> None:
     remove(tmp_path / "absent")
     (tmp_path / "folder").mkdir()

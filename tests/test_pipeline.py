@@ -8,6 +8,7 @@ from typing import Any
 import grimp
 import pytest
 
+from prelar.__main__ import WRITES
 from prelar.config import read_yaml
 
 ROOT = Path(__file__).parents[1]
@@ -56,6 +57,11 @@ def test_a_stage_depends_on_what_it_imports(graph: grimp.ImportGraph, name: str)
         path for path in set(code) - folders if not modules_under(path) & imported and path.endswith(".py")
     }
     assert idle == set(), "among the stage's deps, but not imported"
+
+
+def test_the_lock_of_a_stage_is_on_what_it_writes() -> None:
+    for name, path in WRITES.items():
+        assert path in STAGES[name]["outs"]
 
 
 def test_editing_the_actor_does_not_pretrain_again() -> None:
