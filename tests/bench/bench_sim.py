@@ -1,0 +1,102 @@
+"""Rendering of Meta-World at 64×64: our simulator against gymnasium's `render()` as it comes.
+
+Each reading is a process of its own: in software, gymnasium's viewer draws into whichever context is current.
+A picture of both, enlarged, side by side, goes to reports/render.png.
+"""
+
+from __future__ import annotations
+
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+from PIL import Image
+
+from prelar import gl
+
+TASK, CAMERA = "drawer-open", "corner"
+PAIRS = 5
+SECONDS = 3.0
+PICTURE = Path("reports/render.png")
+
+Frame = npt.NDArray[np.uint8]
+
+
+def run() -> dict[str, float]:
+    """`render_fps`, and `render_vs_gymnasium`: the median of the paired ratios."""
+    gl.ensure()
+    readings = [(reading("ours"), reading("gymnasium")) for _ in range(PAIRS)]
+    ratios = [ours / theirs for ours, theirs in readings]
+    middle = statistics.median(ratios)
+    print(
+        f"render_vs_gymnasium: {middle:.1f} (from {min(ratios):.1f} to {max(ratios):.1f}, {PAIRS} pairs), "
+        f"picture: {PICTURE}"
+    )
+    both = np.concatenate([np.asarray(Image.open(picture(who))) for who in ("ours", "gymnasium")], axis=1)
+    Image.fromarray(both).resize((8 * both.shape[1], 8 * both.shape[0]), Image.Resampling.NEAREST).save(
+        PICTURE
+    )
+    for who in ("ours", "gymnasium"):
+        picture(who).unlink()
+    return {"render_fps": statistics.median(ours for ours, _ in readings), "render_vs_gymnasium": middle}
+
+
+def picture(who: str) -> Path:
+    """Where the process of `who` leaves its frame."""
+    return PICTURE.with_name(f"render-{who}.png")
+
+
+def reading(who: str) -> float:
+    """Frames a second of one process."""
+    done = subprocess.run([sys.executable, "-m", __name__, who], check=True, capture_output=True, text=True)
+    return float(done.stdout.split()[-1])
+
+
+def main(who: str) -> None:
+    """Measure one renderer, leave a frame of it, print its frames a second."""
+    render = ours() if who == "ours" else gymnasium()
+    frame = render()
+    frames, begin = 0, time.perf_counter()
+    while time.perf_counter() - begin < SECONDS:
+        frame = render()
+        frames += 1
+    rate = frames / (time.perf_counter() - begin)
+    picture(who).parent.mkdir(exist_ok=True)
+    Image.fromarray(frame).save(picture(who))
+    print(rate)
+
+
+def ours() -> Callable[[], Frame]:
+    """Our simulator's frames."""
+    from prelar.sim import Simulator
+
+    simulator = Simulator(TASK, camera=CAMERA)
+    simulator.reset(0, 0)
+    return simulator.render
+
+
+def gymnasium() -> Callable[[], Any]:
+    """The peer of record: Meta-World through gymnasium, as it comes."""
+    import gymnasium
+    import metaworld  # noqa: F401
+
+    env = gymnasium.make(
+        "Meta-World/MT1",
+        env_name=f"{TASK}-v3",
+        render_mode="rgb_array",
+        width=64,
+        height=64,
+        camera_name=CAMERA,
+    )
+    env.reset(seed=0)
+    return env.render
+
+
+if __name__ == "__main__":
+    main(sys.argv[1])
