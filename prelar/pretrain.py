@@ -5,6 +5,7 @@ DreamerV2 does not pre-train: it takes zero steps and writes its untrained check
 
 from __future__ import annotations
 
+import hashlib
 from pathlib import Path
 
 import numpy as np
@@ -52,6 +53,7 @@ FLAT = (
     "precision",
     "threads",
 )
+KEY_CLIPS = 64
 VIDEO_CLIPS = 4
 VIDEO_OBSERVED = 5
 VIDEO_FPS = 6.0
@@ -64,13 +66,23 @@ def run(cfg: Config) -> None:
     store is missing or its clips are too short, and where a loss is not finite.
     """
     store = Store.open(cfg.store)
-    params = {name: getattr(cfg, name) for name in FLAT} | {"pretrain": cfg.pretrain.model_dump()}
-    inputs = [store.path / "zarr.json", index_path(store.path)]
-    snapshots = Snapshots(resume_key("pretrain", params=params, inputs=inputs, code=CODE))
+    snapshots = Snapshots(run_key(cfg, store))
     model = _train(cfg, store, snapshots)
     save_parts(OUTPUT, model.state(), {"stage": "pretrain", "model": model.spec, "step": _steps(cfg)})
     snapshots.remove()
     print(f"pretrain: {cfg.method}, {_steps(cfg)} steps on {store.path} -> {OUTPUT}, {REPORT}", flush=True)
+
+
+def run_key(cfg: Config, store: Store) -> str:
+    """The resume key: params, code, and the store, known by its index and some of its frames.
+
+    The index has a sha256 of every clip's source; frames tell stores apart that other code made of the same.
+    """
+    clips = np.unique(np.linspace(0, store.num_clips - 1, min(KEY_CLIPS, store.num_clips)).astype(np.int64))
+    frames = hashlib.sha256(store.read_many(store.clip_start[clips], 1).tobytes()).hexdigest()
+    params = {name: getattr(cfg, name) for name in FLAT} | {"pretrain": cfg.pretrain.model_dump()}
+    inputs = [store.path / "zarr.json", index_path(store.path)]
+    return resume_key("pretrain", params=params | {"frames": frames}, inputs=inputs, code=CODE)
 
 
 def _steps(cfg: Config) -> int:

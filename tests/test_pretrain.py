@@ -22,6 +22,7 @@ from ruamel.yaml import YAML
 from prelar import pretrain
 from prelar.checkpoint import Snapshots, load_parts
 from prelar.config import Config, read_yaml
+from prelar.data.demonstrations import Episode, Metaworld, Splits, clips
 from prelar.data.store import StoreWriter
 from prelar.errors import UserError
 from prelar.files import remove
@@ -233,6 +234,32 @@ def test_short_clips_are_named_before_training(tmp_path: Path, data: Path) -> No
         patch.chdir(tmp_path)
         pretrain.run(cfg)
     assert not (tmp_path / "reports").exists()
+
+
+def test_a_run_is_not_continued_on_other_frames(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Demonstrations of the same names and lengths: each index says by sha256 what its clips are."""
+    source = Metaworld(
+        tasks=("reach",), episodes=1, cameras=("corner",), noise=0.0, keep_failures=False, seed=0
+    )
+    job = source.jobs()[0]
+    arrays = {name: np.zeros((9, width), np.float32) for name, width in source.arrays.items()}
+
+    def key(name: str, number: int, place: int, sha256: str | None = None) -> str:
+        frames = disc(7, 9)
+        frames[number, place, 0, 0] += 1
+        digests = {} if sha256 is None else {"corner": sha256}
+        episode = Episode(job, {"corner": frames}, arrays, fps=12.0, digests=digests)
+        (tmp_path / name).mkdir()
+        monkeypatch.chdir(tmp_path / name)
+        with StoreWriter(Path("rlbench.zarr"), arrays=source.arrays) as writer:
+            for images, row, values in clips(episode, source, 0, Splits([job], [])):
+                writer.append(images, row, **values)
+            return pretrain.run_key(config(), writer.finish(source.attributes()))
+
+    first = key("a", 5, 0)
+    assert key("b", 5, 0) == first
+    assert key("c", 5, 1) != first, "another frame"
+    assert key("d", 0, 0, "of a file") != key("e", 0, 1, "of a file"), "the same file, read otherwise"
 
 
 class Spy:
