@@ -128,7 +128,7 @@ def evaluate_agent(
     seed = episode_seed(config.seed, Purpose.EVALUATE)
     with Simulator(config.task, time_limit=settings.time_limit) as simulator:
         env = PixelEnv(simulator, seed=seed)
-        count, chances = settings.episodes, RandomPolicy(ACTION_DIM, config.seed)
+        count, chances = settings.episodes, RandomPolicy(ACTION_DIM)
         played = play_visibly(
             env, agent, episodes=count, seed=config.seed, name="the agent", keep_frames=KEPT_EPISODES
         )

@@ -34,7 +34,17 @@ from prelar.sim import ACTION_DIM, Simulator
 PRETRAINED = Path("data/pretrain")
 OUTPUT = Path("data/finetune")
 LOGS = Path("reports/finetune")
-CODE = ("control", "model", "checkpoint.py", "finetune.py", "gl.py", "loop.py", "methods.py", "sim.py")
+CODE = (
+    "control",
+    "model",
+    "checkpoint.py",
+    "finetune.py",
+    "gl.py",
+    "loop.py",
+    "methods.py",
+    "seeds.py",
+    "sim.py",
+)
 PARAMS = ("method", "task", "seed", "naive", "bonus", "dual_reward", "context_augment", "device", "precision")
 SIZES = ("cnn_depth", "hidden", "deter", "stoch", "discrete", "action_dim", "context_frame")
 
@@ -183,7 +193,7 @@ class Stepper:
         self.preset, self.learner, self.collector, self.seed = preset, learner, collector, seed
         device = learner.fabric.device
         self._agent = Agent(learner.model, learner.behaviour.actor, device=device, explore=True)
-        self._random = RandomPolicy(learner.behaviour.actor.actions, seed)
+        self._random = RandomPolicy(learner.behaviour.actor.actions)
 
     def __call__(self, index: int) -> Scalars:
         """Do environment step `index`, counted over all environments, which act together."""

@@ -19,7 +19,6 @@ from pathlib import Path
 from types import FrameType, TracebackType
 from typing import Any, Protocol
 
-import numpy as np
 import torch
 from dvclive import Live
 from lightning_fabric import Fabric
@@ -30,6 +29,7 @@ from tqdm import tqdm
 from prelar.checkpoint import Snapshots
 from prelar.errors import UserError
 from prelar.files import remove, write_text
+from prelar.seeds import Stream, seed_torch
 
 ADAM_EPS = 1e-5
 WEIGHT_DECAY = 1e-6
@@ -99,8 +99,7 @@ def descend(fabric: Fabric, module: nn.Module, optimizer: Optimizer, loss: Tenso
 
 def seed_step(seed: int, step: int, rank: int = 0, *, hook: bool = False) -> None:
     """Seed torch's global generator as a function of the arguments: for a step, or for the hooks after it."""
-    entropy = np.random.SeedSequence((seed, step, rank, int(hook)))
-    torch.manual_seed(int(entropy.generate_state(1, np.uint64)[0]))
+    seed_torch(Stream.HOOK if hook else Stream.STEP, seed, step, rank)
 
 
 class MetricLog:

@@ -36,6 +36,7 @@ CODE = (
     "methods.py",
     "model",
     "pretrain.py",
+    "seeds.py",
 )
 FLAT = (
     "method",

@@ -252,7 +252,7 @@ def test_it_learns_to_push_the_dot_to_the_right(
     changes |= {"time_limit": 20, "eval_every": 200, "eval_episodes": 5, "checkpoint_every": 1200}
     run(root, method=method, bonus=0.1, sizes=sizes, actor_lr=3e-4, critic_lr=3e-4, **changes)
     env = PixelEnv(DotWorld(20), seed=episode_seed(0, Purpose.CURVE), action_dim=ACTIONS)
-    at_random = play_episodes(env, RandomPolicy(ACTIONS, seed=0), episodes=20, seed=0)
+    at_random = play_episodes(env, RandomPolicy(ACTIONS), episodes=20, seed=0)
     curve = column(root / "log/plots/metrics/eval/return.tsv")
     assert len(curve) == 6
     assert sum(curve[-3:]) / 3 > 2 * summarise(at_random)["return"]

@@ -17,6 +17,7 @@ import numpy as np
 import numpy.typing as npt
 
 from prelar.errors import UserError
+from prelar.seeds import Stream, generator
 
 Records = npt.NDArray[np.void]
 
@@ -86,7 +87,7 @@ class Replay:
         spans = [span for span in self._spans if span.length >= length]
         if not spans:
             raise UserError(f"replay: no episode of {length} steps yet; raise prefill or lower length")
-        random = np.random.default_rng([seed, update])
+        random = generator(Stream.REPLAY, seed, update)
         data = np.empty((batch, length), self.records)
         for row, choice in zip(data, random.integers(len(spans), size=batch), strict=True):
             start, total = spans[choice]

@@ -11,6 +11,7 @@ import numpy.typing as npt
 import torch
 
 from prelar.control.envs import Actions, Image, PixelEnv
+from prelar.seeds import Stream, seed_torch
 
 
 class Policy(Protocol):
@@ -43,26 +44,23 @@ class Episode:
 
 
 class RandomPolicy:
-    """Uniform actions in [-1, 1]^A. The n-th action is a pure function of (seed, n)."""
+    """Uniform actions in [-1, 1]^A, drawn from torch's global generator, without a memory."""
 
-    def __init__(self, action_dim: int, seed: int) -> None:
-        self.action_dim, self.seed = action_dim, seed
+    def __init__(self, action_dim: int) -> None:
+        self.action_dim = action_dim
 
-    def act(self, memory: int | None, images: Image, is_first: npt.NDArray[np.bool_]) -> tuple[Actions, int]:
-        """Draw actions (N, A); the memory is the number of draws so far."""
-        draw = memory or 0
-        random = np.random.default_rng([self.seed, draw])
-        actions = random.uniform(-1, 1, (len(images), self.action_dim)).astype(np.float32)
-        return actions, draw + 1
+    def act(self, memory: None, images: Image, is_first: npt.NDArray[np.bool_]) -> tuple[Actions, None]:
+        """Draw actions (N, A)."""
+        return torch.empty(len(images), self.action_dim).uniform_(-1, 1).numpy(), None
 
 
 def play(env: PixelEnv, policy: Policy, *, episode: int, seed: int, keep_frames: bool = False) -> Episode:
     """Play one episode to its end: a pure function of (env's seed, episode, policy, seed).
 
-    seed: for the latents that the policy samples. torch's global generators are left as they were.
+    seed: for the latents and actions that the policy samples. torch's global generators are left as they were.
     """
     with torch.random.fork_rng(range(torch.cuda.device_count())):
-        torch.manual_seed(int(np.random.SeedSequence([seed, episode]).generate_state(1)[0]))
+        seed_torch(Stream.EPISODE, seed, episode)
         image, _ = env.reset(options={"episode": episode})
         frames = [image]
         actions: list[Actions] = []

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from prelar.data.store import Store
 from prelar.errors import UserError
+from prelar.seeds import Stream, generator
 
 T = TypeVar("T")
 Batch = dict[str, Tensor]
@@ -106,10 +107,10 @@ class SegmentSampler:
         if epoch not in self._epochs:
             while len(self._epochs) >= _EPOCHS_KEPT:
                 del self._epochs[min(self._epochs)]
-            generator = np.random.default_rng((self._seed, epoch))
-            order = generator.permutation(self._clips)
+            random = generator(Stream.CLIPS, self._seed, epoch)
+            order = random.permutation(self._clips)
             choices = self._store.clip_length[order] - self._length + 1
-            self._epochs[epoch] = order, generator.integers(choices)
+            self._epochs[epoch] = order, random.integers(choices)
         return self._epochs[epoch]
 
 

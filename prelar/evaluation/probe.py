@@ -23,6 +23,7 @@ from prelar.evaluation.panels import grid
 from prelar.loop import adam, seed_step
 from prelar.methods import build_pretrain
 from prelar.model.world_model import WorldModel
+from prelar.seeds import Stream, generator
 from prelar.sim import ACTION_DIM, Simulator
 
 Floats = npt.NDArray[np.float64]
@@ -210,7 +211,7 @@ def _teach(
     length = min(SEGMENT, pairs + 1)
     for update in tqdm(range(updates), desc="evaluate: probe with labels", unit="update", disable=None):
         seed_step(seed, update)
-        random = np.random.default_rng([seed, update])
+        random = generator(Stream.PROBE, seed, update)
         rows = random.integers(len(numbers), size=BATCH)[:, None]
         times = random.integers(pairs - length + 2, size=BATCH)[:, None] + np.arange(length)
         frames, wanted = episodes.frames[numbers[rows], times], scaled[rows, times[:, :-1]]

@@ -12,6 +12,7 @@ from prelar.control.collector import Collector
 from prelar.control.envs import make_envs
 from prelar.control.replay import Replay
 from prelar.control.rollout import RandomPolicy
+from prelar.loop import seed_step
 from tests.control.toy import ACTIONS, DotWorld
 
 
@@ -19,7 +20,7 @@ class Steps(RandomPolicy):
     """Random actions; keeps which steps it was told start an episode."""
 
     def __init__(self) -> None:
-        super().__init__(ACTIONS, 0)
+        super().__init__(ACTIONS)
         self.starts: list[list[bool]] = []
 
     def act(self, memory: Any, images: Any, is_first: Any) -> Any:
@@ -58,10 +59,11 @@ def test_images_and_rewards_belong_to_the_action_that_led_there(tmp_path: Path) 
 
 def test_a_restored_collector_goes_on_bit_for_bit(tmp_path: Path) -> None:
     straight, first = make(tmp_path / "a"), make(tmp_path / "b")
-    policy = RandomPolicy(ACTIONS, 0)
-    for _ in range(6):
-        straight.step(policy)
-        first.step(policy)
+    policy = RandomPolicy(ACTIONS)
+    for number in range(6):
+        for one in (straight, first):
+            seed_step(0, number)
+            one.step(policy)
     torch.save({"collector": first.state_dict(), "replay": first.replay.state_dict()}, tmp_path / "state.pt")
     first.step(policy)
     first.replay.close()
@@ -69,8 +71,12 @@ def test_a_restored_collector_goes_on_bit_for_bit(tmp_path: Path) -> None:
     second = make(tmp_path / "b")
     second.replay.load_state_dict(state["replay"])
     second.load_state_dict(state["collector"])
-    for _ in range(6):
-        assert straight.step(policy) == second.step(policy)
+    for number in range(6, 12):
+        metrics = []
+        for one in (straight, second):
+            seed_step(0, number)
+            metrics.append(one.step(policy))
+        assert metrics[0] == metrics[1]
     draws = [one.replay.sample(batch=9, length=5, seed=0, update=1) for one in (straight, second)]
     for name, value in draws[0].items():
         np.testing.assert_array_equal(value, draws[1][name])

@@ -49,11 +49,14 @@ def test_success_at_any_step_counts() -> None:
 
 
 def test_episodes_are_a_function_of_their_seeds() -> None:
-    policy = RandomPolicy(ACTIONS, seed=4)
+    policy = RandomPolicy(ACTIONS)
     first = play_episodes(make(), policy, episodes=3, seed=0, keep_frames=2)
     again = play_episodes(make(), policy, episodes=3, seed=0, keep_frames=2)
     assert [episode.total for episode in first] == [episode.total for episode in again]
     assert len({episode.total for episode in first}) == 3
+    assert len({episode.actions.tobytes() for episode in first}) == 3, "no episode repeats another's actions"
+    other = play_episodes(make(), policy, episodes=1, seed=1)
+    assert other[0].actions.tobytes() != first[0].actions.tobytes()
     assert [episode.frames is not None for episode in first] == [True, True, False]
 
 
@@ -71,11 +74,10 @@ def test_torchs_generator_is_left_alone() -> None:
 
 
 def test_random_actions_fill_the_range() -> None:
-    policy = RandomPolicy(ACTIONS, seed=0)
-    memory, drawn = None, []
-    for _ in range(200):
-        actions, memory = policy.act(memory, np.zeros((3, 64, 64, 3), np.uint8), np.zeros(3, np.bool_))
-        drawn.append(actions)
+    policy = RandomPolicy(ACTIONS)
+    torch.manual_seed(0)
+    images, starts = np.zeros((3, 64, 64, 3), np.uint8), np.zeros(3, np.bool_)
+    drawn = [policy.act(None, images, starts)[0] for _ in range(200)]
     values = np.concatenate(drawn)
     assert values.shape == (600, ACTIONS) and values.dtype == np.float32
     assert abs(values.mean()) < 0.1 and values.min() < -0.98 and values.max() > 0.98

@@ -1,0 +1,33 @@
+"""Random streams: numbers are drawn as a function of a purpose and of what counts within it.
+
+The purpose stands first, so that no two of them ever draw the same stream from the same seed.
+"""
+
+from __future__ import annotations
+
+from enum import IntEnum
+
+import numpy as np
+import torch
+
+
+class Stream(IntEnum):
+    """What numbers are drawn for, and the numbers that follow."""
+
+    STEP = 1  # seed, step, rank
+    HOOK = 2  # seed, step, rank
+    CLIPS = 3  # seed, epoch
+    REPLAY = 4  # seed, update
+    EPISODE = 5  # seed, episode
+    PROBE = 6  # seed, update
+
+
+def generator(stream: Stream, *numbers: int) -> np.random.Generator:
+    """A generator of numpy's for a purpose and its numbers, none negative."""
+    return np.random.default_rng([int(stream), *numbers])
+
+
+def seed_torch(stream: Stream, *numbers: int) -> None:
+    """Seed torch's global generators for a purpose and its numbers, none negative."""
+    entropy = np.random.SeedSequence([int(stream), *numbers])
+    torch.manual_seed(int(entropy.generate_state(1, np.uint64)[0]))
