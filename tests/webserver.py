@@ -24,6 +24,9 @@ class Behaviour:
     length: bool = True
     needs: tuple[str, str] | None = None
     redirect: str | None = None
+    retry_after: str = "0"
+    content_range: str | None = None
+    content_length: str | None = None
     on_request: Callable[[Behaviour], None] = lambda behaviour: None
 
 
@@ -83,7 +86,7 @@ def _answer(handler: http.server.BaseHTTPRequestHandler, server: Server) -> None
         return
     if wrong.errors > 0:
         wrong.errors -= 1
-        _plain(handler, wrong.status, Retry_After="0")
+        _plain(handler, wrong.status, Retry_After=wrong.retry_after)
         return
     if name not in server.files:
         _plain(handler, 404)
@@ -100,12 +103,13 @@ def _send(handler: http.server.BaseHTTPRequestHandler, content: bytes, wrong: Be
     body = content[begin:]
     handler.send_response(206 if asked else 200)
     if asked:
-        handler.send_header("Content-Range", f"bytes {begin}-{len(content) - 1}/{len(content)}")
+        told = wrong.content_range or f"bytes {begin}-{len(content) - 1}/{len(content)}"
+        handler.send_header("Content-Range", told)
     for key, value in (("ETag", wrong.etag), ("Last-Modified", wrong.modified)):
         if value is not None:
             handler.send_header(key, value)
     if wrong.length:
-        handler.send_header("Content-Length", str(len(body)))
+        handler.send_header("Content-Length", wrong.content_length or str(len(body)))
     else:
         handler.send_header("Connection", "close")
         handler.close_connection = True

@@ -71,8 +71,12 @@ def shown(url: str) -> str:
 
 
 def target_name(position: int, url: str) -> str:
-    """The file name under which part `position` of the list of URLs is kept."""
-    name = re.sub(r"[^A-Za-z0-9._-]", "_", httpx.URL(url).path.rsplit("/", 1)[-1])[-100:]
+    """The file name under which URL `position` of the list is kept. Raises `UserError` where it is none."""
+    try:
+        path = httpx.URL(url).path
+    except httpx.InvalidURL:
+        raise UserError(f"ssv2.source: URL {position + 1} of the list is not one; mend it") from None
+    name = re.sub(r"[^A-Za-z0-9._-]", "_", path.rsplit("/", 1)[-1])[-100:]
     return name if name.strip("._-") else f"part-{position:02d}"
 
 
@@ -184,7 +188,7 @@ class _Download:
                     if not answer.has_redirect_location:
                         self._take(answer, held, known)
                         return
-                    url = url.join(answer.headers["Location"])
+                    url = _next(self.url, url, answer.headers["Location"])
                     if url.scheme not in ("http", "https"):
                         raise UserError(f"{shown(self.url)}: redirects to {url.scheme}:; check the URL")
         raise UserError(f"{shown(self.url)}: redirects more than {REDIRECTS} times; check the URL")
@@ -205,7 +209,7 @@ class _Download:
             offset = held
         else:
             begin, offset = 0, 0
-            length = int(answer.headers["Content-Length"]) if "Content-Length" in answer.headers else None
+            length = _length(answer)
         now = _validators(answer, length)
         if status == 206 and (begin != held or any(now.get(key) != known.get(key) for key in known)):
             raise _Changed
@@ -230,7 +234,7 @@ class _Download:
 
     def _wait(self, answer: httpx.Response) -> None:
         after = answer.headers.get("Retry-After", "")
-        if after.isdigit():
+        if re.fullmatch(r"[0-9]{1,9}", after):
             self._pause(min(int(after), self.patience.longest))
 
     def _pause(self, seconds: float) -> None:
@@ -282,9 +286,27 @@ def _validators(answer: httpx.Response, length: int | None) -> dict[str, str | i
     return {key: value for key, value in given.items() if value is not None}
 
 
+def _next(asked: str, url: httpx.URL, location: str) -> httpx.URL:
+    """Where a redirection leads."""
+    try:
+        return url.join(location)
+    except httpx.InvalidURL:
+        raise UserError(f"{shown(asked)}: redirects to what is no URL; check the URL") from None
+
+
+def _length(answer: httpx.Response) -> int | None:
+    """Length of a whole answer, None where the server does not tell."""
+    told = answer.headers.get("Content-Length")
+    if told is not None and not re.fullmatch(r"[0-9]{1,18}", told):
+        raise _Broken("the server tells a Content-Length that is no number of bytes")
+    return None if told is None else int(told)
+
+
 def _content_range(answer: httpx.Response) -> tuple[int, int | None]:
     """First byte and whole length of a partial answer."""
-    match = re.fullmatch(r"bytes (\d+)-\d+/(\d+|\*)", answer.headers.get("Content-Range", ""))
+    match = re.fullmatch(
+        r"bytes ([0-9]{1,18})-[0-9]{1,18}/([0-9]{1,18}|\*)", answer.headers.get("Content-Range", "")
+    )
     if not match:
         raise _Changed
     return int(match[1]), None if match[2] == "*" else int(match[2])

@@ -7,6 +7,7 @@ import dataclasses
 import io
 import json
 import zipfile
+import zlib
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,7 @@ SPLITS = ("train", "validation", "test")
 NEEDED = ("labels.json", "train.json", "validation.json")
 OPTIONAL = ("test.json", "test-answers.csv")
 MAX_BYTES = 256 << 20
+MAX_NAMES = 1 << 31
 
 
 @dataclasses.dataclass(frozen=True)
@@ -86,7 +88,7 @@ def _from_zip(path: Path) -> dict[str, bytes]:
                         )
                     found[name] = archive.read(info)
             return found
-    except zipfile.BadZipFile:
+    except (zipfile.BadZipFile, zlib.error, RuntimeError, EOFError):
         raise UserError(f"{path}: not a labels zip; get the labels package again") from None
 
 
@@ -100,14 +102,17 @@ def _from_folder(path: Path) -> dict[str, bytes]:
 def _parsed(path: Path, name: str, held: dict[str, bytes]) -> Any:
     try:
         return json.loads(held[name])
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise UserError(f"{path}: {name} is not JSON ({error}); get the labels package again") from None
 
 
 def _names(content: Any) -> dict[str, int]:
     try:
-        return {bare(name): int(number) for name, number in content.items()}
-    except (AttributeError, TypeError, ValueError):
+        names = {bare(name): int(number) for name, number in content.items()}
+        if any(not 0 <= number < MAX_NAMES for number in names.values()):
+            raise ValueError
+        return names
+    except (AttributeError, TypeError, ValueError, OverflowError):
         raise UserError(
             "labels.json: expected an object of label: number; get the labels package again"
         ) from None
@@ -127,9 +132,12 @@ def _entries(path: Path, split: str, held: dict[str, bytes]) -> Iterator[tuple[s
 
 
 def _answers(content: bytes) -> Iterator[tuple[str, str]]:
-    for row in csv.reader(io.StringIO(content.decode("utf-8", "replace")), delimiter=";"):
-        if len(row) == 2:
-            yield row[0], bare(row[1])
+    try:
+        for row in csv.reader(io.StringIO(content.decode("utf-8", "replace"), newline=""), delimiter=";"):
+            if len(row) == 2:
+                yield row[0], bare(row[1])
+    except csv.Error as error:
+        raise UserError(f"test-answers.csv: not a table ({error}); get the labels package again") from None
 
 
 def bare(template: str) -> str:

@@ -6,6 +6,7 @@ import hashlib
 import os
 from pathlib import Path
 
+import httpx
 import pytest
 
 from prelar.data import download
@@ -126,6 +127,46 @@ def test_errors_that_stay_are_told(tmp_path: Path) -> None:
         get(f"{url}/x", tmp_path)
     with pytest.raises(UserError, match="not an http"):
         get("ftp://host/x", tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("wrong", "message"),
+    [
+        (Behaviour(content_length="9" * 5000), "run again"),
+        (Behaviour(redirect="http://h:port"), "redirects to what is no URL"),
+    ],
+)
+def test_nonsense_that_stays_is_told(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, wrong: Behaviour, message: str
+) -> None:
+    monkeypatch.setattr(download, "ATTEMPTS", 2)
+    with serve({"x": DATA}, wrong) as server, pytest.raises(UserError, match=message) as told:
+        get(f"{server.url}/x", tmp_path)
+    assert "\n" not in str(told.value)
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        Behaviour(breaks=1, after=10_000, content_range=f"bytes 10000-49999/{'9' * 5000}"),
+        Behaviour(errors=1, retry_after="\xb2"),
+    ],
+)
+def test_nonsense_does_not_stop_a_download(tmp_path: Path, wrong: Behaviour) -> None:
+    with serve({"x": DATA}, wrong) as server:
+        assert get(f"{server.url}/x", tmp_path) == DATA
+
+
+@pytest.mark.parametrize("told", ["", "-1", "many", "9" * 30])
+def test_lengths_that_are_none_are_refused(told: str) -> None:
+    with pytest.raises(download._Broken, match="Content-Length"):
+        download._length(httpx.Response(200, headers={"Content-Length": told}))
+
+
+def test_what_is_no_url_is_told_without_repeating_it(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"ssv2\.source: URL 2 of the list is not one") as told:
+        fetch(["http://h/x", "http://me:hush@h:port/x"], tmp_path)
+    assert "hush" not in str(told.value)
 
 
 def test_the_digest_is_checked(tmp_path: Path) -> None:

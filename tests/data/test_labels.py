@@ -71,6 +71,10 @@ def test_an_unknown_template_has_no_label_id(tmp_path: Path) -> None:
         ("validation.json", b'[{"id": "0", "template": "x"}]', "clip 0 is in train and in validation"),
         ("labels.json", b"[]", r"labels\.json: expected an object"),
         ("labels.json", b'{"a": "b"}', r"labels\.json: expected an object"),
+        ("labels.json", b'{"a": Infinity}', r"labels\.json: expected an object"),
+        ("labels.json", b'{"a": 5000000000}', r"labels\.json: expected an object"),
+        ("train.json", b"[" * 100_000, r"train\.json is not JSON"),
+        ("test-answers.csv", b"7;" + b"x" * 200_000, r"test-answers\.csv: not a table"),
     ],
 )
 def test_damaged_labels_are_named(tmp_path: Path, name: str, content: bytes, message: str) -> None:
@@ -85,6 +89,15 @@ def test_incomplete_packages_are_named(tmp_path: Path) -> None:
     (tmp_path / "not.zip").write_text("no")
     with pytest.raises(UserError, match="not a labels zip"):
         read_labels(tmp_path / "not.zip")
+    locked = bytearray(archives.labels_zip(tmp_path / "locked.zip", archives.labels_files(IDS)).read_bytes())
+    for begin, flags in ((b"PK\x03\x04", 6), (b"PK\x01\x02", 8)):
+        place = locked.find(begin)
+        while place >= 0:
+            locked[place + flags] |= 1
+            place = locked.find(begin, place + 4)
+    (tmp_path / "locked.zip").write_bytes(locked)
+    with pytest.raises(UserError, match="not a labels zip"):
+        read_labels(tmp_path / "locked.zip")
     with pytest.raises(UserError, match=r"no labels\.json"):
         read_labels(tmp_path / "nowhere")
 
