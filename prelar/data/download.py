@@ -188,7 +188,7 @@ class _Download:
                     if not answer.has_redirect_location:
                         self._take(answer, held, known)
                         return
-                    url = _next(self.url, url, answer.headers["Location"])
+                    url = url.join(answer.headers["Location"])
                     if url.scheme not in ("http", "https"):
                         raise UserError(f"{shown(self.url)}: redirects to {url.scheme}:; check the URL")
         raise UserError(f"{shown(self.url)}: redirects more than {REDIRECTS} times; check the URL")
@@ -284,14 +284,6 @@ def _validators(answer: httpx.Response, length: int | None) -> dict[str, str | i
         "length": length,
     }
     return {key: value for key, value in given.items() if value is not None}
-
-
-def _next(asked: str, url: httpx.URL, location: str) -> httpx.URL:
-    """Where a redirection leads."""
-    try:
-        return url.join(location)
-    except httpx.InvalidURL:
-        raise UserError(f"{shown(asked)}: redirects to what is no URL; check the URL") from None
 
 
 def _length(answer: httpx.Response) -> int | None:

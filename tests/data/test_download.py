@@ -133,7 +133,7 @@ def test_errors_that_stay_are_told(tmp_path: Path) -> None:
     ("wrong", "message"),
     [
         (Behaviour(content_length="9" * 5000), "run again"),
-        (Behaviour(redirect="http://h:port"), "redirects to what is no URL"),
+        (Behaviour(redirect="http://h:port"), "Invalid URL in location header"),
     ],
 )
 def test_nonsense_that_stays_is_told(
