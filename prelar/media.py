@@ -2,26 +2,16 @@
 
 from __future__ import annotations
 
-import functools
 import subprocess
 from pathlib import Path
 
 import ffmpeg
-import imageio_ffmpeg
 import numpy as np
 import numpy.typing as npt
 
 from prelar.errors import UserError
+from prelar.ffmpeg_binary import ffmpeg_binary
 from prelar.files import atomic_file
-
-
-@functools.cache
-def encoder() -> str:
-    """Path of the ffmpeg binary, the static one of imageio-ffmpeg unless IMAGEIO_FFMPEG_EXE names another."""
-    try:
-        return str(imageio_ffmpeg.get_ffmpeg_exe())
-    except RuntimeError:
-        raise UserError("no ffmpeg binary; reinstall imageio-ffmpeg or set IMAGEIO_FFMPEG_EXE") from None
 
 
 def enlarge(frames: npt.NDArray[np.uint8], factor: int) -> npt.NDArray[np.uint8]:
@@ -84,7 +74,7 @@ def write_mp4(path: Path, frames: npt.NDArray[np.uint8], fps: float) -> None:
                 flags="+bitexact",
             )
             .global_args("-v", "error", "-nostdin", "-y")
-            .compile(cmd=encoder())
+            .compile(cmd=ffmpeg_binary())
         )
         done = subprocess.run(command, input=even.tobytes(), capture_output=True, check=False)
         if done.returncode != 0:

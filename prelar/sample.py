@@ -28,13 +28,13 @@ from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
 import ffmpeg
-import imageio_ffmpeg
 import numpy as np
 import numpy.typing as npt
 from tqdm import tqdm
 
 from prelar import gl
 from prelar.config import Config
+from prelar.ffmpeg_binary import ffmpeg_binary
 from prelar.files import STAGING, publish, remove
 from prelar.sim import ACTION_DIM, MAX_STEPS, Simulator
 from prelar.workers import processors, worker_pool
@@ -196,9 +196,7 @@ def encode(frames: Iterable[npt.NDArray[np.uint8]], width: int, path: Path) -> N
     )
     command = command.global_args("-v", "error", "-nostdin").overwrite_output()
     with tempfile.TemporaryFile() as words:
-        process = subprocess.Popen(
-            command.compile(imageio_ffmpeg.get_ffmpeg_exe()), stdin=subprocess.PIPE, stderr=words
-        )
+        process = subprocess.Popen(command.compile(ffmpeg_binary()), stdin=subprocess.PIPE, stderr=words)
         assert process.stdin is not None
         try:
             for frame in frames:

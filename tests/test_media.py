@@ -72,7 +72,7 @@ def test_what_is_no_video_is_refused(tmp_path: Path, frames: npt.NDArray[np.uint
 
 def test_a_failing_encoder_leaves_the_old_video(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "x.mp4").write_bytes(b"old")
-    monkeypatch.setattr(media, "encoder", lambda: "/bin/false")
+    monkeypatch.setattr(media, "ffmpeg_binary", lambda: "/bin/false")
     with pytest.raises(UserError, match=r"x\.mp4: ffmpeg failed \(exit status 1\)"):
         write_mp4(tmp_path / "x.mp4", stripes(), 12)
     assert [path.name for path in tmp_path.iterdir()] == ["x.mp4"]

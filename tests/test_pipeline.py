@@ -20,6 +20,7 @@ FREE = {
     "prelar.config",
     "prelar.data",
     "prelar.errors",
+    "prelar.ffmpeg_binary",
     "prelar.files",
     "prelar.names",
     "flows",

@@ -16,11 +16,11 @@ import subprocess
 from collections.abc import Sequence
 
 import ffmpeg
-import imageio_ffmpeg
 import numpy as np
 
 from prelar.data.store import FRAME, SIZE, Frames
 from prelar.errors import UserError
+from prelar.ffmpeg_binary import ffmpeg_binary
 
 SCALE = f"scale={SIZE}:{SIZE}:flags=bicubic+accurate_rnd+bitexact"
 FRAME_BYTES = FRAME[0] * FRAME[1] * FRAME[2]
@@ -60,7 +60,7 @@ class Decoder:
 
     def __init__(self, path: str | None = None) -> None:
         """Raises `UserError` where the binary does not run."""
-        self.path = path or imageio_ffmpeg.get_ffmpeg_exe()
+        self.path = path or ffmpeg_binary()
         try:
             answer = subprocess.run([self.path, "-version"], capture_output=True, timeout=60, check=True)
         except (OSError, subprocess.SubprocessError) as error:
