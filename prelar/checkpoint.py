@@ -104,25 +104,6 @@ def load_parts(folder: Path, names: Iterable[str] | None = None) -> tuple[dict[s
     return parts, config
 
 
-def load_into(module: torch.nn.Module, weights: Mapping[str, Tensor], source: str) -> None:
-    """Load a state dict into a module of the same architecture.
-
-    Raises `UserError` that names the first tensor that is missing, unknown or of another shape.
-    """
-    remedy = "it is of another architecture; make it again with the present params"
-    own = module.state_dict()
-    for key, tensor in own.items():
-        if key not in weights:
-            raise UserError(f"{source}: no {key}; {remedy}")
-        if weights[key].shape != tensor.shape:
-            there, here = tuple(weights[key].shape), tuple(tensor.shape)
-            raise UserError(f"{source}: {key} has shape {there} where the model has {here}; {remedy}")
-    for key in weights:
-        if key not in own:
-            raise UserError(f"{source}: {key} is not in the model; {remedy}")
-    module.load_state_dict(dict(weights))
-
-
 def resume_key(stage: str, *, params: Mapping[str, Any], inputs: Iterable[Path], code: Iterable[str]) -> str:
     """Name of the folder in which this very run keeps its snapshots.
 

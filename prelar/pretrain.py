@@ -15,12 +15,13 @@ from torch import Tensor
 
 from prelar.checkpoint import Snapshots, resume_key, save_parts
 from prelar.config import Config
-from prelar.data.batches import Prefetch, SegmentSampler, denormalise, normalise
+from prelar.data.batches import Prefetch, SegmentSampler
 from prelar.data.store import Store, index_path
 from prelar.errors import UserError
 from prelar.loop import Hook, Scalars, adam, descend, set_up, train
 from prelar.media import side_by_side, write_mp4
 from prelar.methods import build_pretrain, find_method
+from prelar.model.images import denormalise, first_steps, normalise
 from prelar.model.world_model import WorldModel
 
 OUTPUT = Path("data/pretrain")
@@ -184,8 +185,7 @@ def show(model: WorldModel, frames: Tensor, path: Path) -> Tensor:
     """
     observed = min(VIDEO_OBSERVED, frames.shape[1] // 2)
     images = normalise(frames)
-    is_first = torch.zeros(frames.shape[:2], dtype=torch.bool, device=frames.device)
-    is_first[:, 0] = True
+    is_first = first_steps(len(frames), frames.shape[1], frames.device)
     predicted = model.open_loop(images, is_first, observed)
     write_mp4(
         path, side_by_side(_numpy(frames), _numpy(denormalise(predicted)), observed=observed), VIDEO_FPS

@@ -11,9 +11,11 @@ import torch
 from torch import Tensor
 
 from prelar import methods
-from prelar.checkpoint import load_into, load_parts
+from prelar.checkpoint import load_parts
 from prelar.control.behaviour import Actor
 from prelar.control.envs import Actions, Image
+from prelar.model.images import normalise
+from prelar.model.nets import load_weights
 from prelar.model.world_model import WorldModel
 
 State = dict[str, Tensor]
@@ -24,11 +26,6 @@ class Memory(TypedDict):
 
     state: State
     action: Tensor
-
-
-def to_images(frames: Tensor) -> Tensor:
-    """Frames uint8 (…, H, W, 3) -> images float32 (…, 3, H, W) in [-0.5, 0.5], as the models take them."""
-    return frames.movedim(-1, -3).float().div(255).sub(0.5)
 
 
 class Agent:
@@ -47,7 +44,7 @@ class Agent:
         self, memory: Memory | None, images: Image, is_first: npt.NDArray[np.bool_]
     ) -> tuple[Actions, Memory]:
         """Actions (N, A) for images uint8 (N, 64, 64, 3); see `rollout.Policy`."""
-        seen = to_images(torch.from_numpy(images).to(self.device))
+        seen = normalise(torch.from_numpy(images).to(self.device))
         starts = torch.from_numpy(is_first).to(self.device)
         state, action = self._recall(memory, len(images))
         state = self.model.act_state(state, seen, action, starts)
@@ -72,5 +69,5 @@ def load_agent(folder: Path, *, device: torch.device) -> tuple[Agent, dict[str, 
     model = methods.build_finetune(**config["model"])
     model.load_state(parts)
     actor = Actor(**config["actor"])
-    load_into(actor, parts["actor"], f"{folder}/actor.safetensors")
+    load_weights(actor, parts["actor"], f"{folder}/actor.safetensors")
     return Agent(model.to(device).eval(), actor.to(device), device=device, explore=False), config

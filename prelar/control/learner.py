@@ -11,10 +11,10 @@ import torch
 from lightning_fabric import Fabric
 from torch import Tensor, nn
 
-from prelar.control.agent import to_images
 from prelar.control.behaviour import Behaviour
 from prelar.control.bonus import Bonus
 from prelar.loop import Stateful, adam, descend
+from prelar.model.images import normalise
 from prelar.model.world_model import WorldModel
 
 
@@ -75,7 +75,7 @@ class Learner:
         for group in self._model_optimizer.param_groups:
             group["lr"] = 0.0 if group["name"] == "held" and number < self.hold else self.lr
         self._wrapped_model.train()
-        images = to_images(data["image"])
+        images = normalise(data["image"])
         with self.fabric.autocast():
             losses, outputs = self._wrapped_model.finetune_losses(
                 images, data["action"], data["reward"], data["is_first"], bonus=self.bonus

@@ -57,7 +57,8 @@ class RandomPolicy:
 def play(env: PixelEnv, policy: Policy, *, episode: int, seed: int, keep_frames: bool = False) -> Episode:
     """Play one episode to its end: a pure function of (env's seed, episode, policy, seed).
 
-    seed: for the latents and actions that the policy samples. torch's global generators are left as they were.
+    seed: for the latents and actions that the policy samples. torch's global generators are left as they
+    were.
     """
     with torch.random.fork_rng(range(torch.cuda.device_count())):
         seed_torch(Stream.EPISODE, seed, episode)

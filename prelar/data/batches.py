@@ -22,16 +22,6 @@ Batch = dict[str, Tensor]
 _EPOCHS_KEPT = 2
 
 
-def normalise(frames: Tensor) -> Tensor:
-    """Frames uint8 (…, H, W, 3), on any device, as models take them: float (…, 3, H, W) in [-0.5, 0.5]."""
-    return frames.movedim(-1, -3).float().div_(255).sub_(0.5)
-
-
-def denormalise(images: Tensor) -> Tensor:
-    """Images float (…, 3, H, W) in [-0.5, 0.5] as frames uint8 (…, H, W, 3); what lies outside is clipped."""
-    return images.float().add(0.5).mul(255).round().clamp(0, 255).to(torch.uint8).movedim(-3, -1)
-
-
 class SegmentSampler:
     """Segments of `length` frames, every clip that is long enough once an epoch.
 

@@ -13,10 +13,10 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from prelar.data.batches import denormalise, normalise
 from prelar.evaluation.panels import strip, write_png
 from prelar.loop import seed_step
 from prelar.media import side_by_side, write_mp4
+from prelar.model.images import denormalise, first_steps, normalise
 from prelar.tables import write_tsv
 
 Frames = npt.NDArray[np.uint8]
@@ -76,8 +76,7 @@ def measure(
         seed_step(seed, batch)
         frames = torch.from_numpy(truth[chosen]).to(device)
         images = normalise(frames)
-        is_first = torch.zeros(images.shape[:2], dtype=torch.bool, device=device)
-        is_first[:, 0] = True
+        is_first = first_steps(len(images), images.shape[1], device)
         action = None if actions is None else torch.from_numpy(actions[chosen]).to(device)
         guess = predict(images, is_first, observed, action).float().clamp(-0.5, 0.5)
         seen = images[:, observed - 1 : observed]

@@ -18,10 +18,10 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from prelar.data.batches import denormalise, normalise
 from prelar.evaluation.panels import grid
 from prelar.loop import adam, seed_step
 from prelar.methods import build_pretrain
+from prelar.model.images import denormalise, first_steps, normalise
 from prelar.model.world_model import WorldModel
 from prelar.seeds import Stream, generator
 from prelar.sim import ACTION_DIM, Simulator
@@ -179,16 +179,10 @@ def _latent(infer: Callable[[Tensor, Tensor], Tensor | None], frames: Frames, de
     for episode in frames:
         images = normalise(torch.from_numpy(episode[None]).to(device))
         with torch.no_grad():
-            actions = infer(images, _first(1, len(episode), device))
+            actions = infer(images, first_steps(1, len(episode), device))
         assert actions is not None, "the model infers no actions"
         found.append(actions[0].double().cpu().numpy())
     return np.concatenate(found)
-
-
-def _first(batch: int, length: int, device: torch.device) -> Tensor:
-    is_first = torch.zeros(batch, length, dtype=torch.bool, device=device)
-    is_first[:, 0] = True
-    return is_first
 
 
 def _teach(
@@ -215,7 +209,7 @@ def _teach(
         rows = random.integers(len(numbers), size=BATCH)[:, None]
         times = random.integers(pairs - length + 2, size=BATCH)[:, None] + np.arange(length)
         frames, wanted = episodes.frames[numbers[rows], times], scaled[rows, times[:, :-1]]
-        images, is_first = normalise(torch.from_numpy(frames).to(device)), _first(BATCH, length, device)
+        images, is_first = normalise(torch.from_numpy(frames).to(device)), first_steps(BATCH, length, device)
         stats = action.posterior(images, is_first, True)
         guess = head(action.kind.action(stats, sample=False))
         loss = (guess - torch.from_numpy(wanted).float().to(device)).square().mean()
@@ -237,7 +231,7 @@ def swap_actions(model: WorldModel, frames: Frames, *, observed: int, device: to
     if len(frames) < 2:
         return None
     images = normalise(torch.from_numpy(frames).to(device))
-    is_first = _first(len(frames), frames.shape[1], device)
+    is_first = first_steps(len(frames), frames.shape[1], device)
     latent = model.infer_actions(images, is_first)
     assert latent is not None, "the model infers no actions"
     moved = np.abs(np.diff(frames.astype(np.int16), axis=1)).mean((2, 3, 4))

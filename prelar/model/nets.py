@@ -6,11 +6,14 @@ so one network serves a training batch and an acting step without anybody switch
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from itertools import pairwise
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+
+from prelar.errors import UserError
 
 
 def initialise(module: nn.Module) -> None:
@@ -20,6 +23,27 @@ def initialise(module: nn.Module) -> None:
             nn.init.xavier_uniform_(layer.weight)
             if layer.bias is not None:
                 nn.init.zeros_(layer.bias)
+
+
+def load_weights(module: nn.Module, weights: Mapping[str, Tensor], source: str) -> None:
+    """Load a state dict into a module of the very same architecture.
+
+    Raises `UserError` that names `source` and the first tensor that is missing, unknown or of another shape.
+    """
+    own = module.state_dict()
+    misfits = [f"no {name}" for name in own if name not in weights]
+    misfits += [f"{name} is unknown" for name in weights if name not in own]
+    misfits += [
+        f"{name} is {tuple(weights[name].shape)}, expected {tuple(value.shape)}"
+        for name, value in own.items()
+        if name in weights and weights[name].shape != value.shape
+    ]
+    if misfits:
+        raise UserError(
+            f"{source}: does not fit this architecture ({misfits[0]}); "
+            "run `dvc repro` to make it with the present params.yaml"
+        )
+    module.load_state_dict(dict(weights))
 
 
 class MLP(nn.Module):

@@ -21,6 +21,7 @@ from prelar.errors import UserError
 from prelar.model.actions import ActionPart, Actions, Stats
 from prelar.model.dynamics import RSSM, StackedRSSM, State, feature
 from prelar.model.losses import categorical_entropy, image_loss, squared_error
+from prelar.model.nets import load_weights
 from prelar.model.vision import Context
 
 Losses = dict[str, Tensor]
@@ -114,19 +115,7 @@ class WorldModel(nn.Module):
         """Load checkpoint part `part` into the submodule `target`. Raises `UserError` on a misfit."""
         if part not in state:
             raise UserError(f"checkpoint part {part}: missing; run `dvc repro` to make a new checkpoint")
-        module = self.get_submodule(target)
-        ours, theirs = module.state_dict(), state[part]
-        wrong = sorted(ours.keys() ^ theirs.keys()) or [
-            f"{name} {tuple(theirs[name].shape)}, expected {tuple(value.shape)}"
-            for name, value in ours.items()
-            if value.shape != theirs[name].shape
-        ]
-        if wrong:
-            raise UserError(
-                f"checkpoint part {part}: does not fit this architecture ({wrong[0]}); "
-                "run `dvc repro` to make it with the present params.yaml"
-            )
-        module.load_state_dict(dict(theirs))
+        load_weights(self.get_submodule(target), state[part], f"checkpoint part {part}")
 
     def groups(self) -> dict[str, list[nn.Parameter]]:
         """Parameters for fine-tuning's two optimisers: `held` (encoder, pre-trained dynamics) and `rest`."""

@@ -10,7 +10,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from prelar.data.batches import Prefetch, SegmentSampler, denormalise, normalise
+from prelar.data.batches import Prefetch, SegmentSampler
 from prelar.data.store import Store, StoreWriter
 from prelar.errors import UserError
 
@@ -105,18 +105,6 @@ def test_what_cannot_be_sampled_is_refused_in_one_line(store: Store) -> None:
         SegmentSampler(store, length=3, batch=1, seed=0, split="test")
     with pytest.raises(UserError, match="batch = 4: not divisible among 3 processes"):
         sampler(store, world=3)
-
-
-def test_images_survive_the_way_to_the_model_and_back() -> None:
-    frames = torch.arange(256, dtype=torch.uint8).repeat(3).reshape(1, 16, 16, 3)
-    images = normalise(frames)
-    assert images.shape == (1, 3, 16, 16)
-    assert images.min() == -0.5 and images.max() == 0.5
-    assert torch.equal(images[0, :, 2, 3], frames[0, 2, 3].float() / 255 - 0.5)
-    assert torch.equal(denormalise(images), frames)
-    assert torch.equal(
-        denormalise(torch.tensor([9.0, -9.0]).view(2, 1, 1)).flatten(), torch.tensor([255, 0]).byte()
-    )
 
 
 def test_prefetch_gives_what_fetch_gives_in_any_order() -> None:

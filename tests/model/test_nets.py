@@ -6,7 +6,17 @@ import pytest
 import torch
 from torch import nn
 
-from prelar.model.nets import MLP, BatchNorm, CrossAttention, NormGRUCell, ResidualLayer, ResNet, initialise
+from prelar.errors import UserError
+from prelar.model.nets import (
+    MLP,
+    BatchNorm,
+    CrossAttention,
+    NormGRUCell,
+    ResidualLayer,
+    ResNet,
+    initialise,
+    load_weights,
+)
 
 
 def test_batch_norm_equals_torch_in_both_cases() -> None:
@@ -122,3 +132,18 @@ def test_dropout_only_in_training() -> None:
     x, context = torch.randn(2, 8, 4, 4), torch.randn(2, 8, 4, 4)
     assert torch.equal(attention(x, context, False), attention(x, context, False))
     assert not torch.equal(attention(x, context, True), attention(x, context, True))
+
+
+def test_weights_of_another_architecture_are_refused_by_name_and_shape() -> None:
+    module, weights = nn.Linear(2, 3), nn.Linear(2, 3).state_dict()
+    load_weights(module, weights, "x")
+    assert all(torch.equal(value, weights[name]) for name, value in module.state_dict().items())
+    remedy = "; run `dvc repro` to make it with the present params.yaml"
+    for wrong, named in (
+        (nn.Linear(2, 4).state_dict(), "(weight is (4, 2), expected (3, 2))"),
+        ({"weight": weights["weight"]}, "(no bias)"),
+        ({**weights, "extra": torch.ones(1)}, "(extra is unknown)"),
+    ):
+        with pytest.raises(UserError) as caught:
+            load_weights(module, wrong, "x")
+        assert str(caught.value) == f"x: does not fit this architecture {named}{remedy}"

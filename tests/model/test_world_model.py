@@ -325,7 +325,7 @@ def test_misfits_are_named() -> None:
         model.load_state({name: part for name, part in state.items() if name != "decoder"})
     with pytest.raises(UserError, match=r"part dynamics: does not fit .*input\.weight"):
         pretrain("prelar").load_state(state | {"action": {}})
-    with pytest.raises(UserError, match=r"part dynamics: does not fit .*\(cell\.gates\.bias"):
+    with pytest.raises(UserError, match=r"part dynamics: does not fit .*\(no lower\.input\.weight\)"):
         finetune("apv").load_state(state | {"heads": {}})
 
 
