@@ -45,7 +45,18 @@ CODE = (
     "seeds.py",
     "sim.py",
 )
-PARAMS = ("method", "task", "seed", "naive", "bonus", "dual_reward", "context_augment", "device", "precision")
+PARAMS = (
+    "method",
+    "task",
+    "seed",
+    "naive",
+    "bonus",
+    "dual_reward",
+    "context_augment",
+    "device",
+    "precision",
+    "threads",
+)
 SIZES = ("cnn_depth", "hidden", "deter", "stoch", "discrete", "action_dim", "context_frame")
 
 
@@ -55,7 +66,7 @@ def run(cfg: Config) -> None:
     fabric = set_up(device=cfg.device, precision=cfg.precision, threads=cfg.threads)
     torch.manual_seed(cfg.seed)
     model = load_model(cfg)
-    params = cfg.model_dump(include={*PARAMS, "threads"}) | {"finetune": preset.model_dump()}
+    params = {name: getattr(cfg, name) for name in PARAMS} | {"finetune": preset.model_dump()}
     snapshots = Snapshots(resume_key("finetune", params=params, inputs=[PRETRAINED], code=CODE))
 
     def make_world() -> World:
@@ -83,6 +94,7 @@ def run(cfg: Config) -> None:
     }
     save_parts(OUTPUT, model.state() | {name: part.state_dict() for name, part in agent.items()}, config)
     snapshots.remove()
+    print(f"finetune: {cfg.method}, {preset.env_steps} steps of {cfg.task} -> {OUTPUT}, {LOGS}", flush=True)
 
 
 def load_model(cfg: Config) -> WorldModel:

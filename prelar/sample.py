@@ -306,3 +306,4 @@ def run(config: Config) -> None:
     remove(staged)
     make_sample(staged, clips=sizes.clips, parts=sizes.parts, seed=sizes.seed, workers=processors())
     publish(staged, OUTPUT)
+    print(f"sample: {sizes.clips} clips in {sizes.parts} parts -> {OUTPUT}", flush=True)

@@ -14,6 +14,8 @@ from typing import Any
 import pytest
 from ruamel.yaml import YAML
 
+from prelar.config import Config
+
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # before torch is imported: machines that test are busy
 
 ROOT = Path(__file__).parents[1]
@@ -72,6 +74,18 @@ def merge(tree: dict[str, Any], changes: dict[str, Any]) -> None:
             merge(tree[key], value)
         else:
             tree[key] = value
+
+
+class Spy:
+    """A config that remembers which of its keys were read."""
+
+    def __init__(self, cfg: Config) -> None:
+        self.cfg = cfg
+        self.read: set[str] = set()
+
+    def __getattr__(self, name: str) -> Any:
+        self.read.add(name)
+        return getattr(self.cfg, name)
 
 
 @dataclass(frozen=True)

@@ -18,13 +18,14 @@ import torch
 from prelar import finetune
 from prelar.checkpoint import load_config as load_description
 from prelar.checkpoint import load_parts, save_parts
-from prelar.config import Config, Finetune, load_config
+from prelar.config import Config, Finetune, load_config, read_yaml
 from prelar.control.agent import load_agent
 from prelar.control.bonus import Bonus
 from prelar.control.envs import PixelEnv, Purpose, episode_seed
 from prelar.control.rollout import RandomPolicy, play_episodes, summarise
 from prelar.errors import UserError
 from prelar.methods import METHODS, build_pretrain
+from tests.conftest import Spy
 from tests.control.toy import ACTIONS, DotWorld
 from tests.control.toy_run import TINY, run
 
@@ -93,6 +94,19 @@ def test_the_stage_leaves_an_agent_that_acts(method: str) -> None:
     logged = {path.stem for path in finetune.LOGS.glob("plots/metrics/*/*.tsv")}
     assert {"success", "return", "image", "kl", "actor", "critic"} <= logged
     assert ("mean" in logged) == (method != "dreamerv2"), "the exploration bonus"
+
+
+def test_the_stage_reads_the_params_that_its_key_and_dvc_track(capsys: pytest.CaptureFixture[str]) -> None:
+    pretrained("prelar")
+    spy = Spy(config())
+    finetune.run(spy)  # type: ignore[arg-type]
+    assert spy.read == {*finetune.PARAMS, "finetune"}
+    tracked = read_yaml(ROOT / "dvc.yaml")["stages"]["finetune"]
+    assert set(tracked["params"]) == {*finetune.PARAMS, "scale", "scales.${scale}.finetune"}
+    code = {path.removeprefix("prelar/") for path in tracked["deps"] if path.startswith("prelar/")}
+    assert code == set(finetune.CODE)
+    told = capsys.readouterr().out.splitlines()
+    assert told[-1] == "finetune: prelar, 24 steps of reach -> data/finetune, reports/finetune"
 
 
 def test_it_learns_in_mixed_precision_with_a_bonus() -> None:

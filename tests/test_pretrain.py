@@ -28,7 +28,7 @@ from prelar.errors import UserError
 from prelar.files import remove
 from prelar.loop import descend
 from prelar.methods import build_pretrain
-from tests.conftest import ROOT, TINY, merge
+from tests.conftest import ROOT, TINY, Spy, merge
 
 PROCESSES = multiprocessing.get_context("forkserver")
 PROCESSES.set_forkserver_preload(["tests.test_pretrain"])
@@ -260,18 +260,6 @@ def test_a_run_is_not_continued_on_other_frames(tmp_path: Path, monkeypatch: pyt
     assert key("b", 5, 0) == first
     assert key("c", 5, 1) != first, "another frame"
     assert key("d", 0, 0, "of a file") != key("e", 0, 1, "of a file"), "the same file, read otherwise"
-
-
-class Spy:
-    """A config that remembers which of its keys were read."""
-
-    def __init__(self, cfg: Config) -> None:
-        self.cfg = cfg
-        self.read: set[str] = set()
-
-    def __getattr__(self, name: str) -> Any:
-        self.read.add(name)
-        return getattr(self.cfg, name)
 
 
 def test_the_stage_reads_the_params_that_its_key_and_dvc_track(

@@ -193,7 +193,7 @@ def test_encoder_failure_is_told(tmp_path: Path) -> None:
 
 
 def test_stage_publishes_whole_folders_only(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, small: list[sample.Clip]
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     config = load_config()
     monkeypatch.chdir(tmp_path)
@@ -208,3 +208,6 @@ def test_stage_publishes_whole_folders_only(
     sample.run(config)
     assert [path.name for path in sample.OUTPUT.iterdir()] == ["piece"]
     assert not (sample.STAGING / "sample").exists()
+    sizes = config.sample
+    told = f"sample: {sizes.clips} clips in {sizes.parts} parts -> data/sample\n"
+    assert capsys.readouterr().out == told
