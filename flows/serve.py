@@ -13,6 +13,7 @@ from typing import Any, cast
 
 from flows import runtime
 from prelar.errors import UserError, run_main
+from prelar.names import checked_config
 
 NIGHTLY = "0 3 * * *"
 ANYWHERE = ("0.0.0.0", "::")
@@ -24,6 +25,7 @@ def main() -> None:
     parser.add_argument("--host", default="127.0.0.1", help="address to bind (default: this machine only)")
     parser.add_argument("--port", type=int, default=4200, help="port of UI and API (default: %(default)s)")
     given = parser.parse_args()
+    checked_config()
     with _server(given.host, given.port) as url:
         os.environ |= {runtime.API: f"{url}/api", "PREFECT_LOGGING_LEVEL": "INFO"}
         _serve(url)
