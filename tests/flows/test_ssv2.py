@@ -71,8 +71,10 @@ def undisturbed(folder: Path, work: Path) -> dict[str, bytes]:
 
 
 def start(**environment: str) -> subprocess.Popen[str]:
+    """The flow as a user starts it, who can press Ctrl-C: jobs in a shell's background inherit it ignored."""
     return subprocess.Popen(
         [sys.executable, "-m", "flows.ssv2"],
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
         env={**os.environ, "PYTHONPATH": str(ROOT), **environment},
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
