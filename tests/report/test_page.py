@@ -18,6 +18,9 @@ from prelar.control.rollout import Episode
 from prelar.errors import UserError
 from prelar.report import page as report
 from prelar.report.figures import number
+from prelar.report.sections.origin import params_groups
+from prelar.report.sections.pretraining import loss_curves
+from prelar.report.sections.task import CURVES, learning_curves
 from prelar.tables import write_tsv
 from tests.conftest import ROOT
 from tests.fake_results import METRICS, make_results
@@ -137,7 +140,7 @@ def test_every_parameter_of_the_run_is_shown(text: str, config: Config) -> None:
     for key in ("beta_a", "action_window", "ssv2.min_frames", "cnn_depth", "observed"):
         assert re.search(rf'<td class="mono">{re.escape(key)}</td>', text), key
     assert "rlbench.keep_failures" not in text
-    shown = {k for values in report.params_groups(config).values() for k in values}
+    shown = {k for values in params_groups(config).values() for k in values}
     assert {k for k, v in config.model_dump().items() if not isinstance(v, dict)} <= shown
 
 
@@ -181,7 +184,7 @@ def test_nothing_private_in_the_parameters_is_shown(results: Path, config: Confi
     config = config.model_copy(update={"ssv2": config.ssv2.model_copy(update=private)})
     text = report.render(config, results)
     assert "hush" not in text
-    shown = report.params_groups(config)["Data"]
+    shown = params_groups(config)["Data"]
     assert shown["ssv2.source"] == '["https://host.org:81/parts/20bn-00", "https://host.org/20bn-01"]'
     assert (shown["ssv2.labels"], shown["ssv2.ffmpeg"]) == ("…/labels.zip", "…/ffmpeg")
     assert shown["ssv2.min_frames"] == "8"
@@ -197,7 +200,7 @@ def test_the_learning_curves_are_those_that_finetuning_logs(
         path = tmp_path / f"{name}.tsv"
         write_tsv(path, {"step": [500], path.stem: [value]})
     write_tsv(tmp_path / "eval/success_rate.tsv", {"step": [7], "success_rate": [0.7]})
-    success, total = report.learning_curves(tmp_path / report.CURVES.name)
+    success, total = learning_curves(tmp_path / CURVES.name)
     assert (success.rows, total.rows) == ((("500", "1"),), (("500", "3"),))
 
 
@@ -237,7 +240,7 @@ def test_curves_with_a_diverged_value_are_still_drawn(tmp_path: Path) -> None:
     folder.mkdir()
     (folder / "image.tsv").write_text("step\timage\n10\t900\n20\tnan\n30\t5\n")
     (folder / "kl.tsv").write_text("step\tkl\n")
-    (figure,) = report.loss_curves(tmp_path, "pre").values()
+    (figure,) = loss_curves(tmp_path, "pre").values()
     assert figure.rows == (("10", "900"), ("30", "5"))
     assert "nan" not in figure.svg and "reconstruction (log)" in figure.svg
 

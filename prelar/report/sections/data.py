@@ -1,0 +1,19 @@
+"""The data: what is in the store, what was left out of it, and how it was made."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from prelar.report.results import PAGE, Results, Section, read_json
+
+VALIDATION = Path("reports/validation")
+
+
+def section(results: Results) -> Section:
+    """The section on the store of this run."""
+    documents = VALIDATION / results.config.dataset / "index.html"
+    values = {
+        "dataset": read_json(results.folder / "dataset.json"),
+        "validation": documents.relative_to(PAGE.parent).as_posix(),
+    }
+    return Section("data", "Data", values)

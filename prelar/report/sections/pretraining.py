@@ -1,0 +1,69 @@
+"""Pre-training: the losses against updates."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from prelar.report.charts import Curve, Figure, figure, lower, read_curve, trend
+from prelar.report.figures import Series, line_chart
+from prelar.report.results import Results, Section
+
+CURVES = Path("reports/pretrain/plots/metrics")
+LOSSES = {
+    "image": (
+        "Reconstruction",
+        "Squared error of the decoded frame, halved and summed over pixels and channels.",
+    ),
+    "kl": (
+        "Dynamics KL",
+        "Posterior against prior of the state, in nats: what the dynamics failed to foresee.",
+    ),
+    "action_kl": ("Action KL", "Latent action against N(0, I), in nats: what the action carries."),
+    "consistency": (
+        "Consistency",
+        "Disagreement between the orders of action distances and state distances.",
+    ),
+    "lower_kl": ("Dynamics KL, lower", "Posterior against prior of the action-free states, in nats."),
+    "total": ("Total", "The weighted sum that is minimised."),
+    "prediction_error": ("Prediction error", "Of the frames that the model does not see, while it learns."),
+}
+
+
+def section(results: Results) -> Section:
+    """The section on pre-training: the losses, and what else was logged behind a fold."""
+    curves: dict[bool, list[Figure]] = {True: [], False: []}
+    for loss, chart in loss_curves(results.root / CURVES, "pre").items():
+        curves[loss in LOSSES].append(chart)
+    values = {"pretraining": curves[True], "pretraining_more": curves[False]}
+    return Section("pretraining", "Pre-training", values)
+
+
+def loss_curves(folder: Path, prefix: str) -> dict[str, Figure]:
+    """A chart for each metric logged under `folder`, by name, with a line for each place it is logged in."""
+    found: dict[str, dict[str, Curve]] = {}
+    for path in sorted(folder.rglob("*.tsv")):
+        curve = read_curve(path)
+        place = path.parent.relative_to(folder).as_posix()
+        if curve and path.stem != "step":
+            found.setdefault(path.stem, {})["all" if place == "." else place] = curve
+    order = [name for name in LOSSES if name in found] + [
+        name for name in sorted(found) if name not in LOSSES
+    ]
+    figures = {}
+    for name in order:
+        title, caption = LOSSES.get(name, (name.replace("_", " ").capitalize(), ""))
+        lines = dict(list(found[name].items())[:4])
+        values = [v for _, y in lines.values() for v in y]
+        log = min(values) > 0 and max(values) > 30 * min(values)
+        chart = line_chart(
+            [Series(place, *curve) for place, curve in lines.items()],
+            identifier=f"{prefix}-{name.replace('_', '-')}",
+            title=f"{title} during pre-training",
+            description=" ".join(trend(place, *curve, "updates") for place, curve in lines.items()),
+            x_label="updates",
+            y_label=lower(title),
+            log=log,
+        )
+        headings = {title if len(lines) == 1 else place: curve for place, curve in lines.items()}
+        figures[name] = figure(chart, f"{title}. {caption}".strip(), "Updates", headings)
+    return figures
