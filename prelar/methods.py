@@ -27,6 +27,38 @@ SLOT = 50
 """Width of the action slot of APV's and ContextWM's RSSMs."""
 
 
+@dataclass(frozen=True)
+class Sizes:
+    """The sizes that pre-training and fine-tuning share: channels of the vision, widths of the RSSM."""
+
+    cnn_depth: int
+    hidden: int
+    deter: int
+    stoch: int
+    discrete: int
+
+    @property
+    def feature_dim(self) -> int:
+        """Width of what heads, decoder and policy see of a state."""
+        return self.stoch * self.discrete + self.deter
+
+    def rssm(self, *, embed_dim: int, action_dim: int) -> RSSM:
+        """An RSSM of these sizes."""
+        return RSSM(
+            embed_dim=embed_dim,
+            action_dim=action_dim,
+            hidden=self.hidden,
+            deter=self.deter,
+            stoch=self.stoch,
+            discrete=self.discrete,
+        )
+
+    def vision(self, row: Method, **context: str) -> tuple[Any, Any]:
+        """Encoder and decoder of a row; `context` are the context's settings, for rows that take them."""
+        encoder = row.encoder(cnn_depth=self.cnn_depth, **(context if row.context else {}))
+        return encoder, row.decoder(cnn_depth=self.cnn_depth, feature_dim=self.feature_dim)
+
+
 def _raw(*, robot_action_dim: int, **_: Any) -> ActionPart:
     return RawAction(robot_action_dim=robot_action_dim, slot=robot_action_dim)
 
@@ -149,22 +181,9 @@ def find_method(method: str, naive: bool = False) -> Method:
     return (NAIVE if naive else METHODS)[method]
 
 
-def _vision(row: Method, *, cnn_depth: int, feature_dim: int, **context: Any) -> tuple[Any, Any]:
-    """Encoder and decoder of a row."""
-    settings = context if row.context else {}
-    return row.encoder(cnn_depth=cnn_depth, **settings), row.decoder(
-        cnn_depth=cnn_depth, feature_dim=feature_dim
-    )
-
-
 def build_pretrain(
     *,
     method: str,
-    cnn_depth: int,
-    hidden: int,
-    deter: int,
-    stoch: int,
-    discrete: int,
     action_dim: int = 64,
     action_kind: str = "gaussian",
     action_window: int = 2,
@@ -174,25 +193,22 @@ def build_pretrain(
     beta_a: float = 1.0,
     beta_c: float = 1.0,
     robot_action_dim: int = 4,
+    **sizes: int,
 ) -> WorldModel:
     """The world model that learns from video. `model.spec` holds these keywords.
 
-    `robot_action_dim` only sizes the unused action slot of DreamerV2. Weights are drawn from torch's global
-    generator. Raises `UserError` for values that do not fit together.
+    `sizes` are those of `Sizes`. `robot_action_dim` only sizes the unused action slot of DreamerV2. Weights
+    are drawn from torch's global generator. Raises `UserError` for values that do not fit together.
     """
-    spec = dict(locals())
-    row = find_method(method)
+    spec = _flat(locals())
+    row, size = find_method(method), Sizes(**sizes)
     action = row.video_action(**spec)
-    sizes = {"hidden": hidden, "deter": deter, "stoch": stoch, "discrete": discrete}
-    encoder, decoder = _vision(
-        row, cnn_depth=cnn_depth, feature_dim=stoch * discrete + deter, frame=context_frame
-    )
-    dynamics = RSSM(embed_dim=encoder.embed_dim, action_dim=action.action_dim, **sizes)
+    encoder, decoder = size.vision(row, frame=context_frame)
     weights = {"image": 1.0, "kl": beta, "action_kl": beta_a, "consistency": beta_c}
     model = WorldModel(
         encoder=encoder,
         decoder=decoder,
-        dynamics=dynamics,
+        dynamics=size.rssm(embed_dim=encoder.embed_dim, action_dim=action.action_dim),
         action=action,
         heads={},
         weights={name: weights[name] for name in ("image", "kl", *action.loss_names)},
@@ -205,11 +221,6 @@ def build_pretrain(
 def build_finetune(
     *,
     method: str,
-    cnn_depth: int,
-    hidden: int,
-    deter: int,
-    stoch: int,
-    discrete: int,
     robot_action_dim: int,
     units: int,
     layers: int,
@@ -220,30 +231,28 @@ def build_finetune(
     context_frame: str = "random",
     context_augment: str = "none",
     beta: float = 1.0,
+    **sizes: int,
 ) -> WorldModel:
     """The world model that learns from a robot's experience. `model.spec` holds these keywords.
 
-    `units` and `layers` size the reward heads. `bonus` 0 means no exploration bonus. The second reward head
-    exists where `dual_reward` is set and the method has one. Raises `UserError` for values that do not fit
-    together.
+    `sizes` are those of `Sizes`; `units` and `layers` size the reward heads. `bonus` 0 means no exploration
+    bonus. The second reward head exists where `dual_reward` is set and the method has one. Raises `UserError`
+    for values that do not fit together.
     """
-    spec = dict(locals())
-    row = find_method(method, naive)
+    spec = _flat(locals())
+    row, size = find_method(method, naive), Sizes(**sizes)
     action = row.robot_action(**spec)
-    sizes = {"hidden": hidden, "deter": deter, "stoch": stoch, "discrete": discrete}
-    feature_dim = stoch * discrete + deter
-    encoder, decoder = _vision(
-        row, cnn_depth=cnn_depth, feature_dim=feature_dim, frame=context_frame, augment=context_augment
-    )
+    encoder, decoder = size.vision(row, frame=context_frame, augment=context_augment)
     dynamics: RSSM | StackedRSSM
-    lower = dynamics = RSSM(embed_dim=encoder.embed_dim, action_dim=action.action_dim, **sizes)
+    lower = dynamics = size.rssm(embed_dim=encoder.embed_dim, action_dim=action.action_dim)
     weights = {"image": 1.0, "kl": beta, "reward": 1.0}
     if row.stacked:
-        dynamics = StackedRSSM(lower, RSSM(embed_dim=feature_dim, action_dim=action.action_dim, **sizes))
+        upper = size.rssm(embed_dim=size.feature_dim, action_dim=action.action_dim)
+        dynamics = StackedRSSM(lower, upper)
         weights["lower_kl"] = 0.0
-    heads = {"reward": MLP(feature_dim, 1, units=units, layers=layers)}
+    heads = {"reward": MLP(size.feature_dim, 1, units=units, layers=layers)}
     if row.dual and dual_reward:
-        heads["dual_reward"] = MLP(feature_dim, 1, units=units, layers=layers)
+        heads["dual_reward"] = MLP(size.feature_dim, 1, units=units, layers=layers)
         weights["dual_reward"] = 1.0
     model = WorldModel(
         encoder=encoder,
@@ -258,6 +267,11 @@ def build_finetune(
     )
     initialise(model)
     return model
+
+
+def _flat(keywords: Mapping[str, Any]) -> dict[str, Any]:
+    """A builder's keywords as one mapping, the sizes among the others."""
+    return {name: value for name, value in keywords.items() if name != "sizes"} | keywords["sizes"]
 
 
 def loads(method: str, naive: bool = False) -> tuple[str, ...]:
