@@ -18,7 +18,8 @@ STAGES = {
     "pretrain": "pre-train the world model of `method` on the store of `dataset`, to data/pretrain",
     "finetune": "fine-tune it with reinforcement learning on the Meta-World `task`, to data/finetune",
     "evaluate": "measure the agent and the model, to metrics.json and reports/evaluate",
-    "report": "write the page that shows it all from the results at hand, to reports/index.html",
+    "report": "write the page that shows it all from the results at hand, to reports/index.html; "
+    "given experiments, the page that compares them, to reports/compare.html",
 }
 WRITES = {
     "sample": "data/sample",
@@ -44,6 +45,7 @@ def main() -> None:
         name: commands.add_parser(name, help=text, description=f"{text[0].upper()}{text[1:]}.")
         for name, text in {**STAGES, **HELPERS}.items()
     }
+    add_report_arguments(parsers["report"])
     add_import_arguments(parsers["import-reference"])
     arguments = parser.parse_args()
     config = checked_config()
@@ -51,8 +53,30 @@ def main() -> None:
         print("params.yaml is valid")
     elif arguments.command == "import-reference":
         run_import(config, arguments)
+    elif arguments.command == "report" and arguments.experiments:
+        run_comparison(arguments)
     else:
         run_stage(arguments.command, config)
+
+
+def add_report_arguments(parser: argparse.ArgumentParser) -> None:
+    """The arguments of report."""
+    parser.add_argument(
+        "experiments",
+        metavar="EXP",
+        nargs="*",
+        help="experiments (patterns too), branches, tags or commits, and `workspace`, to be compared",
+    )
+    parser.add_argument("--output", type=Path, default=None, help="where a comparison goes")
+
+
+def run_comparison(arguments: argparse.Namespace) -> None:
+    """Write the page that compares experiments while holding the lock on it."""
+    from prelar import comparison
+
+    output = arguments.output or comparison.PAGE
+    with exclusive(output):
+        comparison.run(arguments.experiments, output)
 
 
 def add_import_arguments(parser: argparse.ArgumentParser) -> None:

@@ -30,7 +30,12 @@ def read_tsv(path: Path) -> dict[str, list[float]]:
     Raises:
         UserError: a row has too few or too many cells, or a cell is not a number.
     """
-    rows = list(csv.reader(io.StringIO(path.read_text(encoding="utf-8")), delimiter="\t"))
+    return parse_tsv(path.read_text(encoding="utf-8"), path)
+
+
+def parse_tsv(text: str, path: Path) -> dict[str, list[float]]:
+    """What `read_tsv` reads, of a text; `path` names it in errors. Raises `UserError` as that does."""
+    rows = list(csv.reader(io.StringIO(text), delimiter="\t"))
     if not rows:
         return {}
     names, columns = rows[0], [[] for _ in rows[0]]  # type: tuple[list[str], list[list[float]]]

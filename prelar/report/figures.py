@@ -1,6 +1,6 @@
 """Line charts as small SVG texts.
 
-A chart takes its colours from the page's style sheet (classes `s0` … `s3`), so that it follows light and
+A chart takes its colours from the page's style sheet (classes `s0` … `s5`), so that it follows light and
 dark; each line also has its own dash pattern and marker, so that it is read without colour.
 """
 
@@ -15,18 +15,46 @@ import numpy as np
 
 WIDTH, HEIGHT = 400, 250
 LEFT, RIGHT, TOP, BOTTOM = 50, 14, 34, 40
-DASHES = ("", "7 4", "2 3", "9 3 2 3")
+LEGEND_ROW = 18
+DASHES = ("", "7 4", "2 3", "9 3 2 3", "12 3", "5 2 1 2 1 2")
+OTHERS = "1 3"
+SHAPES = (
+    (),
+    ((-2.7, -2.7), (2.7, -2.7), (2.7, 2.7), (-2.7, 2.7)),
+    ((0, -3.8), (3.4, 2.6), (-3.4, 2.6)),
+    ((0, -4), (4, 0), (0, 4), (-4, 0)),
+    ((0, 3.8), (3.4, -2.6), (-3.4, -2.6)),
+    (
+        (-1.2, -4),
+        (1.2, -4),
+        (1.2, -1.2),
+        (4, -1.2),
+        (4, 1.2),
+        (1.2, 1.2),
+        (1.2, 4),
+        (-1.2, 4),
+        (-1.2, 1.2),
+        (-4, 1.2),
+        (-4, -1.2),
+        (-1.2, -1.2),
+    ),
+)
 MAX_POINTS = 200
 MAX_MARKED = 40
 
 
 @dataclass(frozen=True)
 class Series:
-    """One line: equally many x and y, x ascending. Points that are not finite are left out."""
+    """One line: equally many x and y, x ascending. Points that are not finite are left out.
+
+    `low` and `high`, one for each point, bound a band around the line.
+    """
 
     label: str
     x: Sequence[float]
     y: Sequence[float]
+    low: Sequence[float] | None = None
+    high: Sequence[float] | None = None
 
 
 def number(value: float) -> str:
@@ -104,42 +132,54 @@ def line_chart(
     y_label: str,
     y_range: tuple[float, float] | None = None,
     log: bool = False,
+    behind: Sequence[Series] = (),
 ) -> str:
-    """One chart as an `<svg>` element.
+    """One chart as an `<svg>` element. A legend that does not fit into one row stands below the chart.
 
     Args:
-        series: one to four lines.
+        series: one to six lines.
         identifier: unique in the page; the labels that assistive technology reads hang on it.
         title, description: what the chart shows, and what a reader who cannot see it should know.
         x_label, y_label: names of the axes with their units.
         y_range: fixed limits of y; otherwise round ones around the data. x begins at 0.
         log: logarithmic y; all values are to be positive.
+        behind: at most six lines of other origin, drawn behind in grey, thin and dotted, with hollow marks.
 
     Raises:
-        ValueError: no finite point, more than four lines, or a logarithm of what is not positive.
+        ValueError: no finite point, more than six lines, or a logarithm of what is not positive.
     """
-    if not 1 <= len(series) <= len(DASHES):
+    if not 1 <= len(series) <= len(DASHES) or len(behind) > len(SHAPES):
         raise ValueError(f"{len(series)} lines; a chart shows 1 to {len(DASHES)}")
-    points = [thin(s.x, s.y) for s in series]
-    if not any(len(x) for x, _ in points):
+    lines = [(style, False, thin(s.x, s.y)) for style, s in enumerate(series)]
+    lines += [(style, True, thin(s.x, s.y)) for style, s in enumerate(behind)]
+    if not any(len(x) for _, _, (x, _) in lines):
         raise ValueError(f"{title}: no finite point")
-    all_x, all_y = (np.concatenate([p[axis] for p in points]) for axis in (0, 1))
+    all_x = np.concatenate([x for _, _, (x, _) in lines])
+    all_y = np.concatenate([*(y for _, _, (_, y) in lines), *_bounds(series)])
     if log and (all_y <= 0).any():
         raise ValueError(f"{title}: logarithm of a value that is not positive")
     x_scale = _Scale(*_x_limits(all_x), LEFT, WIDTH - RIGHT)
     y_limits = y_range or (_log_limits(all_y) if log else _y_limits(all_y))
     y_scale = _Scale(*y_limits, HEIGHT - BOTTOM, TOP, log=log)
+    entries = [(s.label, style, False) for style, s in enumerate(series)]
+    entries += [(s.label, style, True) for style, s in enumerate(behind)]
+    legend, height = _legend(entries) if len(entries) > 1 else ([], HEIGHT)
     body = [
-        f'<svg viewBox="0 0 {WIDTH} {HEIGHT}" role="img" aria-labelledby="{identifier}-t {identifier}-d">',
+        f'<svg viewBox="0 0 {WIDTH} {height}" role="img" aria-labelledby="{identifier}-t {identifier}-d">',
         f'<title id="{identifier}-t">{escape(title)}</title>',
         f'<desc id="{identifier}-d">{escape(description)}</desc>',
         *_axes(x_scale, y_scale, x_label, y_label + (" (log)" if log else "")),
     ]
-    for style, (x, y) in enumerate(points):
-        body += _line(x, y, x_scale, y_scale, style)
-    if len(series) > 1:
-        body += _legend([s.label for s in series])
-    return "\n".join([*body, "</svg>"])
+    body += [_band(s, x_scale, y_scale, style) for style, s in enumerate(series)]
+    for style, other, (x, y) in reversed(lines):
+        body += _line(x, y, x_scale, y_scale, style, other)
+    return "\n".join([*filter(None, body), *legend, "</svg>"])
+
+
+def _bounds(series: Sequence[Series]) -> list[np.ndarray]:
+    """The finite bounds of the bands."""
+    bounds = [np.asarray(b, dtype=np.float64) for s in series for b in (s.low, s.high) if b is not None]
+    return [bound[np.isfinite(bound)] for bound in bounds]
 
 
 @dataclass(frozen=True)
@@ -206,35 +246,66 @@ def _axes(x_scale: _Scale, y_scale: _Scale, x_label: str, y_label: str) -> list[
     return parts
 
 
-def _line(x: np.ndarray, y: np.ndarray, x_scale: _Scale, y_scale: _Scale, style: int) -> list[str]:
+def _line(
+    x: np.ndarray, y: np.ndarray, x_scale: _Scale, y_scale: _Scale, style: int, other: bool
+) -> list[str]:
     pixels = [(x_scale(a), y_scale(b)) for a, b in zip(x.tolist(), y.tolist(), strict=True)]
-    dash = f' stroke-dasharray="{DASHES[style]}"' if DASHES[style] else ""
     path = " ".join(f"{a:g},{b:g}" for a, b in pixels)
-    parts = [f'<polyline class="line s{style}"{dash} points="{path}"/>'] if len(pixels) > 1 else []
+    parts = [f'<polyline {_stroke(style, other)} points="{path}"/>'] if len(pixels) > 1 else []
     if len(pixels) <= MAX_MARKED:
-        parts += [_marker(a, b, style) for a, b in pixels]
+        parts += [_marker(a, b, style, other) for a, b in pixels]
     return parts
 
 
-def _marker(x: float, y: float, style: int) -> str:
+def _stroke(style: int, other: bool) -> str:
+    """The attributes of a line."""
+    dash = OTHERS if other else DASHES[style]
+    return f'class="line {_kind(style, other)}"' + (f' stroke-dasharray="{dash}"' if dash else "")
+
+
+def _kind(style: int, other: bool) -> str:
+    return "theirs" if other else f"s{style}"
+
+
+def _band(series: Series, x_scale: _Scale, y_scale: _Scale, style: int) -> str:
+    """The area between the bounds of a line, where it has any."""
+    if series.low is None or series.high is None or len(series.x) < 2:
+        return ""
+    upper = [(x_scale(a), y_scale(b)) for a, b in zip(series.x, series.high, strict=True)]
+    lower = [(x_scale(a), y_scale(b)) for a, b in zip(series.x, series.low, strict=True)]
+    points = " ".join(f"{a:g},{b:g}" for a, b in [*upper, *reversed(lower)])
+    return f'<polygon class="band s{style}" points="{points}"/>'
+
+
+def _marker(x: float, y: float, style: int, other: bool = False) -> str:
+    kind = f'class="mark {_kind(style, other)}"'
     if style == 0:
-        return f'<circle class="mark s0" cx="{x:g}" cy="{y:g}" r="3"/>'
-    if style == 1:
-        return f'<rect class="mark s1" x="{x - 2.7:g}" y="{y - 2.7:g}" width="5.4" height="5.4"/>'
-    shape = [(0, -3.8), (3.4, 2.6), (-3.4, 2.6)] if style == 2 else [(0, -4), (4, 0), (0, 4), (-4, 0)]
-    points = " ".join(f"{x + a:g},{y + b:g}" for a, b in shape)
-    return f'<polygon class="mark s{style}" points="{points}"/>'
+        return f'<circle {kind} cx="{x:g}" cy="{y:g}" r="3"/>'
+    points = " ".join(f"{x + a:g},{y + b:g}" for a, b in SHAPES[style])
+    return f'<polygon {kind} points="{points}"/>'
 
 
-def _legend(labels: Sequence[str]) -> list[str]:
-    """A row of line samples above the plot, right-aligned by an estimate of the width of the text."""
-    widths = [34 + 6.2 * len(label) for label in labels]
-    x = WIDTH - RIGHT - sum(widths) + 6
-    parts = []
-    for style, (label, width) in enumerate(zip(labels, widths, strict=True)):
-        dash = f' stroke-dasharray="{DASHES[style]}"' if DASHES[style] else ""
-        parts.append(f'<line class="line s{style}"{dash} x1="{x:.1f}" y1="25" x2="{x + 20:.1f}" y2="25"/>')
-        parts.append(_marker(round(x + 10, 1), 25, style))
-        parts.append(f'<text class="label" x="{x + 24:.1f}" y="29">{escape(label)}</text>')
-        x += width
-    return parts
+def _legend(entries: Sequence[tuple[str, int, bool]]) -> tuple[list[str], int]:
+    """Samples of the lines (label, style, of other origin), and the height of the whole chart.
+
+    They stand in a row above the plot, right-aligned by an estimate of the width of the text, or below it.
+    """
+    widths = [34 + 6.2 * len(label) for label, _, _ in entries]
+    parts: list[str] = []
+    if sum(widths) <= WIDTH - LEFT - RIGHT - 6:
+        x = WIDTH - RIGHT - sum(widths) + 6
+        for (label, style, other), width in zip(entries, widths, strict=True):
+            parts += _sample(x, 25, label, style, other)
+            x += width
+        return parts, HEIGHT
+    for row, (label, style, other) in enumerate(entries):
+        parts += _sample(LEFT, HEIGHT + LEGEND_ROW * row + 8, label, style, other)
+    return parts, HEIGHT + LEGEND_ROW * len(entries) + 4
+
+
+def _sample(x: float, y: float, label: str, style: int, other: bool) -> list[str]:
+    return [
+        f'<line {_stroke(style, other)} x1="{x:.1f}" y1="{y}" x2="{x + 20:.1f}" y2="{y}"/>',
+        _marker(round(x + 10, 1), y, style, other),
+        f'<text class="label" x="{x + 24:.1f}" y="{y + 4}">{escape(label)}</text>',
+    ]

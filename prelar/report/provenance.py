@@ -48,10 +48,16 @@ class Provenance:
     @property
     def commands(self) -> list[str]:
         """Shell commands that make the run again from a clone of the repository."""
-        lines = [f"git checkout {self.commit}"] if self.commit else []
-        settings = [f"-S {shlex.quote(f'{key}={_override(value)}')}" for key, value in self.changed.items()]
-        lines += ["make setup", ".venv/bin/dvc exp run " + " ".join(settings)] if settings else ["make repro"]
-        return lines
+        return commands(self.commit, self.changed)
+
+
+def commands(commit: str | None, changed: Mapping[str, Any]) -> list[str]:
+    """Shell commands that make a run again from a commit, with some parameters changed."""
+    lines = [f"git checkout {commit}"] if commit else []
+    settings = [f"-S {shlex.quote(f'{key}={override(value)}')}" for key, value in changed.items()]
+    return lines + (
+        ["make setup", ".venv/bin/dvc exp run " + " ".join(settings)] if settings else ["make repro"]
+    )
 
 
 def find_provenance(config: Config, root: Path = Path()) -> Provenance:
@@ -128,10 +134,10 @@ def _read_lock(
     return tuple(hashes.items()), tuple(stale)
 
 
-def _override(value: Any) -> str:
+def override(value: Any) -> str:
     """A value as `dvc exp run -S` reads it."""
     if isinstance(value, str):
         return value
     if isinstance(value, list):
-        return "[" + ",".join(_override(item) for item in value) + "]"
+        return "[" + ",".join(override(item) for item in value) + "]"
     return json.dumps(value)

@@ -111,12 +111,40 @@ def test_the_highest_value_lies_under_a_tick() -> None:
 
 
 def test_lines_differ_in_more_than_colour() -> None:
-    chart = line_chart([Series(name, [0, 1], [0, k]) for k, name in enumerate("abcd")], **TEXTS)
+    chart = line_chart([Series(name, [0, 1], [0, k]) for k, name in enumerate("abcdef")], **TEXTS)
     root = ElementTree.fromstring(chart)
     dashes = {e.get("stroke-dasharray") for e in root.iter("polyline")}
-    assert len(dashes) == 4
-    assert {e.tag for e in root.iter() if "mark" in e.get("class", "")} == {"circle", "rect", "polygon"}
+    assert len(dashes) == 6
+    marks = [e for e in root.iter() if "mark" in e.get("class", "")]
+    places = [sum(float(v) for v in e.get("points", "0,0").split()[0].split(",")) for e in marks]
+    assert len(marks) == 3 * 6 and len(set(places)) > 6
     assert [t.text for t in root.iter("title")] == ["A < B"]
+
+
+def test_a_long_legend_stands_below_and_a_short_one_above() -> None:
+    long = line_chart([Series("a" * 40, [0, 1], [0, 1]), Series("b" * 40, [0, 1], [1, 0])], **TEXTS)
+    brief = line_chart([Series("a", [0, 1], [0, 1]), Series("b", [0, 1], [1, 0])], **TEXTS)
+    heights = [float(ElementTree.fromstring(c).get("viewBox", "").split()[3]) for c in (long, brief)]
+    assert heights[0] > heights[1] == HEIGHT
+    rows = [
+        float(t.get("y", "")) for t in ElementTree.fromstring(long).iter("text") if "aa" in (t.text or "")
+    ]
+    assert HEIGHT < rows[0] < heights[0]
+
+
+def test_a_band_lies_around_its_line_and_sets_the_limits() -> None:
+    chart = line_chart([Series("a", [0, 1], [5, 5], low=[0, 1], high=[9, 10])], **TEXTS)
+    (band,) = [e for e in ElementTree.fromstring(chart).iter("polygon") if "band" in e.get("class", "")]
+    heights = [float(point.split(",")[1]) for point in band.get("points", "").split()]
+    assert min(heights) >= TOP and max(heights) <= HEIGHT - BOTTOM
+    assert heights[1] < heights[2] and len(heights) == 4
+
+
+def test_lines_of_other_origin_look_different() -> None:
+    chart = line_chart([Series("ours", [0, 1], [0, 1])], **TEXTS, behind=[Series("theirs", [0, 1], [1, 0])])
+    lines = list(ElementTree.fromstring(chart).iter("polyline"))
+    assert [line.get("class") for line in lines] == ["line theirs", "line s0"], "drawn behind ours"
+    assert lines[0].get("stroke-dasharray") and "theirs" in chart
 
 
 def test_what_cannot_be_drawn_is_refused() -> None:
@@ -124,5 +152,5 @@ def test_what_cannot_be_drawn_is_refused() -> None:
         line_chart([Series("a", [1], [math.nan])], **TEXTS)
     with pytest.raises(ValueError, match="not positive"):
         line_chart([Series("a", [1, 2], [0, 1])], **TEXTS, log=True)
-    with pytest.raises(ValueError, match="5 lines"):
-        line_chart([Series("a", [1], [1])] * 5, **TEXTS)
+    with pytest.raises(ValueError, match="7 lines"):
+        line_chart([Series("a", [1], [1])] * 7, **TEXTS)

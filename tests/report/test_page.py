@@ -265,5 +265,5 @@ def test_text_and_lines_have_contrast_in_light_and_dark() -> None:
     assert len(themes) == 2 and themes[0].keys() == themes[1].keys()
     for theme in themes:
         for ground in ("paper", "panel"):
-            for ink in ("ink", "muted", "accent", "warn", "s0", "s1", "s2", "s3"):
+            for ink in ("ink", "muted", "accent", "warn", "s0", "s1", "s2", "s3", "s4", "s5"):
                 assert contrast(theme[ink], theme[ground]) >= 4.5, (ink, ground, theme[ink])

@@ -1,0 +1,85 @@
+"""Aggregates over tasks and seeds: the interquartile mean and its stratified-bootstrap interval.
+
+Both as in Agarwal et al., Deep Reinforcement Learning at the Edge of the Statistical Precipice, NeurIPS 2021.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+
+RESAMPLES = 2000
+LEVEL = 0.95
+
+Scores = npt.NDArray[np.float64]
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """Aggregates of n runs: interquartile mean, mean, and the interval of the former, where there is one."""
+
+    iqm: float
+    mean: float
+    low: float | None
+    high: float | None
+    n: int
+
+
+def interquartile_mean(scores: npt.ArrayLike, axis: int = 0) -> Scores:
+    """The mean of the middle half along an axis: a quarter of the scores, rounded down, is cut off each end.
+
+    Raises:
+        ValueError: there is no score.
+    """
+    ordered = np.sort(np.moveaxis(np.asarray(scores, dtype=np.float64), axis, 0), axis=0)
+    count = len(ordered)
+    if count == 0:
+        raise ValueError("no scores to take the mean of")
+    cut = count // 4
+    middle: Scores = ordered[cut : count - cut].mean(axis=0)
+    return middle
+
+
+def bootstrap_interval(
+    scores: Sequence[npt.ArrayLike], *, resamples: int = RESAMPLES, level: float = LEVEL, seed: int = 0
+) -> tuple[Scores, Scores] | None:
+    """Percentile interval of the interquartile mean, runs drawn anew with replacement within each task.
+
+    Args:
+        scores: for each task an array (seeds, K), K scores of each run, such as the points of its curve. The
+            tasks may differ in their numbers of seeds.
+        resamples: how often the runs are drawn anew; the same draw serves all K scores.
+        level: share of the resampled means that the interval holds.
+        seed: of the draws.
+
+    Returns:
+        Low and high end, (K,) each; None where some task has one seed only, whose spread is unknown.
+    """
+    tasks = [np.asarray(task, dtype=np.float64) for task in scores]
+    if not tasks or any(len(task) < 2 for task in tasks):
+        return None
+    random = np.random.default_rng(seed)
+    picks, begin = [], 0
+    for task in tasks:
+        picks.append(begin + random.integers(0, len(task), (resamples, len(task))))
+        begin += len(task)
+    drawn, pooled = np.concatenate(picks, axis=1), np.concatenate(tasks)
+    means = np.stack([interquartile_mean(column[drawn], axis=1) for column in pooled.T])
+    tail = (1 - level) / 2
+    low, high = np.quantile(means, [tail, 1 - tail], axis=1)
+    return low, high
+
+
+def estimate(scores: Sequence[npt.ArrayLike], *, resamples: int = RESAMPLES) -> list[Estimate]:
+    """Aggregates of each of K scores of runs, given for each task as an array (seeds, K)."""
+    pooled = np.concatenate([np.asarray(task, dtype=np.float64) for task in scores])
+    interval = bootstrap_interval(scores, resamples=resamples)
+    middles, means = interquartile_mean(pooled), pooled.mean(axis=0)
+    found = []
+    for k, (middle, mean) in enumerate(zip(middles.tolist(), means.tolist(), strict=True)):
+        low, high = (None, None) if interval is None else (float(interval[0][k]), float(interval[1][k]))
+        found.append(Estimate(middle, mean, low, high, len(pooled)))
+    return found
