@@ -65,7 +65,8 @@ def rlbench() -> str:
 
     The caller holds the lock on the store. Work that an earlier run left in staging is continued.
     """
-    settings = load_config().rlbench
+    config = load_config()
+    settings = config.rlbench
     staging.clear_leftovers(NAME)
     source = find(settings)
     jobs = source.jobs()
@@ -77,7 +78,7 @@ def rlbench() -> str:
             writer.finish(source.attributes())
         files.write_text(built, "")
     summary = validate(folder / f"{NAME}.zarr", source, settings.max_bad)
-    staging.publish(NAME, folder)
+    staging.publish(NAME, folder, config.data_root)
     return summary
 
 

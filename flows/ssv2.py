@@ -68,7 +68,8 @@ def ssv2() -> str:
 
     The caller holds the lock on the store. Work that an earlier run left in staging is continued.
     """
-    settings = load_config().ssv2
+    config = load_config()
+    settings = config.ssv2
     staging.clear_leftovers(NAME)
     decoder = Decoder(settings.ffmpeg)
     source = find(settings.source, settings.labels)
@@ -84,7 +85,7 @@ def ssv2() -> str:
             writer.finish(ingest.attributes(writer, decoder.version, settings.min_frames))
         files.write_text(built, "")
     summary = validate(folder / f"{NAME}.zarr", source.labels, settings.min_frames, settings.max_bad)
-    staging.publish(NAME, folder, keep=(PARTS,))
+    staging.publish(NAME, folder, config.data_root, keep=(PARTS,))
     return summary
 
 

@@ -9,12 +9,17 @@ import itertools
 import threading
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
-from typing import Generic, Protocol, TypeVar
+from typing import Any, Generic, Protocol, TypeVar
+
+from tqdm import tqdm
 
 from flows import runtime
 from prelar import files
+from prelar.data import remote
 from prelar.data.store import Store, index_path
 from prelar.errors import UserError
+
+LOCAL = "data"
 
 Batch = TypeVar("Batch")
 Result = TypeVar("Result")
@@ -88,17 +93,24 @@ def clear_leftovers(name: str) -> None:
     _clear(files.STAGING.glob(f"{name}-*.old"), target(name).parent.glob(f".{name}.*.old"))
 
 
-def publish(name: str, staging: Path, keep: tuple[str, ...] = ()) -> None:
+def publish(name: str, staging: Path, root: str = LOCAL, keep: tuple[str, ...] = ()) -> None:
     """Bring the validated store and its index to their final names, and clear the flow's staging.
 
-    Folders of staging whose names start with one of `keep` stay. What is staged keeps its names until store
-    and index are whole at their final ones, whoever removes those meanwhile: a run that is killed in between
-    leaves everything to the next one. Raises `UserError` where the published store cannot be opened.
+    Where `root` is elsewhere, the store is published there first, and a pointer to it takes the store's place
+    in the project. Folders of staging whose names start with one of `keep` stay. What is staged keeps its
+    names until store and index are whole at their final ones, whoever removes those meanwhile: a run that is
+    killed in between leaves everything to the next one. Raises `UserError` where the published store cannot
+    be opened.
     """
     staged = staging / target(name).name
     twin = staging / "publish" / staged.name
+    files.link(index_path(staged), index_path(twin))
+    if root == LOCAL:
+        files.link(staged, twin)
+    else:
+        files.remove(twin)
+        remote.write_pointer(twin, _upload(root, staged))
     for part in (index_path, Path):
-        files.link(part(staged), part(twin))
         files.publish(part(twin), part(target(name)))
     Store.open(target(name))
     left = [path for path in files.STAGING.glob(f"{name}-*") if not path.name.startswith(keep)]
@@ -106,6 +118,13 @@ def publish(name: str, staging: Path, keep: tuple[str, ...] = ()) -> None:
     for path, other in zip(left, aside, strict=True):
         path.replace(other)
     _clear(aside)
+
+
+def _upload(root: str, staged: Path) -> dict[str, Any]:
+    """Publish a staged store below `root`; returns the pointer to it."""
+    size = sum(path.stat().st_size for path in staged.rglob("*") if path.is_file())
+    with tqdm(desc="publish", total=size, unit="B", unit_scale=True, disable=None) as bar:
+        return remote.publish(root, staged, index_path(staged), bar.update)
 
 
 def _clear(*paths: Iterable[Path]) -> None:

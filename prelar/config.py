@@ -9,6 +9,7 @@ from __future__ import annotations
 import os
 from pathlib import Path
 from typing import Annotated, Any, Literal
+from urllib.parse import urlsplit
 
 from pydantic import (
     BaseModel,
@@ -39,6 +40,17 @@ def _found_anywhere(value: Any) -> Any:
     """A path, or a URL, that means the same wherever DVC runs a stage: in the workspace or beside it."""
     if isinstance(value, str) and os.path.normpath(value).split("/")[0] == "..":
         raise ValueError(f"{value} leads outside the project, which experiments leave; give an absolute path")
+    return value
+
+
+def _root(value: str) -> str:
+    """`data`, an absolute folder, or a URL without anything secret in it."""
+    if "://" in value:
+        parts = urlsplit(value)
+        if "@" in parts.netloc or parts.query or parts.fragment:
+            raise ValueError("give the URL alone; credentials come from the environment")
+    elif value != "data" and not Path(value).is_absolute():
+        raise ValueError(f"{value}: give data, an absolute folder or a URL such as s3://bucket/prefix")
     return value
 
 
@@ -221,10 +233,13 @@ class Config(_Frozen):
     device: Literal["auto", "cpu", "cuda"]
     precision: Literal["fp32", "bf16"]
     threads: Count
+    data_root: Text
     sample: Sample
     ssv2: Ssv2
     rlbench: Rlbench
     scales: Scales
+
+    _place = field_validator("data_root")(_root)
 
     @field_validator("action_kind")
     @classmethod

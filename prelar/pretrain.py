@@ -16,7 +16,7 @@ from torch import Tensor
 from prelar.checkpoint import Snapshots, resume_key, save_parts
 from prelar.config import Config
 from prelar.data.batches import Prefetch, SegmentSampler
-from prelar.data.store import Store, index_path
+from prelar.data.store import Store
 from prelar.errors import UserError
 from prelar.loop import Hook, Scalars, adam, descend, set_up, train
 from prelar.media import side_by_side, write_mp4
@@ -31,6 +31,8 @@ VIDEO = REPORT / "open_loop.mp4"
 CODE = (
     "checkpoint.py",
     "data/batches.py",
+    "data/objects.py",
+    "data/remote.py",
     "data/store.py",
     "loop.py",
     "media.py",
@@ -83,8 +85,8 @@ def run_key(cfg: Config, store: Store) -> str:
     clips = np.unique(np.linspace(0, store.num_clips - 1, min(KEY_CLIPS, store.num_clips)).astype(np.int64))
     frames = hashlib.sha256(store.read_many(store.clip_start[clips], 1).tobytes()).hexdigest()
     params = {name: getattr(cfg, name) for name in FLAT} | {"pretrain": cfg.pretrain.model_dump()}
-    inputs = [store.path / "zarr.json", index_path(store.path)]
-    return resume_key("pretrain", params=params | {"frames": frames}, inputs=inputs, code=CODE)
+    known = params | {"frames": frames, "store": store.attrs}
+    return resume_key("pretrain", params=known, inputs=[], code=CODE)
 
 
 def _steps(cfg: Config) -> int:

@@ -96,6 +96,12 @@ def test_a_preset_belongs_to_one_stage_and_one_scale() -> None:
             "{episodes: 0, time_limit: 500",
             ["scales.lite.evaluate.episodes = 0"],
         ),
+        ("data_root: data ", "data_root: stores ", ["data_root: stores: give data, an absolute folder or"]),
+        (
+            "data_root: data ",
+            "data_root: s3://key:hush@shelf ",
+            ["data_root: give the URL alone", "environment"],
+        ),
         ("method: prelar", "method: [prelar", ["not YAML"]),
     ],
 )

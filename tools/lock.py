@@ -15,10 +15,8 @@ HEAD = "# Written by `make lock` from pyproject.toml. Install with: pip install 
 
 def main() -> None:
     """Resolve pyproject.toml with uv and write the pins."""
-    resolve = (
-        "pip compile --universal --python-version 3.11 pyproject.toml --extra dev --no-header --no-annotate"
-    )
-    command = [sys.executable, "-m", "uv", *resolve.split(), *sys.argv[1:]]
+    resolve = "pip compile --universal --python-version 3.11 pyproject.toml --no-header --no-annotate"
+    command = [sys.executable, "-m", "uv", *resolve.split(), "--all-extras", *sys.argv[1:]]
     pins = subprocess.run(command, check=True, capture_output=True, text=True).stdout
     kept = [line for line in pins.splitlines(keepends=True) if not CUDA.match(line)]
     Path("requirements.lock").write_text(HEAD + "".join(kept), encoding="utf-8")

@@ -25,7 +25,7 @@ import json
 import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import google_crc32c
 import numpy as np
@@ -35,6 +35,7 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from prelar import files
+from prelar.data.remote import Piece, Published, follow
 from prelar.errors import UserError
 
 SCHEMA = 1
@@ -105,9 +106,13 @@ class Layout:
         packed = entries.tobytes()
         return packed + int(google_crc32c.value(packed)).to_bytes(4, "little")
 
+    def key(self, name: str, number: int) -> str:
+        """The name within the store of shard `number` of the array `name`."""
+        return "/".join([name, "c", str(number), *["0"] * len(self.item)])
+
     def file(self, folder: Path, number: int) -> Path:
         """The file of shard `number` of the array in `folder`."""
-        return folder.joinpath("c", str(number), *["0"] * len(self.item))
+        return folder.parent / self.key(folder.name, number)
 
     def metadata(self, items: int) -> dict[str, Any]:
         """The array's zarr.json."""
@@ -437,13 +442,13 @@ def read_index(path: Path) -> pa.Table:
     return _parse_index(path, _read_bytes(path))
 
 
-def _parse_index(path: Path, content: bytes) -> pa.Table:
+def _parse_index(path: object, content: bytes) -> pa.Table:
     try:
         table = pq.read_table(pa.BufferReader(content))
     except pa.ArrowInvalid as error:
         raise UserError(f"{path}: not an index ({error}); build it again") from None
     if table.schema.names != INDEX_SCHEMA.names:
-        raise UserError(f"{path}: has the columns of another version; build it again")
+        raise UserError(f"{path}: an index with the columns of another version; build it again")
     return table
 
 
@@ -457,48 +462,107 @@ def _read_bytes(path: Path) -> bytes:
         raise UserError(f"{path}: {error.strerror}; build the store again (dvc repro {path.stem})") from None
 
 
+class _Place(Protocol):
+    """Where the files of a store lie; names are relative to the store."""
+
+    def arrays(self) -> list[str]:
+        """Names of the arrays."""
+
+    def content(self, name: str) -> bytes:
+        """The bytes of a small file."""
+
+    def index(self) -> bytes:
+        """The bytes of the index."""
+
+    def size(self, name: str) -> int | None:
+        """Bytes of a file, None where it is missing."""
+
+    def fill(self, pieces: Sequence[Piece]) -> None:
+        """Fill the view of each piece (name, offset, view) from its file."""
+
+
+class _Folder:
+    """A store in a folder of this machine."""
+
+    def __init__(self, path: Path) -> None:
+        if not path.is_dir():
+            raise UserError(f"{path}: no such store; run `dvc repro {path.stem}`")
+        self._path = path
+
+    def __str__(self) -> str:
+        return str(self._path)
+
+    def arrays(self) -> list[str]:
+        return sorted(item.name for item in self._path.iterdir() if item.is_dir())
+
+    def content(self, name: str) -> bytes:
+        try:
+            return (self._path / name).read_bytes()
+        except OSError as error:
+            raise UserError(
+                f"{self._path / name}: {error.strerror}; the store is incomplete, build it again"
+            ) from None
+
+    def index(self) -> bytes:
+        return _read_bytes(index_path(self._path))
+
+    def size(self, name: str) -> int | None:
+        path = self._path / name
+        return path.stat().st_size if path.is_file() else None
+
+    def fill(self, pieces: Sequence[Piece]) -> None:
+        for name, offset, view in pieces:
+            handle = os.open(f"{self._path}/{name}", os.O_RDONLY | os.O_CLOEXEC)
+            try:
+                while len(view):
+                    count = os.preadv(handle, [view], offset)
+                    if count == 0:
+                        raise UserError(f"{self._path}/{name}: cut short; build the store again")
+                    view, offset = view[count:], offset + count
+            finally:
+                os.close(handle)
+
+
 class _Reader:
     """Reads runs of items of one array."""
 
-    def __init__(self, folder: Path, layout: Layout, items: int) -> None:
-        self.folder = folder
+    def __init__(self, place: _Place, name: str, layout: Layout, items: int) -> None:
         self.layout = layout
         self.items = items
+        self._place = place
+        self._name = name
         full, rest = divmod(items, layout.shard)
         expected = [layout.shard_bytes(layout.shard)] * full + ([layout.shard_bytes(rest)] if rest else [])
-        self._files = [str(layout.file(folder, number)) for number in range(len(expected))]
-        for path, size in zip(self._files, expected, strict=True):
-            if not Path(path).is_file() or Path(path).stat().st_size != size:
-                raise UserError(f"{path}: missing or cut short; build the store again")
+        self._files = [layout.key(name, number) for number in range(len(expected))]
+        for file, size in zip(self._files, expected, strict=True):
+            if place.size(file) != size:
+                raise UserError(f"{place}/{file}: missing or cut short; build the store again")
 
-    def read_into(self, start: int, out: npt.NDArray[Any]) -> None:
-        """Fill the contiguous array `out` (n, *item) with the items from `start` on."""
+    def pieces(self, start: int, out: npt.NDArray[Any]) -> Iterator[Piece]:
+        """What fills the contiguous array `out` (n, *item) with the items from `start` on."""
         if start < 0 or start + len(out) > self.items:
-            raise IndexError(f"{self.folder}: items {start} to {start + len(out)} of {self.items}")
+            raise IndexError(
+                f"{self._place}/{self._name}: items {start} to {start + len(out)} of {self.items}"
+            )
         view, size, shard = out.data.cast("B"), self.layout.item_bytes, self.layout.shard
         done = 0
         while done < len(view):
             number, inside = divmod(start + done // size, shard)
             count = min(len(view) - done, (shard - inside) * size)
-            self._read_shard(number, inside * size, view[done : done + count])
+            yield self._files[number], inside * size, view[done : done + count]
             done += count
 
-    def _read_shard(self, number: int, offset: int, view: memoryview) -> None:
-        handle = os.open(self._files[number], os.O_RDONLY | os.O_CLOEXEC)
-        try:
-            while len(view):
-                count = os.preadv(handle, [view], offset)
-                if count == 0:
-                    raise UserError(f"{self._files[number]}: cut short; build the store again")
-                view, offset = view[count:], offset + count
-        finally:
-            os.close(handle)
+    def read_many(self, starts: Sequence[int], out: npt.NDArray[Any]) -> None:
+        """Fill `out[i]` with the items from `starts[i]` on."""
+        self._place.fill(
+            [piece for start, part in zip(starts, out, strict=True) for piece in self.pieces(start, part)]
+        )
 
     def read(self, start: int, length: int) -> npt.NDArray[Any]:
         """Items `start` to `start + length` as a new array (length, *item)."""
         out = np.empty((length, *self.layout.item), dtype=self.layout.dtype)
         if length:
-            self.read_into(start, out)
+            self.read_many([start], out[None])
         return out
 
 
@@ -506,7 +570,7 @@ class Store:
     """A finished store. Reading holds no lock and no open file, and is safe from threads and after a fork."""
 
     def __init__(
-        self, path: Path, attrs: dict[str, Any], readers: dict[str, _Reader], index: pa.Table
+        self, path: Path | str, attrs: dict[str, Any], readers: dict[str, _Reader], index: pa.Table
     ) -> None:
         self.path = path
         self.attrs = attrs
@@ -517,24 +581,27 @@ class Store:
 
     @classmethod
     def open(cls, path: Path | str) -> Store:
-        """Open a store and its index. Raises `UserError` where one is missing, incomplete or foreign."""
-        path = Path(path)
-        if not path.is_dir():
-            raise UserError(f"{path}: no such store; run `dvc repro {path.stem}`")
-        attrs = _read_json(path / "zarr.json").get("attributes", {})
+        """Open a store and its index: a folder, a pointer in its place, or the URL of a published store.
+
+        Raises `UserError` where one is missing, incomplete or foreign.
+        """
+        published = Published(path) if isinstance(path, str) and "://" in path else follow(Path(path))
+        place: _Place = published or _Folder(Path(path))
+        if published is not None and published.folder is not None:
+            place = _Folder(published.folder)
+        attrs = _parsed(place, "zarr.json").get("attributes", {})
         if attrs.get("schema") != SCHEMA:
-            raise UserError(f"{path}: schema {attrs.get('schema')}, expected {SCHEMA}; build the store again")
-        readers = {}
-        for folder in sorted(path.iterdir()):
-            if folder.is_dir():
-                readers[folder.name] = _open_array(folder)
+            raise UserError(
+                f"{place}: schema {attrs.get('schema')}, expected {SCHEMA}; build the store again"
+            )
+        readers = {name: _open_array(place, name) for name in place.arrays()}
         missing = {"frames", "clip_start", "clip_length", "pairs"} - set(readers)
         if missing:
-            raise UserError(f"{path}: lacks {', '.join(sorted(missing))}; build the store again")
-        content = _read_bytes(index_path(path))
+            raise UserError(f"{place}: lacks {', '.join(sorted(missing))}; build the store again")
+        content = place.index()
         if hashlib.sha256(content).hexdigest() != attrs.get("index_sha256"):
-            raise UserError(f"{index_path(path)}: not the index of {path}; build the store again")
-        return cls(path, attrs, readers, _parse_index(index_path(path), content))
+            raise UserError(f"{place}: its index is not the index of this store; build the store again")
+        return cls(path if published else Path(path), attrs, readers, _parse_index(place, content))
 
     @property
     def num_frames(self) -> int:
@@ -568,9 +635,7 @@ class Store:
             out = np.empty(shape, dtype=np.uint8)
         elif out.shape != shape or out.dtype != np.uint8 or not out.flags.c_contiguous:
             raise ValueError(f"out: {out.dtype} {out.shape}, expected contiguous uint8 {shape}")
-        reader = self._readers["frames"]
-        for number, start in enumerate(begins.tolist()):
-            reader.read_into(start, out[number])
+        self._readers["frames"].read_many(begins.tolist(), out)
         return out
 
     def has(self, name: str) -> bool:
@@ -599,27 +664,25 @@ class Store:
         return np.flatnonzero(chosen).astype(np.int64)
 
 
-def _read_json(path: Path) -> dict[str, Any]:
+def _parsed(place: _Place, name: str) -> dict[str, Any]:
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise UserError(f"{path}: {error.strerror}; the store is incomplete, build it again") from None
+        content = json.loads(place.content(name))
     except ValueError:
-        raise UserError(f"{path}: not JSON; build the store again") from None
+        raise UserError(f"{place}/{name}: not JSON; build the store again") from None
     if not isinstance(content, dict):
-        raise UserError(f"{path}: not an object; build the store again")
+        raise UserError(f"{place}/{name}: not an object; build the store again")
     return content
 
 
-def _open_array(folder: Path) -> _Reader:
+def _open_array(place: _Place, name: str) -> _Reader:
     """A reader of one array; it must lie exactly as this module lays it."""
-    metadata = _read_json(folder / "zarr.json")
+    metadata = _parsed(place, f"{name}/zarr.json")
     fixed = {"frames": FRAMES, "clip_start": CLIPS, "clip_length": CLIPS, "pairs": PAIRS}
     try:
         items, *rest = metadata["shape"]
-        layout = fixed.get(folder.name) or per_frame(*rest)
+        layout = fixed.get(name) or per_frame(*rest)
     except (KeyError, TypeError, ValueError):
-        raise UserError(f"{folder}: not an array of a store; build the store again") from None
+        raise UserError(f"{place}/{name}: not an array of a store; build the store again") from None
     if metadata != layout.metadata(items):
-        raise UserError(f"{folder}: laid out by another version or program; build the store again")
-    return _Reader(folder, layout, items)
+        raise UserError(f"{place}/{name}: laid out by another version or program; build the store again")
+    return _Reader(place, name, layout, items)

@@ -21,7 +21,6 @@ from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
-import psutil
 from PIL import Image
 from prefect import flow
 from prefect.task_runners import ThreadPoolTaskRunner
@@ -36,6 +35,7 @@ from prelar.data.store import FRAME, Store, StoreWriter
 from prelar.data.video import SCALE, Decoder
 from tests import archives
 from tests.conftest import ROOT
+from tests.memory import held
 
 REPEATS = 5
 CLIPS = 240
@@ -285,30 +285,9 @@ def _peak(folder: Path, clips: int) -> tuple[float, float]:
     process = subprocess.Popen([sys.executable, "-m", "flows.ssv2"], cwd=folder, env=surroundings)
     peak = server = 0.0
     while process.poll() is None:
-        own = theirs = 0.0
-        for part in _tree(process.pid):
-            size, is_server = _memory(part)
-            own, theirs = (own, theirs + size) if is_server else (own + size, theirs)
+        own, theirs = held(process.pid)
         peak, server = max(peak, own), max(server, theirs)
         time.sleep(0.2)
     assert process.returncode == 0
     shutil.rmtree(folder)
     return peak, server
-
-
-def _tree(pid: int) -> list[psutil.Process]:
-    try:
-        top = psutil.Process(pid)
-        return [top, *top.children(recursive=True)]
-    except psutil.NoSuchProcess:
-        return []
-
-
-def _memory(process: psutil.Process) -> tuple[float, bool]:
-    """PSS in MB of a process, and whether it is Prefect's server."""
-    try:
-        is_server = "flows.runtime" in " ".join(process.cmdline())
-        text = Path(f"/proc/{process.pid}/smaps_rollup").read_text(encoding="ascii")
-        return float(text.partition("\nPss:")[2].split()[0]) / 1024, is_server
-    except (psutil.Error, OSError, IndexError):
-        return 0.0, False

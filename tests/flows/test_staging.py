@@ -15,6 +15,7 @@ from flows import staging
 from prelar import files
 from prelar.data.store import FRAME, Store, StoreWriter
 from prelar.errors import UserError
+from tests.bucket import bucket
 
 
 @pytest.fixture(autouse=True)
@@ -101,6 +102,21 @@ def test_publishing_replaces_store_and_index_and_clears_staging() -> None:
         "x.parquet",
         "x.zarr",
     ]
+
+
+def test_a_store_that_is_published_elsewhere_leaves_a_pointer() -> None:
+    """DVC sees the pointer change with the store; the store itself is not in the project."""
+    pointers = set()
+    with bucket() as url:
+        for key, frames in (("a", 2), ("b", 3), ("c", 3)):
+            staging.publish("x", staged("x", key, frames), f"{url}/stores")
+            assert Store.open("data/x.zarr").num_frames == frames
+            assert [path.name for path in Path("data/x.zarr").iterdir()] == ["pointer.json"]
+            assert Path("data/x.parquet").is_file() and not any(files.STAGING.iterdir())
+            pointers.add(Path("data/x.zarr/pointer.json").read_bytes())
+        staging.publish("x", staged("x", "d", 4))
+        assert Path("data/x.zarr/zarr.json").is_file()
+    assert len(pointers) == 2
 
 
 @pytest.mark.parametrize("removed", [[], ["x.parquet"], ["x.zarr"], ["x.parquet", "x.zarr"]])

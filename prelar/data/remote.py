@@ -1,0 +1,154 @@
+"""Stores kept away from the project, in object storage or a folder that several projects share.
+
+A published store is the folder `<data_root>/<name>/<id>` with the objects of the store, its index, and,
+written last, `manifest.json`: name, size and sha256 of every object. Without its manifest it is not a store.
+`<id>` begins the manifest's sha256, so the same store has the same place whoever publishes it, another one
+never takes it, and an upload that was killed goes on where it was.
+
+In the project stands a pointer instead of the store, `data/<name>.zarr/pointer.json`, with the store's URL
+and the sha256 of its manifest. DVC tracks the pointer, and so knows when the store is another one.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+from prelar import files
+from prelar.data.objects import Objects
+from prelar.errors import UserError
+
+SCHEMA = 1
+MANIFEST = "manifest.json"
+POINTER = "pointer.json"
+PARALLEL = 4
+
+Piece = tuple[str, int, memoryview]
+
+
+def publish(
+    root: str, store: Path, index: Path, progress: Callable[[int], object] = lambda count: None
+) -> dict[str, Any]:
+    """Publish a finished store and its index below the URL `root`, and return what a pointer to it holds.
+
+    Objects that are there already are not sent again; `progress(n)` hears of every n bytes that are in place.
+    Raises `UserError` where the storage cannot be reached or holds objects of other sizes in the end.
+    """
+    parts = {f"{store.name}/{path.relative_to(store).as_posix()}": path for path in store.rglob("*")}
+    parts = {name: path for name, path in sorted(parts.items()) if path.is_file()} | {index.name: index}
+    told = {name: {"size": path.stat().st_size, "sha256": files.digest(path)} for name, path in parts.items()}
+    manifest = {"schema": SCHEMA, "store": store.name, "index": index.name, "objects": told}
+    content = json.dumps(manifest, indent=1, sort_keys=True).encode()
+    digest = hashlib.sha256(content).hexdigest()
+    objects = Objects(f"{root.rstrip('/')}/{store.stem}/{digest[:16]}")
+    wanted = {name: path.stat().st_size for name, path in parts.items()}
+    held = objects.sizes()
+
+    def send(name: str) -> None:
+        if held.get(name) != wanted[name]:
+            objects.put(name, parts[name])
+        progress(wanted[name])
+
+    with ThreadPoolExecutor(PARALLEL) as pool:
+        for sent in [pool.submit(send, name) for name in parts]:
+            sent.result()
+    _compare(objects, wanted, objects.sizes())
+    objects.put_bytes(MANIFEST, content)
+    return {"schema": SCHEMA, "url": objects.url, "manifest_sha256": digest}
+
+
+def write_pointer(folder: Path, pointer: dict[str, Any]) -> None:
+    """Write the pointer that stands for a store in the project."""
+    files.write_text(folder / POINTER, json.dumps(pointer, indent=2) + "\n")
+
+
+class Published:
+    """A published store for reading: its manifest is there and agrees with the objects."""
+
+    def __init__(self, url: str, digest: str | None = None) -> None:
+        """Raises `UserError` where the store is missing or not whole, or its manifest has another sha256."""
+        self._objects = Objects(url)
+        held = self._objects.sizes()
+        if MANIFEST not in held:
+            raise UserError(f"{url}: no store, or not whole ({MANIFEST} is missing); publish it again")
+        content = self._objects.read(MANIFEST)
+        if digest is not None and hashlib.sha256(content).hexdigest() != digest:
+            raise UserError(f"{url}: another store than the one published there; build the store again")
+        manifest = _parsed(f"{url}/{MANIFEST}", content)
+        self._store, self._index = str(manifest["store"]), str(manifest["index"])
+        self._told: dict[str, dict[str, Any]] = manifest["objects"]
+        _compare(self._objects, {name: about["size"] for name, about in self._told.items()}, held)
+
+    def __str__(self) -> str:
+        return self._objects.url
+
+    @property
+    def folder(self) -> Path | None:
+        """The store's folder, where it lies on this machine."""
+        return self._objects.local / self._store if self._objects.local else None
+
+    def arrays(self) -> list[str]:
+        """Names of the store's arrays."""
+        inner = [name.split("/")[1:] for name in self._told if name.startswith(f"{self._store}/")]
+        return sorted({parts[0] for parts in inner if len(parts) > 1})
+
+    def content(self, name: str) -> bytes:
+        """The bytes of a small object of the store, as the manifest knows them."""
+        return self._whole(f"{self._store}/{name}")
+
+    def index(self) -> bytes:
+        """The bytes of the index."""
+        return self._whole(self._index)
+
+    def size(self, name: str) -> int | None:
+        """Bytes of an object of the store, None where there is none."""
+        about = self._told.get(f"{self._store}/{name}")
+        return None if about is None else int(about["size"])
+
+    def fill(self, pieces: Sequence[Piece]) -> None:
+        """Fill each view with the bytes of the object `name` from `offset` on; all are asked for at once."""
+        wanted = [(f"{self._store}/{name}", begin, begin + len(view)) for name, begin, view in pieces]
+        for (name, _, view), got in zip(pieces, self._objects.read_ranges(wanted), strict=True):
+            if len(got) != len(view):
+                raise UserError(f"{self}/{self._store}/{name}: cut short; publish the store again")
+            view[:] = got
+
+    def _whole(self, name: str) -> bytes:
+        if name not in self._told:
+            raise UserError(f"{self}/{name}: missing; publish the store again")
+        content = self._objects.read(name)
+        if hashlib.sha256(content).hexdigest() != self._told[name]["sha256"]:
+            raise UserError(f"{self}/{name}: differs from the manifest; publish the store again")
+        return content
+
+
+def follow(folder: Path) -> Published | None:
+    """The published store that a folder of the project points to, None where it holds no pointer."""
+    path = folder / POINTER
+    if not path.is_file():
+        return None
+    pointer = _parsed(str(path), path.read_bytes())
+    return Published(str(pointer["url"]), str(pointer["manifest_sha256"]))
+
+
+def _parsed(shown: str, content: bytes) -> dict[str, Any]:
+    try:
+        parsed = json.loads(content)
+        schema = parsed["schema"]
+    except (ValueError, KeyError, TypeError):
+        raise UserError(f"{shown}: not what it should be; build the store again") from None
+    if schema != SCHEMA:
+        raise UserError(f"{shown}: schema {schema}, expected {SCHEMA}; build the store again")
+    found: dict[str, Any] = parsed
+    return found
+
+
+def _compare(objects: Objects, wanted: dict[str, int], held: dict[str, int]) -> None:
+    for name, size in wanted.items():
+        if held.get(name) != size:
+            found = f"has {held[name]} bytes" if name in held else "is missing"
+            raise UserError(f"{objects}/{name}: {found}, expected {size} bytes; publish the store again")
