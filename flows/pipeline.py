@@ -3,60 +3,22 @@
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
-from prefect import flow, get_run_logger
+from prefect import flow, get_run_logger, task
 from prefect.artifacts import create_markdown_artifact
-from pydantic import (
-    BaseModel,
-    ConfigDict,
-    Field,
-    SerializerFunctionWrapHandler,
-    create_model,
-    model_serializer,
-)
+from prefect.cache_policies import NO_CACHE
 
-from prelar.config import Config, keys, load_config
+from flows import forms
+from flows.dvc_command import busy, dvc, overrides
+from prelar.config import load_config
 from prelar.errors import UserError
 from prelar.files import write_text
 
 PAGES = Path("reports/experiments")
 NAMED = "Ran experiment(s):"
-
-
-class _Changes(BaseModel):
-    """A form whose fields may stay empty; an empty field is no change."""
-
-    model_config = ConfigDict(extra="forbid")
-
-    @model_serializer(mode="wrap")
-    def _without_empty(self, serialise: SerializerFunctionWrapHandler) -> dict[str, Any]:
-        return {key: value for key, value in serialise(self).items() if value is not None}
-
-
-def _form() -> type[BaseModel]:
-    """The flat keys of params.yaml as a form, with the types and bounds of `Config`.
-
-    The UI shows a switch that is off for a boolean without default, and sends it; None keeps it empty.
-    """
-
-    def no_default(schema: dict[str, Any]) -> None:
-        del schema["default"]
-
-    fields: dict[str, Any] = {}
-    for key, field in Config.model_fields.items():
-        if field.annotation is bool:
-            fields[key] = (bool | None, Field(default=None, title=key))
-        elif key in keys():
-            empty = Field(default=None, title=key, json_schema_extra=no_default)
-            fields[key] = (field.rebuild_annotation(), empty)
-    return create_model("Params", __base__=_Changes, **fields)
-
-
-Params = _form()
+Params = forms.one_of_each()
 UNCHANGED = Params()
 
 
@@ -71,55 +33,44 @@ def pipeline(params: Params = UNCHANGED, targets: tuple[str, ...] = ()) -> str: 
     load_config()
     changes = params.model_dump()  # type: ignore[attr-defined]
     experiment = run_experiment(changes, targets)
-    publish_result(experiment, changes)
+    publish_result(experiment, changes, whole=not targets)
     return experiment
 
 
+@task(name="dvc-exp-run", cache_policy=NO_CACHE, retries=2, retry_delay_seconds=30, retry_condition_fn=busy)
 def run_experiment(changes: dict[str, Any], targets: tuple[str, ...]) -> str:
-    """Run `dvc exp run` in a folder of its own, its output to the log; returns the experiment's name."""
+    """Run `dvc exp run` in a folder of its own, its output to the log; returns the experiment's name.
+
+    The workspace and its stores stay as they are, whatever else runs meanwhile.
+    """
     logger = get_run_logger()
-    settings = [word for key, value in changes.items() for word in ("-S", f"{key}={json.dumps(value)}")]
-    command = [sys.executable, "-m", "dvc", "exp", "run", "--temp", *settings, *targets]
-    logger.info(" ".join(command[2:]))
-    lines = []
-    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True) as process:
-        assert process.stdout is not None
-        try:
-            for line in process.stdout:
-                if text := line.strip():
-                    logger.info(text)
-                    lines.append(text)
-        except BaseException:
-            process.terminate()
-            raise
+    words = ["exp", "run", "--temp", *overrides(changes), *targets]
+    logger.info("dvc %s", " ".join(words))
+    lines = dvc(*words, tell=logger.info)
     named = [line.removeprefix(NAMED).strip() for line in lines if line.startswith(NAMED)]
-    if process.returncode != 0 or not named:
-        reasons = [line for line in lines if line.lower().startswith("error")] or lines[-1:]
-        raise UserError(f"dvc exp run ended with status {process.returncode}: {'; '.join(reasons)}")
+    if not named:
+        raise UserError(f"dvc exp run names no experiment: {lines[-1] if lines else 'it printed nothing'}")
     return named[-1]
 
 
-def publish_result(experiment: str, changes: dict[str, Any]) -> None:
-    """Write the experiment's page to `reports/experiments`, and its numbers to the artifact `result`."""
-    import dvc.api
+def publish_result(experiment: str, changes: dict[str, Any], *, whole: bool) -> None:
+    """Show what changed in the artifact `result`; of a whole run its numbers too, and its page, which is
+    written to `reports/experiments`."""
+    parts = [f"# {experiment}", table("changed param", changes or {"none": "as in params.yaml"})]
+    if whole:
+        import dvc.api
 
-    metrics = json.loads(dvc.api.read("metrics.json", rev=experiment))
-    page = PAGES / f"{experiment}.html"
-    write_text(page, dvc.api.read("reports/index.html", rev=experiment))
-    create_markdown_artifact(
-        key="result",
-        description=f"Experiment {experiment}",
-        markdown="\n\n".join(
-            [
-                f"# {experiment}",
-                _table("changed param", changes or {"none": "as in params.yaml"}),
-                _table("metric", {name: f"{value:.4g}" for name, value in sorted(metrics.items())}),
-                f"Report: [{page}]({page.absolute().as_uri()})",
-                f"Take it into the workspace: `dvc exp apply {experiment}`",
-            ]
-        ),
-    )
+        metrics = json.loads(dvc.api.read("metrics.json", rev=experiment))
+        page = PAGES / f"{experiment}.html"
+        write_text(page, dvc.api.read("reports/index.html", rev=experiment))
+        parts += [
+            table("metric", {name: f"{value:.4g}" for name, value in sorted(metrics.items())}),
+            f"Report: [{page}]({page.absolute().as_uri()})",
+        ]
+    parts.append(f"Take it into the workspace: `dvc exp apply {experiment}`")
+    create_markdown_artifact("\n\n".join(parts), key="result", description=f"Experiment {experiment}")
 
 
-def _table(head: str, rows: dict[str, Any]) -> str:
+def table(head: str, rows: dict[str, Any]) -> str:
+    """A markdown table of names and values."""
     return "\n".join([f"| {head} | value |", "|---|---|", *(f"| {key} | {rows[key]} |" for key in rows)])

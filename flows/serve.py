@@ -9,11 +9,14 @@ import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any, cast
+from typing import TYPE_CHECKING, Any, cast
 
 from flows import runtime
 from prelar.errors import UserError, run_main
 from prelar.names import checked_config
+
+if TYPE_CHECKING:
+    from prefect.deployments.runner import RunnerDeployment
 
 NIGHTLY = "0 3 * * *"
 ANYWHERE = ("0.0.0.0", "::")
@@ -59,29 +62,46 @@ def _server(host: str, port: int) -> Iterator[str]:
 def _serve(url: str) -> None:
     """Make the deployments known to the server and run what it asks for."""
     from prefect import serve
-    from prefect.deployments.runner import RunnerDeployment
+
+    print(f"The Prefect UI: {url} (Ctrl-C stops it)", flush=True)
+    serve(*deployments(), print_starting_message=False)
+
+
+def deployments() -> list[RunnerDeployment]:
+    """What the UI offers. Of each one run at a time; a second waits for the first."""
     from prefect.schedules import Cron
 
+    from flows import stores
+    from flows.experiments import experiments
     from flows.pipeline import pipeline
 
-    def deploy(name: str, description: str, **options: Any) -> RunnerDeployment:
-        made = pipeline.to_deployment(
-            name, description=description, tags=["dvc"], concurrency_limit=1, **options
-        )
-        return cast(RunnerDeployment, made)
-
-    deployments = [
-        deploy(
+    nightly = [Cron(NIGHTLY, active=False, slug="nightly")]
+    offered: list[tuple[Any, str, str, list[str], Any]] = [
+        (
+            pipeline,
             "pipeline",
             "One experiment: the stages of dvc.yaml that the changed params concern.",
-            schedules=[Cron(NIGHTLY, active=False)],
-        )
+            ["dvc", "training"],
+            nightly,
+        ),
+        (
+            experiments,
+            "experiments",
+            "A sweep over params: queued experiments that share their pre-training. Started again, it runs "
+            "what has no result yet.",
+            ["dvc", "training", "sweep"],
+            None,
+        ),
+        (stores.ssv2, "ssv2", "The store of Something-Something V2 alone.", ["dvc", "data"], None),
+        (stores.rlbench, "rlbench", "The store of demonstrations alone.", ["dvc", "data"], None),
     ]
-    for stage in ("ssv2", "rlbench"):
-        about = f"The data stage `{stage}` alone, with the settings of params.yaml."
-        deployments.append(deploy(stage, about, parameters={"targets": [stage]}))
-    print(f"The Prefect UI: {url} (Ctrl-C stops it)", flush=True)
-    serve(*deployments, print_starting_message=False)
+    return [
+        cast(
+            "RunnerDeployment",
+            flow.to_deployment(name, description=about, tags=tags, schedules=schedules, concurrency_limit=1),
+        )
+        for flow, name, about, tags, schedules in offered
+    ]
 
 
 if __name__ == "__main__":

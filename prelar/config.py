@@ -297,10 +297,15 @@ def read_yaml(path: Path) -> Any:
 
 def load_config(path: Path = PARAMS) -> Config:
     """Read and check params.yaml. Raises `UserError` with the key, the value and the remedy in one line."""
+    return parse_config(read_yaml(path), path)
+
+
+def parse_config(values: Any, origin: Path = PARAMS) -> Config:
+    """Check the values of a params.yaml. Raises `UserError` as `load_config` does."""
     try:
-        return Config.model_validate(read_yaml(path))
+        return Config.model_validate(values)
     except ValidationError as error:
-        raise UserError(f"{path}: {_explain(error)}") from None
+        raise UserError(f"{origin}: {_explain(error)}") from None
 
 
 def _explain(error: ValidationError) -> str:

@@ -1,0 +1,325 @@
+"""The flow `experiments`: a sweep over params as queued DVC experiments. `python -m flows.experiments`."""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+import re
+import threading
+import time
+from pathlib import Path
+from typing import Annotated, Any, cast
+from uuid import UUID
+
+from prefect import flow, get_run_logger, task
+from prefect.artifacts import create_markdown_artifact, create_progress_artifact, update_progress_artifact
+from prefect.cache_policies import NO_CACHE
+from prefect.futures import PrefectFuture
+from pydantic import Field
+
+from flows import dvc_queue, forms, runtime, sweep
+from flows.dvc_queue import Entry, Queue
+from prelar import files
+from prelar.config import PARAMS, read_yaml
+from prelar.errors import UserError
+from prelar.names import checked_config
+
+Grid = forms.several_of_each()
+UNCHANGED = Grid()
+PACE = 1.0
+RESTART = 30.0
+COLUMNS = ("success_rate", "prediction_error")
+ENDED = ("done", "failed")
+STAGE = re.compile(r"[Ss]tage '(\w+)'")
+
+
+class Log:
+    """The output of one experiment, read as it grows."""
+
+    def __init__(self) -> None:
+        self._read = 0
+
+    def fresh(self, path: Path) -> list[str]:
+        """The whole lines that are new since the last call."""
+        if not path.is_file():
+            return []
+        with path.open("rb") as handle:
+            handle.seek(self._read)
+            whole, newline, _ = handle.read().rpartition(b"\n")
+        self._read += len(whole) + len(newline)
+        return [line for line in re.split(r"[\r\n]+", whole.decode(errors="replace")) if line.strip()]
+
+
+class Board:
+    """What is known about each experiment, for the threads that show it."""
+
+    def __init__(self) -> None:
+        self._entries: dict[str, Entry] = {}
+        self._closed = threading.Event()
+
+    def update(self, entries: dict[str, Entry]) -> None:
+        """Show entries as they are now."""
+        self._entries = entries
+
+    def close(self) -> None:
+        """Let everyone know that the sweep ends before its experiments."""
+        self._closed.set()
+
+    def entry(self, name: str) -> Entry:
+        """How an experiment fares. Raises `UserError` once the sweep was interrupted."""
+        if self._closed.wait(PACE / 2):
+            raise UserError(f"{name}: withdrawn, for the sweep was interrupted; start it again to go on")
+        return self._entries[name]
+
+
+@task(name="experiment", task_run_name="{name}", cache_policy=NO_CACHE)
+def follow(name: str, board: Board) -> dict[str, float]:
+    """Show an experiment's output until it ends; returns its metrics."""
+    logger, log = get_run_logger(), Log()
+    last = ""
+    while True:
+        entry = board.entry(name)
+        for line in log.fresh(entry.log):
+            logger.info(line)
+            last = line if not line.startswith(" ") else last
+        if entry.state == "done":
+            return dvc_queue.metrics(name)
+        if entry.state == "failed":
+            raise UserError(f"{name} failed: {last or 'no output'}; dvc queue logs {name} has all of it")
+
+
+@flow(name="experiments")
+def experiments(
+    preset: sweep.Preset | None = None,
+    grid: Grid = UNCHANGED,  # type: ignore[valid-type]
+    more: list[dict[str, list[Any]]] | None = None,
+    workers: Annotated[int, Field(ge=1, le=64)] = 2,
+) -> dict[str, str]:
+    """Run what a sweep lacks, as DVC experiments; returns the state of each.
+
+    Args:
+        preset: A sweep of the papers. None: the grid alone.
+        grid: Values for the keys of params.yaml; every combination is an experiment. A key here takes the
+            place of the preset's. What is left empty stays as params.yaml has it.
+        more: Several grids at once, of any keys, such as scales.smoke.pretrain.steps.
+        workers: Experiments at once.
+    """
+    state = dvc_queue.state_of_code()
+    wanted = sweep.plan(grids(preset, grid.model_dump(), more), state)  # type: ignore[attr-defined]
+    with files.exclusive("experiments"):
+        return Sweep(wanted, Queue(workers), state).run()
+
+
+def grids(
+    preset: str | None, grid: dict[str, list[Any]], more: list[dict[str, list[Any]]] | None
+) -> list[dict[str, list[Any]]]:
+    """The grids of a preset or of `more`, each with the keys of `grid` in the place of its own."""
+    given = [*(sweep.PRESETS[preset][1] if preset else ()), *(more or ())]
+    return [{**one, **grid} for one in given or [{}]]
+
+
+class Sweep:
+    """One run of a sweep: lets experiments into the queue, follows them and shows the whole."""
+
+    def __init__(self, wanted: list[sweep.Experiment], queue: Queue, state: str) -> None:
+        self._wanted = {experiment.name: experiment for experiment in wanted}
+        self._queue = queue
+        self._before = (state, read_yaml(PARAMS))
+        self._states = dict.fromkeys(self._wanted, "waiting")
+        self._gate, self._board = sweep.Gate(), Board()
+        self._logs = {name: Log() for name in self._wanted}
+        self._follow: dict[str, PrefectFuture[Any]] = {}
+        self._above = _ancestors(self._before[1], read_yaml(sweep.PIPELINE)["stages"])
+        self._started = 0.0
+        self._changed = False
+
+    def run(self) -> dict[str, str]:
+        """Work until every experiment has ended. Raises `UserError` where one failed or was not started."""
+        for name in dvc_queue.results() & self._wanted.keys():
+            self._end(name, "done")
+        self._enter(self._queue.entries())
+        shown = Shown(self._wanted)
+        try:
+            while not self._over():
+                shown.update(self._states)
+                self._step()
+                time.sleep(PACE)
+        except BaseException:
+            self._board.close()
+            self._queue.withdraw({name for name, state in self._states.items() if state not in ENDED})
+            raise
+        finally:
+            shown.update(self._states)
+        for future in self._follow.values():
+            future.wait()
+        self._complain()
+        return self._states
+
+    def _enter(self, entries: dict[str, Entry]) -> None:
+        """Take up what an earlier run of the sweep left in the queue."""
+        for name in [name for name, state in self._states.items() if state == "waiting"]:
+            if name in entries and entries[name].state in ("queued", "running"):
+                self._gate.enter(self._wanted[name])
+                self._states[name] = entries[name].state
+
+    def _over(self) -> bool:
+        left = {state for state in self._states.values() if state not in ENDED}
+        return not left or (self._changed and left == {"waiting"})
+
+    def _step(self) -> None:
+        """See how the experiments fare, and let the next one into the queue."""
+        entries = self._queue.entries()
+        self._queue.clear_lost({name: entries[name] for name in entries.keys() & self._wanted.keys()})
+        self._board.update(entries)
+        for name, state in self._states.items():
+            if state not in ("waiting", *ENDED) and name in entries:
+                self._see(name, entries[name])
+        if "queued" in self._states.values() and time.monotonic() - self._started > RESTART:
+            self._start()
+        waiting = (name for name, state in self._states.items() if state == "waiting")
+        if admitted := next((name for name in waiting if self._gate.admits(self._wanted[name])), None):
+            self._put(admitted)
+
+    def _see(self, name: str, entry: Entry) -> None:
+        """Note how one experiment fares, and which stages it has passed."""
+        for line in self._logs[name].fresh(entry.log):
+            for stage in STAGE.findall(line):
+                self._gate.passed(self._wanted[name], self._above.get(stage, ()))
+        if entry.state != "queued" and name not in self._follow:
+            self._follow[name] = follow.submit(name, self._board)
+        self._states[name] = entry.state
+        if entry.state in ENDED:
+            self._end(name, entry.state)
+
+    def _put(self, name: str) -> None:
+        if (dvc_queue.state_of_code(), read_yaml(PARAMS)) != self._before:
+            self._changed = True
+            return
+        self._gate.enter(self._wanted[name])
+        self._queue.put(name, self._wanted[name].changes)
+        self._states[name] = "queued"
+        self._start()
+
+    def _start(self) -> None:
+        self._queue.start()
+        self._started = time.monotonic()
+
+    def _end(self, name: str, state: str) -> None:
+        self._states[name] = state
+        self._gate.leave(self._wanted[name], succeeded=state == "done")
+
+    def _complain(self) -> None:
+        failed = [name for name, state in self._states.items() if state == "failed"]
+        waiting = [name for name, state in self._states.items() if state == "waiting"]
+        if waiting:
+            raise UserError(
+                f"code or params.yaml changed while the sweep ran, so {len(waiting)} did not start; "
+                "put the change back, or start the sweep again with it"
+            )
+        if failed:
+            raise UserError(
+                f"{len(failed)} of {len(self._states)} experiments failed ({', '.join(failed[:3])}); "
+                "dvc queue logs NAME says why; start the sweep again to run them again"
+            )
+
+
+def _ancestors(values: dict[str, Any], stages: dict[str, Any]) -> dict[str, set[str]]:
+    """For each stage, every stage that comes before it."""
+    above = sweep.upstream(values, stages)
+    for _ in stages:
+        above = {
+            name: found.union(*(above[other] for other in found)) if found else found
+            for name, found in above.items()
+        }
+    return above
+
+
+class Shown:
+    """The sweep's table and progress in the Prefect UI."""
+
+    def __init__(self, wanted: dict[str, sweep.Experiment]) -> None:
+        self._wanted = wanted
+        self._seen: dict[str, str] = {}
+        self._metrics: dict[str, dict[str, float]] = {}
+        made = create_progress_artifact(0.0, key="sweep-progress", description="Experiments done")
+        self._progress = cast(UUID, made)
+
+    def update(self, states: dict[str, str]) -> None:
+        """Show the states, if they changed."""
+        if states == self._seen:
+            return
+        logger = get_run_logger()
+        for name, state in states.items():
+            if self._seen.get(name) != state != "waiting":
+                logger.info("%s: %s", name, state)
+                print(f"{state:8} {name}", flush=True)
+        self._seen = dict(states)
+        for name, state in states.items():
+            if state == "done" and name not in self._metrics:
+                self._metrics[name] = dvc_queue.metrics(name)
+        ended = sum(state in ENDED for state in states.values())
+        update_progress_artifact(self._progress, 100.0 * ended / len(states))
+        create_markdown_artifact(
+            self._table(states), key="sweep", description=f"{ended} of {len(states)} ended"
+        )
+
+    def _table(self, states: dict[str, str]) -> str:
+        keys = list(dict.fromkeys(itertools.chain(*(one.changes for one in self._wanted.values()))))
+        head = ["experiment", "state", *keys, *COLUMNS]
+        rows = [head, ["---"] * len(head)]
+        for name, state in states.items():
+            measured = self._metrics.get(name, {})
+            values = [str(self._wanted[name].changes.get(key, "")) for key in keys]
+            figures = [f"{measured[column]:.4g}" if column in measured else "" for column in COLUMNS]
+            rows.append([f"`{name}`", state, *values, *figures])
+        return "\n".join(f"| {' | '.join(row)} |" for row in rows)
+
+
+def _arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(prog="python -m flows.experiments", description=__doc__)
+    parser.add_argument(
+        "words",
+        nargs="*",
+        metavar="KEY=VALUE,VALUE…",
+        help="values for keys of params.yaml; each combination is an experiment",
+    )
+    parser.add_argument(
+        "--file", type=Path, help="YAML or JSON: keys with lists of values, or a list of such"
+    )
+    parser.add_argument(
+        "--preset", choices=list(sweep.PRESETS), help="a sweep of the papers; KEY=… narrows it"
+    )
+    parser.add_argument("--list", action="store_true", help="list the presets and exit")
+    parser.add_argument("--dry-run", action="store_true", help="list the experiments and exit")
+    parser.add_argument("--workers", type=int, default=2, help="experiments at once (default: %(default)s)")
+    parser.epilog = "A sweep that is started again runs only what has no result yet."
+    return parser.parse_args()
+
+
+def main() -> None:
+    """Run the sweep that the command line describes."""
+    given = _arguments()
+    if given.list:
+        for name, (about, parts) in sweep.PRESETS.items():
+            print(f"{name:22} {about} ({len(list(sweep.points(parts)))} experiments)")
+        return
+    checked_config()
+    if not 1 <= given.workers <= 64:
+        raise UserError(f"--workers = {given.workers}: choose 1 to 64")
+    words = sweep.words_to_grid(given.words)
+    more = sweep.read_grids(given.file) if given.file else []
+    merged = grids(given.preset, words, more)
+    state = dvc_queue.state_of_code()
+    wanted = sweep.plan(merged, state)
+    if given.dry_run:
+        print("\n".join(experiment.name for experiment in wanted))
+        return
+    if not {experiment.name for experiment in wanted} - dvc_queue.results():
+        print(f"nothing to do: all {len(wanted)} experiments have a result")
+        return
+    with runtime.server():
+        experiments(more=merged, workers=given.workers)
+
+
+if __name__ == "__main__":
+    runtime.run(main)
