@@ -177,7 +177,7 @@ class Finetune(_Frozen):
 
 
 class Evaluate(_Frozen):
-    """One scale's evaluation: episodes of the policy, clips to predict, the probe of the latent action."""
+    """One scale's evaluation: the policy, clips to predict, the latent action's probe, fits to episodes."""
 
     episodes: Count
     time_limit: Annotated[int, Field(ge=1, le=500)]
@@ -186,6 +186,10 @@ class Evaluate(_Frozen):
     length: Count
     probe_episodes: Annotated[int, Field(ge=6)]
     probe_updates: Natural
+    offline_episodes: Annotated[int, Field(ge=4)]
+    offline_updates: Count
+    offline_batch: Count
+    offline_seeds: Count
 
     @model_validator(mode="after")
     def _fits(self) -> Evaluate:

@@ -1,4 +1,4 @@
-"""The evaluation: how often the agent succeeds, how well the models foresee, what the latent action means.
+"""The evaluation: how often the agent succeeds, how well models foresee, what it helped, what actions mean.
 
 Writes metrics.json (few numbers, for `dvc metrics` and `dvc exp show`) and reports/evaluate (tables for
 `dvc plots show`, videos, pictures, and what the report needs to know).
@@ -6,15 +6,17 @@ Writes metrics.json (few numbers, for `dvc metrics` and `dvc exp show`) and repo
 
 from __future__ import annotations
 
+import functools
 import json
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-import pyarrow.compute as pc
 import torch
+from lightning_fabric import Fabric
 from tqdm import tqdm
 
 from prelar.checkpoint import load_config, load_parts
@@ -24,14 +26,17 @@ from prelar.control.envs import PixelEnv, Purpose, episode_seed
 from prelar.control.rollout import Episode, Policy, RandomPolicy, play, summarise
 from prelar.data.store import Store
 from prelar.errors import UserError
-from prelar.evaluation.panels import abreast, contact_sheet, write_png
+from prelar.evaluation import offline
+from prelar.evaluation.dataset import describe, overview
+from prelar.evaluation.panels import abreast, write_png
 from prelar.evaluation.prediction import Prediction, measure, write_prediction
-from prelar.evaluation.probe import collect, run_probe, swap_actions
+from prelar.evaluation.probe import collect, demonstrations, run_probe, swap_actions
 from prelar.files import publish, remove, write_text
 from prelar.loop import set_up
 from prelar.media import write_mp4
-from prelar.methods import METHODS, build_pretrain
+from prelar.methods import METHODS, build_finetune, build_pretrain, load_pretrained
 from prelar.model.world_model import WorldModel
+from prelar.seeds import Stream, generator
 from prelar.sim import ACTION_DIM, Simulator
 from prelar.tables import write_tsv
 
@@ -45,10 +50,20 @@ KEPT_EPISODES = 10
 VIDEO_SIZE = 192
 VIDEO_FRAMES = 250
 VIDEO_FPS = 25
-SHEET = 32
-EXAMPLES = 5
 
 Frames = npt.NDArray[np.uint8]
+
+
+@dataclass(frozen=True)
+class Found:
+    """What a part of the evaluation found: metrics by name, and what the page needs to know beside them."""
+
+    metrics: Mapping[str, float] = field(default_factory=dict)
+    summary: Mapping[str, Any] = field(default_factory=dict)
+
+    def __or__(self, other: Found) -> Found:
+        """Both together."""
+        return Found({**self.metrics, **other.metrics}, {**self.summary, **other.summary})
 
 
 def run(config: Config) -> None:
@@ -65,27 +80,25 @@ def run(config: Config) -> None:
     remove(folder)
     folder.mkdir(parents=True)
 
-    metrics: dict[str, float] = {}
-    summary: dict[str, Any] = {}
     agent, _ = load_agent(FINETUNE, device=fabric.device)
     with fabric.autocast():
-        evaluate_agent(config, agent, folder, metrics, summary)
+        found = evaluate_agent(config, agent, folder)
     if METHODS[config.method].pretrains:
         model = load_pretrained_model(fabric.device)
         with fabric.autocast():
-            evaluate_prediction(config, model, store, folder, metrics, summary)
-            evaluate_actions(config, model, store, folder, metrics, summary)
+            found |= evaluate_prediction(config, model, store, folder)
+            found |= evaluate_actions(config, model, store, folder)
     else:
-        for what in ("prediction", "probe"):
-            summary[f"{what}_missing"] = (
-                f"{config.method} does not pre-train, so there is nothing to measure."
-            )
-    describe_store(store, folder)
+        missing = f"{config.method} does not pre-train, so there is nothing to measure."
+        found |= Found(summary={"prediction_missing": missing, "probe_missing": missing})
+    found |= evaluate_offline(config, fabric, folder)
+    _write_json(folder / "dataset.json", describe(store))
+    write_png(folder / "contact_sheet.png", overview(store))
 
-    _write_json(folder / "summary.json", summary)
+    _write_json(folder / "summary.json", found.summary)
     publish(folder, REPORT)
-    _write_json(METRICS, {name: float(f"{value:.9g}") for name, value in metrics.items()})
-    print(f"evaluate: {told(metrics)} -> {METRICS}, {REPORT}", flush=True)
+    _write_json(METRICS, {name: float(f"{value:.9g}") for name, value in found.metrics.items()})
+    print(f"evaluate: {told(found.metrics)} -> {METRICS}, {REPORT}", flush=True)
 
 
 def told(metrics: Mapping[str, float]) -> str:
@@ -120,9 +133,7 @@ def load_pretrained_model(device: torch.device) -> WorldModel:
 # --- The agent --------------------------------------------------------------------------------------------
 
 
-def evaluate_agent(
-    config: Config, agent: Any, folder: Path, metrics: dict[str, float], summary: dict[str, Any]
-) -> None:
+def evaluate_agent(config: Config, agent: Any, folder: Path) -> Found:
     """Play the evaluation episodes; write their table and video, and how well the model foresees them."""
     settings = config.evaluate
     seed = episode_seed(config.seed, Purpose.EVALUATE)
@@ -140,11 +151,8 @@ def evaluate_agent(
     write_png(folder / "policy_poster.png", video[len(video) // 2])
     write_episodes(folder / "episodes.tsv", played)
 
-    result = summarise(played)
-    metrics |= {"success_rate": result["success"], "return": result["return"]}
-    returns = [episode.total for episode in played]
-    summary["policy"] = {"shown": len(shown)}
-    summary["episodes"] = {
+    result, returns = summarise(played), [episode.total for episode in played]
+    episodes = {
         "count": len(played),
         "successes": sum(episode.success for episode in played),
         "time_limit": settings.time_limit,
@@ -152,20 +160,24 @@ def evaluate_agent(
         "return_max": max(returns),
         "random": summarise(chance),
     }
+    found = Found(
+        {"success_rate": result["success"], "return": result["return"]},
+        {"policy": {"shown": len(shown)}, "episodes": episodes},
+    )
     segments = cut_segments(played, settings.length, settings.clips)
-    if segments is not None:
-        frames, actions = segments
-        device = agent.device
-        found = measure(
-            agent.model.open_loop,
-            frames,
-            observed=settings.observed,
-            device=device,
-            actions=actions,
-            seed=config.seed,
-        )
-        write_prediction(folder, "prediction_policy", "open_loop_policy", found)
-        _record(found, "prediction_policy", "prediction_error_policy", metrics, summary)
+    if segments is None:
+        return found
+    frames, actions = segments
+    prediction = measure(
+        agent.model.open_loop,
+        frames,
+        observed=settings.observed,
+        device=agent.device,
+        actions=actions,
+        seed=config.seed,
+    )
+    write_prediction(folder, "prediction_policy", "open_loop_policy", prediction)
+    return found | _record(prediction, "prediction_policy", "prediction_error_policy")
 
 
 def play_visibly(
@@ -231,52 +243,43 @@ def cut_segments(
 # --- The pre-trained model --------------------------------------------------------------------------------
 
 
-def evaluate_prediction(
-    config: Config,
-    model: WorldModel,
-    store: Store,
-    folder: Path,
-    metrics: dict[str, float],
-    summary: dict[str, Any],
-) -> None:
-    """Open-loop prediction of held-out clips; where the store has none, `summary` says so."""
+def evaluate_prediction(config: Config, model: WorldModel, store: Store, folder: Path) -> Found:
+    """Open-loop prediction of held-out clips; where the store has none, the summary says so."""
     settings = config.evaluate
     truth = held_out(store, length=settings.length, count=settings.clips, seed=config.seed)
     if truth is None:
-        summary["prediction_missing"] = (
-            f"Not measured: no clip of the {SPLIT} split has {settings.length} frames or more."
-        )
-        return
+        missing = f"Not measured: no clip of the {SPLIT} split has {settings.length} frames or more."
+        return Found(summary={"prediction_missing": missing})
     device = next(model.parameters()).device
-    found = measure(model.open_loop, truth, observed=settings.observed, device=device, seed=config.seed)
-    write_prediction(folder, "prediction", "open_loop", found)
-    _record(found, "prediction", "prediction_error", metrics, summary)
-    summary["prediction"] |= {"split": SPLIT, "latent": infers_actions(model)}
+    prediction = measure(model.open_loop, truth, observed=settings.observed, device=device, seed=config.seed)
+    write_prediction(folder, "prediction", "open_loop", prediction)
+    more = {"split": SPLIT, "latent": infers_actions(model)}
+    return _record(prediction, "prediction", "prediction_error", **more)
 
 
-def evaluate_actions(
-    config: Config,
-    model: WorldModel,
-    store: Store,
-    folder: Path,
-    metrics: dict[str, float],
-    summary: dict[str, Any],
-) -> None:
-    """Probe the latent action and draw the action swap; `summary` says where a method has none."""
+def evaluate_actions(config: Config, model: WorldModel, store: Store, folder: Path) -> Found:
+    """Probe the latent action and draw the action swap; the summary says where a method has none."""
     if not infers_actions(model):
-        summary["probe_missing"] = f"{config.method} infers no actions from video."
-        return
+        return Found(summary={"probe_missing": f"{config.method} infers no actions from video."})
     settings, device = config.evaluate, next(model.parameters()).device
+    seed = episode_seed(config.seed, Purpose.PROBE)
     with Simulator(config.task) as simulator:
-        seed = episode_seed(config.seed, Purpose.PROBE)
-        episodes = collect(simulator, episodes=settings.probe_episodes, seed=seed)
-    result = run_probe(model, episodes, updates=settings.probe_updates, seed=config.seed, device=device)
-    _write_json(folder / "probe.json", result | {"task": config.task})
-    metrics |= {"probe_r2": result["rows"][0]["mean"], "probe_r2_untrained": result["rows"][1]["mean"]}
+        played = collect(simulator, episodes=settings.probe_episodes, seed=seed)
+    recorded = demonstrations(store, episodes=settings.probe_episodes, seed=seed)
+    found = Found()
+    for name, episodes in (("probe", played), ("probe_demonstrations", recorded)):
+        if episodes is not None:
+            result = run_probe(
+                model, episodes, updates=settings.probe_updates, seed=config.seed, device=device
+            )
+            _write_json(folder / f"{name}.json", result)
+            latent, untrained = (row["mean"] for row in result["rows"][:2])
+            found |= Found({f"{name}_r2": latent, f"{name}_r2_untrained": untrained})
     clips = held_out(store, length=settings.length, count=settings.clips, seed=config.seed)
     picture = None if clips is None else swap_actions(model, clips, observed=settings.observed, device=device)
     if picture is not None:
         write_png(folder / "action_swap.png", picture)
+    return found
 
 
 def infers_actions(model: WorldModel) -> bool:
@@ -297,49 +300,63 @@ def held_out(store: Store, *, length: int, count: int, seed: int) -> Frames | No
     return store.read_many(store.clip_start[chosen] + offsets, length)
 
 
-def _record(
-    found: Prediction, name: str, metric: str, metrics: dict[str, float], summary: dict[str, Any]
-) -> None:
-    metrics[metric] = float(found.model.mean())
-    metrics[f"{metric}_copy"] = float(found.copy.mean())
-    clips, length = found.truth.shape[:2]
-    summary[name] = {"clips": clips, "observed": found.observed, "length": length}
+def _record(prediction: Prediction, name: str, metric: str, **more: Any) -> Found:
+    clips, length = prediction.truth.shape[:2]
+    return Found(
+        {metric: float(prediction.model.mean()), f"{metric}_copy": float(prediction.copy.mean())},
+        {name: {"clips": clips, "observed": prediction.observed, "length": length, **more}},
+    )
 
 
-# --- The data ---------------------------------------------------------------------------------------------
+# --- The start of fine-tuning -----------------------------------------------------------------------------
 
 
-def describe_store(store: Store, folder: Path) -> None:
-    """Write what the page says of the store (dataset.json), and a contact sheet of its clips."""
-    bad = store.index.filter(pc.equal(store.index["status"], "bad"))
-    reasons: dict[str, list[str]] = {}
-    for row in bad.select(["id", "reason"]).to_pylist():
-        reasons.setdefault(row["reason"], []).append(row["id"])
-    counts = pc.value_counts(store.clip_index["split"]).to_pylist()
-    picks = np.unique(np.linspace(0, store.num_clips - 1, min(SHEET, store.num_clips)).round().astype(int))
-    middles = store.clip_start[picks] + store.clip_length[picks] // 2
-    write_png(folder / "contact_sheet.png", contact_sheet(store.read_many(middles, 1)[:, 0]))
-    description = {
-        "frames": store.num_frames,
-        "clips": store.num_clips,
-        "pairs": int((store.clip_length - 1).sum()),
-        "labels": len(pc.unique(store.clip_index["label"])),
-        "splits": {item["values"]: item["counts"] for item in sorted(counts, key=lambda i: str(i["values"]))},
-        "bad": len(bad),
-        "shortest": int(store.clip_length.min()),
-        "longest": int(store.clip_length.max()),
-        "median": float(np.median(store.clip_length)),
-        "sheet": len(picks),
-        "reasons": [
-            {"reason": reason, "count": len(ids), "examples": ids[:EXAMPLES]}
-            for reason, ids in sorted(reasons.items())
-        ],
-        "attributes": {
-            key: value if isinstance(value, str) else json.dumps(value) for key, value in store.attrs.items()
-        },
+def evaluate_offline(config: Config, fabric: Fabric, folder: Path) -> Found:
+    """Fit the world model of fine-tuning to fixed episodes, from the checkpoint and from scratch."""
+    settings = config.evaluate
+    seed = episode_seed(config.seed, Purpose.OFFLINE)
+    with Simulator(config.task) as simulator:
+        learnt, episodes = offline.collect(simulator, episodes=settings.offline_episodes, seed=seed)
+    cut = offline.segments(episodes, settings.length)
+    parts, _ = load_parts(PRETRAIN)
+    spec = load_config(FINETUNE)["model"] | {"bonus": 0.0, "dual_reward": False}
+
+    def build(pretrained: bool) -> WorldModel:
+        model = build_finetune(**spec)
+        if pretrained:
+            load_pretrained(model, parts)
+        return model
+
+    numbers = range(settings.offline_seeds)
+    seeds = [int(generator(Stream.OFFLINE, config.seed, number).integers(2**31)) for number in numbers]
+    metrics: dict[str, float] = {}
+    starts = {"scratch": False} | ({"pretrained": True} if METHODS[config.method].pretrains else {})
+    for start, pretrained in starts.items():
+        table = offline.compare(
+            fabric,
+            functools.partial(build, pretrained),
+            learnt,
+            cut,
+            seeds=seeds,
+            updates=settings.offline_updates,
+            batch=settings.offline_batch,
+            observed=settings.observed,
+        )
+        write_tsv(folder / f"offline_{start}.tsv", table)
+        metrics |= {f"offline_{name}_{start}": table[name][-1] for name in ("error", "reward_error")}
+    copied, mean = offline.baselines(learnt, cut, settings.observed)
+    summary = {
+        "seeds": settings.offline_seeds,
+        "learnt": len(learnt.reward),
+        "held_out": len(episodes.reward),
+        "steps": learnt.reward.shape[1] - 1,
+        "observed": settings.observed,
+        "ahead": settings.length - settings.observed,
+        "copy_error": copied,
+        "mean_reward_error": mean,
     }
-    _write_json(folder / "dataset.json", description)
+    return Found(metrics, {"offline": summary})
 
 
-def _write_json(path: Path, content: dict[str, Any]) -> None:
-    write_text(path, json.dumps(content, indent=2, sort_keys=True) + "\n")
+def _write_json(path: Path, content: Mapping[str, Any]) -> None:
+    write_text(path, json.dumps(dict(content), indent=2, sort_keys=True) + "\n")

@@ -20,6 +20,7 @@ class Stream(IntEnum):
     REPLAY = 4  # seed, update
     EPISODE = 5  # seed, episode
     PROBE = 6  # seed, update
+    OFFLINE = 7  # seed, number of the fit, and the update within it
 
 
 def generator(stream: Stream, *numbers: int) -> np.random.Generator:

@@ -61,6 +61,10 @@ TINY: dict[str, Any] = {
                 "length": 6,
                 "probe_episodes": 6,
                 "probe_updates": 2,
+                "offline_episodes": 4,
+                "offline_updates": 2,
+                "offline_batch": 2,
+                "offline_seeds": 1,
             },
         }
     },

@@ -57,10 +57,21 @@ def make_probe(folder: Path) -> None:
         {"name": name, "r2": [0.5 - 0.1 * k, 0.4, 0.25, -0.0123], "mean": 0.3 - 0.05 * k}
         for k, name in enumerate((*names, "encoder trained with labels"))
     ]
-    head = {"dimensions": ["x", "y", "z", "gripper"], "held": 5, "train": 300, "test": 150, "task": "reach"}
+    head = {"dimensions": ["x", "y", "z", "gripper"], "train": 300, "test": 150}
     folder.mkdir(parents=True, exist_ok=True)
-    (folder / "probe.json").write_text(json.dumps(head | {"rows": rows}), encoding="utf-8")
+    for name in ("probe", "probe_demonstrations"):
+        (folder / f"{name}.json").write_text(json.dumps(head | {"rows": rows}), encoding="utf-8")
     write_png(folder / "action_swap.png", grid(np.stack([moving(7)] * 6)))
+
+
+def make_offline(folder: Path, start: str, factor: float) -> None:
+    """Write the errors of the world model that was fitted to fixed episodes from one start."""
+    updates = list(range(0, 21, 2))
+    table: dict[str, list[float]] = {"step": [float(update) for update in updates]}
+    for name, size in (("error", 0.08), ("reward_error", 4.0)):
+        for suffix, share in (("", 1.0), ("_min", 0.9), ("_max", 1.2)):
+            table[name + suffix] = [factor * share * size * math.exp(-update / 8) for update in updates]
+    write_tsv(folder / f"offline_{start}.tsv", table)
 
 
 def make_evaluation(folder: Path, *, pretrained: bool = True) -> None:
@@ -85,12 +96,24 @@ def make_evaluation(folder: Path, *, pretrained: bool = True) -> None:
         },
         "policy": {"shown": 3},
         "prediction_policy": segments,
+        "offline": {
+            "seeds": 2,
+            "learnt": 4,
+            "held_out": 2,
+            "steps": 100,
+            "observed": 5,
+            "ahead": 11,
+            "copy_error": 0.0031,
+            "mean_reward_error": 2.5,
+        },
     }
+    make_offline(folder, "scratch", 1.0)
     names = ["prediction_policy"]
     if pretrained:
         summary["prediction"] = {**segments, "split": "validation", "latent": True}
         names.append("prediction")
         make_probe(folder)
+        make_offline(folder, "pretrained", 0.5)
     else:
         summary["prediction_missing"] = "DreamerV2 has no pre-trained model."
     for name in names:

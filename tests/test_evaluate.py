@@ -20,6 +20,7 @@ from prelar.control.behaviour import Actor
 from prelar.control.rollout import Episode
 from prelar.data.store import Store, StoreWriter
 from prelar.errors import UserError
+from prelar.evaluation import offline
 from prelar.methods import build_finetune, build_pretrain
 from prelar.tables import read_tsv
 from tests.conftest import ROOT
@@ -34,6 +35,7 @@ SIZES: dict[str, Any] = {
     "action_dim": 8,
 }
 UNITS = {"units": 16, "layers": 1}
+STARTS = ("pretrained", "scratch")
 
 
 def make_store(path: Path, *, splits: tuple[str, ...] = ("train", "validation")) -> Store:
@@ -63,6 +65,7 @@ def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """An empty project folder as the working directory; the probe's episodes are short."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(evaluate, "collect", functools.partial(evaluate.collect, steps=10))
+    monkeypatch.setattr(offline, "collect", functools.partial(offline.collect, steps=12))
     shutil.copy(ROOT / "params.yaml", tmp_path)
     return tmp_path
 
@@ -79,6 +82,10 @@ def configure(**changes: Any) -> Config:
             "length": 6,
             "probe_episodes": 6,
             "probe_updates": 2,
+            "offline_episodes": 4,
+            "offline_updates": 2,
+            "offline_batch": 2,
+            "offline_seeds": 2,
         }
     )
     smoke = config.scales.smoke.model_copy(update={"evaluate": evaluation})
@@ -108,7 +115,8 @@ def test_evaluation_writes_metrics_tables_and_videos_twice_the_same(place: Path,
         "prediction_error_policy_copy",
     }
     probed = {"probe_r2", "probe_r2_untrained"} if method == "prelar" else set()
-    assert metrics.keys() == {"success_rate", "return"} | errors | probed
+    fitted = {f"offline_{error}_{start}" for error in ("error", "reward_error") for start in STARTS}
+    assert metrics.keys() == {"success_rate", "return"} | errors | probed | fitted
     assert all(0 < metrics[name] < 1 for name in errors)
     assert read_tsv(place / "reports/evaluate/prediction.tsv")["step"] == [1, 2, 3, 4]
     played = read_tsv(place / "reports/evaluate/episodes.tsv")
@@ -116,6 +124,10 @@ def test_evaluation_writes_metrics_tables_and_videos_twice_the_same(place: Path,
     assert (place / "reports/evaluate/action_swap.png").exists() == (method == "prelar")
     summary = json.loads((place / "reports/evaluate/summary.json").read_text())
     assert summary["prediction"]["latent"] == (method == "prelar")
+    curves = {start: read_tsv(place / f"reports/evaluate/offline_{start}.tsv") for start in STARTS}
+    assert curves["scratch"]["step"] == curves["pretrained"]["step"] == [0, 1, 2]
+    assert curves["pretrained"]["error"][0] != curves["scratch"]["error"][0]
+    assert curves["scratch"]["error"][-1] == pytest.approx(metrics["offline_error_scratch"])
     dataset = json.loads((place / "reports/evaluate/dataset.json").read_text())
     assert (dataset["clips"], dataset["frames"], dataset["pairs"]) == (7, 49, 42)
     assert dataset["splits"] == {"train": 4, "validation": 3}
@@ -148,6 +160,7 @@ def test_a_method_without_pretraining_and_its_page(
     report.run(config)
     metrics = json.loads((place / "metrics.json").read_text())
     assert "prediction_error" not in metrics and metrics["prediction_error_policy"] > 0
+    assert metrics["offline_error_scratch"] > 0 and "offline_error_pretrained" not in metrics
     assert "DreamerV2 has no pre-training" in (place / "reports/index.html").read_text()
 
 
@@ -155,11 +168,9 @@ def test_a_store_without_held_out_clips_is_said(place: Path) -> None:
     make_store(place / "data/ssv2.zarr", splits=("train",))
     make_checkpoints("prelar", "reach")
     store, model = Store.open(place / "data/ssv2.zarr"), evaluate.load_pretrained_model(torch.device("cpu"))
-    metrics: dict[str, float] = {}
-    summary: dict[str, Any] = {}
-    evaluate.evaluate_prediction(configure(), model, store, place, metrics, summary)
-    assert metrics == {} and not list(place.glob("*.mp4"))
-    assert "no clip of the validation split has 6 frames" in summary["prediction_missing"]
+    found = evaluate.evaluate_prediction(configure(), model, store, place)
+    assert found.metrics == {} and not list(place.glob("*.mp4"))
+    assert "no clip of the validation split has 6 frames" in found.summary["prediction_missing"]
 
 
 def test_the_closing_line_tells_the_pretrained_models_error_where_there_is_one() -> None:

@@ -17,6 +17,7 @@ from prelar import evaluate, finetune, pretrain
 from prelar.checkpoint import load_config as load_description
 from prelar.config import Config, read_yaml
 from prelar.data.store import StoreWriter
+from prelar.evaluation import offline
 from prelar.methods import METHODS
 from tests.conftest import ROOT, TINY, merge
 from tests.control.toy_run import TINY as TINY_FINETUNE
@@ -29,7 +30,7 @@ STEPS = 2
 def make_store(dataset: str) -> None:
     """Six clips of 6 to 8 frames; demonstrations carry actions and the gripper's pose besides."""
     random = np.random.default_rng(0)
-    arrays = {"actions": 4, "gripper": 7} if dataset == "rlbench" else {}
+    arrays = {"actions": 4, "gripper": 8} if dataset == "rlbench" else {}
     with StoreWriter(Path(f"data/{dataset}.zarr"), arrays=arrays) as writer:
         for number in range(6):
             length = 6 + number % 3
@@ -71,6 +72,8 @@ def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """An empty folder as the working directory; the probe's episodes are short."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(evaluate, "collect", functools.partial(evaluate.collect, steps=6))
+    monkeypatch.setattr(evaluate, "demonstrations", functools.partial(evaluate.demonstrations, steps=4))
+    monkeypatch.setattr(offline, "collect", functools.partial(offline.collect, steps=6))
     threads = torch.get_num_threads()
     yield
     torch.set_num_threads(threads)
@@ -94,6 +97,8 @@ def test_a_method_runs_through_every_stage(method: str, dataset: str) -> None:
     assert metrics["success_rate"] in (0, 1) and metrics["prediction_error_policy"] > 0
     assert ("prediction_error" in metrics) == pretrains
     assert ("probe_r2" in metrics) == (method == "prelar")
+    assert ("probe_demonstrations_r2" in metrics) == (method == "prelar" and dataset == "rlbench")
+    assert ("offline_error_pretrained" in metrics) == pretrains and metrics["offline_error_scratch"] > 0
     assert all(math.isfinite(value) for value in metrics.values())
     described = json.loads((evaluate.REPORT / "dataset.json").read_text(encoding="utf-8"))
     assert (described["clips"], described["attributes"]["source"]) == (6, dataset)

@@ -51,6 +51,7 @@ class Purpose(IntEnum):
     CURVE = 1
     EVALUATE = 2
     PROBE = 3
+    OFFLINE = 4
 
 
 class EpisodeState(NamedTuple):

@@ -1,9 +1,10 @@
 """Does the latent action mean anything?
 
 A ridge regression reads the hand's displacement and the gripper's change off the latent action of a pair of
-frames. The episodes are of random actions, each held for a few steps, since an expert's pose and phase give
-its action away. Beside the pre-trained encoder stand four controls: an untrained encoder, the raw difference
-of the frames, shuffled pairs (the floor), and an encoder trained with the labels (the ceiling).
+frames. The episodes are either of random actions in Meta-World, each held for a few steps, since an expert's
+pose and phase give its action away, or recorded demonstrations of a store. Beside the pre-trained encoder
+stand four controls: an untrained encoder, the raw difference of the frames, shuffled pairs (the floor), and
+an encoder trained with the labels (the ceiling).
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
+from prelar.data.store import Store
 from prelar.evaluation.panels import grid
 from prelar.loop import adam, seed_step
 from prelar.methods import build_pretrain
@@ -41,20 +43,24 @@ SWAP_ROWS, SWAP_COLUMNS, SWAP_STEPS = 4, 6, 3
 
 @dataclass(frozen=True)
 class Episodes:
-    """E episodes of random actions: frames uint8 (E, T, 64, 64, 3), change float64 (E, T - 1, 4).
+    """E episodes: frames uint8 (E, T, 64, 64, 3), change float64 (E, T - 1, 4), held_out bool (E,).
 
     `change[e, t]` is what happened between frames t and t + 1: the hand's displacement in metres and the
-    change of the gripper's opening.
+    change of the gripper's opening. `held_out` tells which episodes test the regression.
     """
 
     frames: Frames
     change: Floats
+    held_out: npt.NDArray[np.bool_]
 
 
 def collect(
     simulator: Simulator, *, episodes: int, seed: int, steps: int = STEPS, held: int = HELD
 ) -> Episodes:
-    """Play random episodes, each action held `held` steps: a pure function of arguments and task."""
+    """Play random episodes, each action held `held` steps: a pure function of arguments and task.
+
+    Every third, from the second on, is held out.
+    """
     frames, change = [], []
     for episode in tqdm(range(episodes), desc="evaluate: probe", unit="episode", disable=None):
         random = np.random.default_rng([seed, episode])
@@ -66,24 +72,62 @@ def collect(
             seen.append(simulator.render())
             places.append(simulator.gripper)
         frames.append(np.stack(seen))
-        path = np.stack(places).astype(np.float64)
-        change.append(np.diff(np.concatenate([path[:, POSITION], path[:, OPENING]], axis=1), axis=0))
-    return Episodes(np.stack(frames), np.stack(change))
+        change.append(_change(np.stack(places)))
+    return Episodes(np.stack(frames), np.stack(change), np.arange(episodes) % TEST_SHARE == 1)
 
 
-def ridge_r2(features: npt.NDArray[Any], targets: Floats, groups: npt.NDArray[np.int64]) -> Floats:
+def demonstrations(store: Store, *, episodes: int, seed: int, steps: int = STEPS) -> Episodes | None:
+    """Segments of `steps` pairs of at most `episodes` recorded episodes, a third of them held out.
+
+    They are seen by the store's first camera by name: a direction in the world looks different to each. The
+    held-out ones are of the validation split, the others of the training split. A pure function of store and
+    arguments. None where the store does not tell where the hand was, or has too few episodes of that length.
+    """
+    if not store.has("gripper"):
+        return None
+    cameras = np.array(store.clip_index["camera"].to_pylist(), dtype=object)
+    camera = min((name for name in cameras if name is not None), default=None)
+    random = np.random.default_rng(seed)
+    chosen: dict[str, npt.NDArray[np.int64]] = {}
+    for split, share in (
+        ("train", episodes - episodes // TEST_SHARE),
+        ("validation", episodes // TEST_SHARE),
+    ):
+        clips = store.clips(split, min_length=steps + 1)
+        chosen[split] = np.sort(random.permutation(clips[cameras[clips] == camera])[:share])
+    if len(chosen["train"]) < TEST_SHARE or not len(chosen["validation"]):
+        return None
+    clips = np.concatenate([chosen["train"], chosen["validation"]])
+    starts = store.clip_start[clips] + random.integers(0, store.clip_length[clips] - steps)
+    gripper = store.array("gripper")
+    change = np.stack([_change(gripper[start : start + steps + 1]) for start in starts])
+    frames = store.read_many(starts, steps + 1)
+    return Episodes(frames, change, np.arange(len(clips)) >= len(chosen["train"]))
+
+
+def _change(places: npt.NDArray[np.float32]) -> Floats:
+    """What happens from each place of the hand (T, 8) to the next, as in `Episodes` (T - 1, 4)."""
+    path = places.astype(np.float64)
+    return np.diff(np.concatenate([path[:, POSITION], path[:, OPENING]], axis=1), axis=0)
+
+
+def ridge_r2(
+    features: npt.NDArray[Any],
+    targets: Floats,
+    groups: npt.NDArray[np.int64],
+    test: npt.NDArray[np.bool_],
+) -> Floats:
     """R² of a ridge regression on held-out groups, for each target.
 
     Args:
         features: (N, F); scaled to zero mean and unit variance by the training rows.
         targets: (N, D).
-        groups: (N,) numbers of episodes. Every third, from the second on, is for the test; of the others
-            every third chooses the penalty.
+        groups: (N,) numbers of episodes.
+        test: (N,) whether a row's episode is for the test; of the others every third chooses the penalty.
 
     Returns:
         (D,), 1 - Σ(y - ŷ)² / Σ(y - mean)²; 0 for a target that does not vary.
     """
-    test = groups % TEST_SHARE == 1
     train = ~test
     ranks = np.unique(groups[train], return_inverse=True)[1]
     inner = ranks % TEST_SHARE == 1
@@ -123,47 +167,39 @@ def run_probe(
 
     Args:
         model: a pre-training model that infers latent actions.
-        episodes: at least four.
+        episodes: at least three to fit, and one held out.
         updates: gradient steps of the encoder that is trained with the labels.
         seed: of the untrained weights, the shuffling and the batches.
         device: where the model lives.
     """
     count, pairs = episodes.change.shape[:2]
-    groups = np.repeat(np.arange(count), pairs)
+    groups, test = np.repeat(np.arange(count), pairs), np.repeat(episodes.held_out, pairs)
     targets = episodes.change.reshape(-1, len(DIMENSIONS))
     with torch.autocast(device.type, enabled=False):
-        features = _features(model, episodes, groups, updates=updates, seed=seed, device=device)
+        features = _features(model, episodes, updates=updates, seed=seed, device=device)
     rows = []
     for name, values in features.items():
-        r2 = ridge_r2(values, targets, groups)
+        r2 = ridge_r2(values, targets, groups, test)
         rows.append({"name": name, "r2": r2.tolist(), "mean": float(r2.mean())})
-    test = int((groups % TEST_SHARE == 1).sum())
     return {
         "dimensions": list(DIMENSIONS),
-        "held": HELD,
-        "train": len(groups) - test,
-        "test": test,
+        "train": int((~test).sum()),
+        "test": int(test.sum()),
         "rows": rows,
     }
 
 
 def _features(
-    model: WorldModel,
-    episodes: Episodes,
-    groups: npt.NDArray[np.int64],
-    *,
-    updates: int,
-    seed: int,
-    device: torch.device,
+    model: WorldModel, episodes: Episodes, *, updates: int, seed: int, device: torch.device
 ) -> dict[str, npt.NDArray[Any]]:
-    """What the regression reads, by name: rows (N, F) for the N pairs, of episodes `groups` (N,)."""
+    """What the regression reads, by name: rows (N, F) for the N pairs, episode after episode."""
     latent = _latent(model.infer_actions, episodes.frames, device)
     torch.manual_seed(seed)
     fresh = build_pretrain(**model.spec).to(device)
     untrained = _latent(fresh.infer_actions, episodes.frames, device)
-    order = np.random.default_rng(seed).permutation(len(groups))
-    difference = np.diff(episodes.frames.astype(np.float32), axis=1).reshape(len(groups), -1)
-    taught = _teach(fresh, episodes, groups % TEST_SHARE != 1, updates=updates, seed=seed, device=device)
+    order = np.random.default_rng(seed).permutation(len(latent))
+    difference = np.diff(episodes.frames.astype(np.float32), axis=1).reshape(len(latent), -1)
+    taught = _teach(fresh, episodes, updates=updates, seed=seed, device=device)
     return {
         "latent action, pre-trained": latent,
         "untrained encoder": untrained,
@@ -186,18 +222,12 @@ def _latent(infer: Callable[[Tensor, Tensor], Tensor | None], frames: Frames, de
 
 
 def _teach(
-    model: WorldModel,
-    episodes: Episodes,
-    train: npt.NDArray[np.bool_],
-    *,
-    updates: int,
-    seed: int,
-    device: torch.device,
+    model: WorldModel, episodes: Episodes, *, updates: int, seed: int, device: torch.device
 ) -> Callable[[Tensor, Tensor], Tensor]:
     """Train the action encoder of a fresh model with a linear head on the labels; returns how it infers."""
     action: Any = model.action
     pairs = episodes.change.shape[1]
-    numbers = np.flatnonzero(train.reshape(-1, pairs)[:, 0])
+    numbers = np.flatnonzero(~episodes.held_out)
     labels = episodes.change[numbers]
     scaled = (labels - labels.mean((0, 1))) / np.maximum(labels.std((0, 1)), 1e-9)
     head = nn.Linear(action.action_dim, len(DIMENSIONS)).to(device)

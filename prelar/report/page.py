@@ -18,12 +18,13 @@ from prelar.config import Config
 from prelar.files import write_text
 from prelar.report.figures import number
 from prelar.report.results import PAGE, Results, Section
-from prelar.report.sections import action, data, origin, prediction, pretraining, task
+from prelar.report.sections import action, data, offline, origin, prediction, pretraining, task
 
 TEMPLATES = Path(__file__).parent / "templates"
 SECTIONS: tuple[Callable[[Results], Section], ...] = (
     task.section,
     prediction.section,
+    offline.section,
     action.section,
     pretraining.section,
     data.section,

@@ -3,12 +3,22 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 
-from prelar.evaluation.probe import HELD, Episodes, collect, ridge_r2, run_probe, swap_actions
+from prelar.data.store import Store, StoreWriter
+from prelar.evaluation.probe import (
+    HELD,
+    Episodes,
+    collect,
+    demonstrations,
+    ridge_r2,
+    run_probe,
+    swap_actions,
+)
 from prelar.methods import build_pretrain
 from prelar.sim import Simulator
 from tests.fake_results import moving
@@ -34,7 +44,7 @@ def test_what_determines_the_target_scores_one_and_noise_nothing(random: np.rand
     groups = np.repeat(np.arange(12), 40)
     x = random.normal(size=(480, 6))
     targets = np.stack([x @ random.normal(size=6), random.normal(size=480), np.full(480, 3.0)], 1)
-    r2 = ridge_r2(x, targets, groups)
+    r2 = ridge_r2(x, targets, groups, groups % 3 == 1)
     assert r2[0] > 0.999
     assert abs(r2[1]) < 0.1
     assert r2[2] == 0
@@ -45,7 +55,9 @@ def test_more_features_than_rows_are_solved_alike(random: np.random.Generator) -
     x = random.normal(size=(180, 3))
     wide = np.concatenate([x] + [x * 0] * 99, axis=1).astype(np.float32)
     targets = x @ random.normal(size=(3, 2)) + 0.1 * random.normal(size=(180, 2))
-    assert ridge_r2(wide, targets, groups) == pytest.approx(ridge_r2(x, targets, groups), abs=1e-3)
+    assert ridge_r2(wide, targets, groups, groups % 3 == 1) == pytest.approx(
+        ridge_r2(x, targets, groups, groups % 3 == 1), abs=1e-3
+    )
 
 
 def test_test_rows_do_not_help_the_fit(random: np.random.Generator) -> None:
@@ -53,7 +65,7 @@ def test_test_rows_do_not_help_the_fit(random: np.random.Generator) -> None:
     x, y = random.normal(size=(180, 3)), random.normal(size=(180, 1))
     test = groups % 3 == 1
     y[test] = (x[test] @ [[1], [2], [3]]) * 100
-    assert ridge_r2(x, y, groups)[0] < 0.2
+    assert ridge_r2(x, y, groups, test)[0] < 0.2
 
 
 def test_episodes_hold_each_action_and_tell_what_moved() -> None:
@@ -72,6 +84,47 @@ def test_episodes_hold_each_action_and_tell_what_moved() -> None:
     assert not np.array_equal(found.frames[0, -1], found.frames[1, -1])
 
 
+def make_demonstrations(path: Path, *, arrays: dict[str, int]) -> Store:
+    """Twelve episodes of 4 to 9 frames, each seen by two cameras; every third episode is for validation."""
+    with StoreWriter(path, arrays=arrays) as writer:
+        for episode in range(12):
+            length = 4 + episode % 6
+            gripper = np.random.default_rng(episode).normal(size=(length, 8)).astype(np.float32)
+            for camera in ("side", "front"):
+                row = {
+                    "id": f"{episode}-{camera}",
+                    "split": "validation" if episode % 3 == 0 else "train",
+                    "label": "reach",
+                    "camera": camera,
+                    "episode": episode,
+                }
+                frames = np.full((length, 64, 64, 3), 20 * episode + (camera == "front"), np.uint8)
+                writer.append(frames, row, **({"gripper": gripper} if arrays else {}))
+        return writer.finish({"source": "test"})
+
+
+def test_recorded_episodes_are_of_one_camera_and_held_out_by_split(tmp_path: Path) -> None:
+    store = make_demonstrations(tmp_path / "x.zarr", arrays={"gripper": 8})
+    found = demonstrations(store, episodes=9, seed=4, steps=4)
+    again = demonstrations(store, episodes=9, seed=4, steps=4)
+    assert found is not None and again is not None
+    assert np.array_equal(found.frames, again.frames) and np.array_equal(found.change, again.change)
+    numbers, views = np.divmod(found.frames[:, 0, 0, 0, 0], 20)
+    assert (views == 1).all(), "the first camera by name"
+    assert sorted(numbers[found.held_out]) == [3, 9] and len(set(numbers[~found.held_out])) == 6
+    assert not (numbers[~found.held_out] % 3 == 0).any()
+    for number, change in zip(numbers, found.change, strict=True):
+        whole = np.random.default_rng(number).normal(size=(4 + number % 6, 8)).astype(np.float32)
+        steps = np.diff(whole.astype(np.float64)[:, [0, 1, 2, 7]], axis=0)
+        assert any(np.array_equal(change, steps[at : at + 4]) for at in range(len(steps) - 3))
+
+
+def test_a_store_that_does_not_tell_where_the_hand_was_gives_no_episodes(tmp_path: Path) -> None:
+    assert demonstrations(make_demonstrations(tmp_path / "x.zarr", arrays={}), episodes=9, seed=0) is None
+    long = make_demonstrations(tmp_path / "y.zarr", arrays={"gripper": 8})
+    assert demonstrations(long, episodes=9, seed=0, steps=9) is None
+
+
 def squares(random: np.random.Generator) -> Episodes:
     """A bright square that moves by the labels: what an encoder can be taught to see."""
     change = random.integers(-6, 7, size=(9, 8, 4)).astype(np.float64)
@@ -81,7 +134,7 @@ def squares(random: np.random.Generator) -> Episodes:
         for t in range(9):
             x, y = places[e, t, :2]
             frames[e, t, y : y + 12, x : x + 12] = 255
-    return Episodes(frames, np.diff(places, axis=1).astype(np.float64))
+    return Episodes(frames, np.diff(places, axis=1).astype(np.float64), np.arange(9) % 3 == 1)
 
 
 def test_an_encoder_trained_with_labels_beats_shuffled_pairs(random: np.random.Generator) -> None:

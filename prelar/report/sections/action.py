@@ -6,5 +6,6 @@ from prelar.report.results import Results, Section, read_json
 
 
 def section(results: Results) -> Section:
-    """The section on what the latent action means."""
-    return Section("action", "Latent action", {"probe": read_json(results.folder / "probe.json")})
+    """The section on what the latent action means: in episodes of random actions, and in recorded ones."""
+    probes = {name: read_json(results.folder / f"{name}.json") for name in ("probe", "probe_demonstrations")}
+    return Section("action", "Latent action", {"probes": probes})
