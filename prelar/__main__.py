@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import importlib
 import os
 from pathlib import Path
@@ -107,14 +108,19 @@ def run_import(config: Config, arguments: argparse.Namespace) -> None:
 
 
 def run_stage(command: str, config: Config) -> None:
-    """Run one stage while holding the lock on what it writes.
+    """Run one stage while holding the lock on what it writes, which of several processes the first one does.
 
     Threads that wait for work sleep instead of spinning: on a busy machine that is several times faster.
     """
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     stage = importlib.import_module(f"prelar.{command}")
-    with exclusive(WRITES[command]):
+    with exclusive(WRITES[command]) if _is_first() else contextlib.nullcontext():
         stage.run(config)
+
+
+def _is_first() -> bool:
+    """Whether this is the only process of its run, or the first by the environment that started it."""
+    return int(os.environ.get("RANK", os.environ.get("LOCAL_RANK", "0"))) == 0
 
 
 if __name__ == "__main__":

@@ -159,6 +159,17 @@ class Snapshots:
                 print(f"{path}: unreadable ({_brief(error)}); passed over", file=sys.stderr)
         return None
 
+    def read(self, step: int) -> dict[str, Any]:
+        """The state after `step`, which another process of the run has read too. Raises `UserError`."""
+        path = self._path(step)
+        try:
+            state: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True)
+        except Exception as error:  # torch.load raises many kinds for a damaged file
+            raise UserError(
+                f"{path}: unreadable ({_brief(error)}); give all machines the same folder"
+            ) from None
+        return state
+
     def save(self, step: int, state: Mapping[str, Any]) -> None:
         """Keep the state after `step`: nested dicts, lists and tuples of tensors, numbers and texts.
 
@@ -196,10 +207,13 @@ class Snapshots:
 
     def _write(self, step: int, state: Any) -> None:
         self.folder.mkdir(parents=True, exist_ok=True)
-        with atomic_file(self.folder / f"step-{step:09d}.pt") as partial:
+        with atomic_file(self._path(step)) as partial:
             torch.save(state, partial)
         for path in self._paths()[: -self._keep]:
             path.unlink(missing_ok=True)
+
+    def _path(self, step: int) -> Path:
+        return self.folder / f"step-{step:09d}.pt"
 
     def _paths(self) -> list[Path]:
         """Snapshots, oldest first."""

@@ -235,6 +235,7 @@ class Config(_Frozen):
     context_frame: Literal["random", "first", "last"]
     context_augment: Literal["none", "erase"]
     device: Literal["auto", "cpu", "cuda"]
+    devices: Count
     precision: Literal["fp32", "bf16"]
     threads: Count
     data_root: Text

@@ -42,6 +42,7 @@ CODE = (
     "gl.py",
     "loop.py",
     "methods.py",
+    "processes.py",
     "seeds.py",
     "sim.py",
 )
@@ -181,7 +182,7 @@ def learn(
             log_folder=log_folder,
             log_every=preset.log_every,
             hooks=[Hook(preset.eval_every, curve(watched, learner, preset.eval_episodes, seed))],
-            device=fabric.device,
+            fabric=fabric,
         )
     return behaviour
 

@@ -3,6 +3,7 @@
 What happens in a step is a function of (seed, step) and of the state that snapshots hold: torch's global
 generator is seeded anew before every step, so no generator's state needs keeping. A run that was killed and
 resumed therefore ends with the same weights and the same log, byte for byte on a CPU, as one that was not.
+Several processes may take the steps together, each on its share of the batch.
 """
 
 from __future__ import annotations
@@ -29,6 +30,7 @@ from tqdm import tqdm
 from prelar.checkpoint import Snapshots
 from prelar.errors import UserError
 from prelar.files import remove, write_text
+from prelar.processes import Processes, is_loss, launch
 from prelar.seeds import Stream, seed_torch
 
 ADAM_EPS = 1e-5
@@ -65,20 +67,20 @@ class Hook:
     run: Callable[[int], Scalars | None]
 
 
-def set_up(*, device: str, precision: str, threads: int) -> Fabric:
+def set_up(*, device: str, precision: str, threads: int, devices: int | None = None) -> Fabric:
     """Settle device, precision, CPU threads and determinism for this process, and return its Fabric.
 
-    `device` is auto, cpu or cuda; `precision` is fp32 or bf16 (mixed). On a CPU only deterministic algorithms
-    are allowed. Raises `UserError` where the device is not there.
+    `device` is auto, cpu or cuda; `precision` is fp32 or bf16 (mixed); `devices` counts the processes that
+    take the steps together, None being a stage of one. On a CPU only deterministic algorithms are allowed.
+    Raises `UserError` where the device is not there.
     """
     if device == "cuda" and not torch.cuda.is_available():
         raise UserError("device = cuda: no CUDA device answers; set device to cpu or auto")
     accelerator = "cuda" if device != "cpu" and torch.cuda.is_available() else "cpu"
-    torch.set_num_threads(threads)
     torch.use_deterministic_algorithms(accelerator == "cpu")
     torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
-    fabric = Fabric(accelerator=accelerator, devices=1, precision=PRECISIONS[precision])  # type: ignore[arg-type]
-    fabric.launch()
+    fabric = launch(accelerator=accelerator, precision=PRECISIONS[precision], devices=devices)
+    torch.set_num_threads(threads)
     return fabric
 
 
@@ -97,9 +99,12 @@ def descend(fabric: Fabric, module: nn.Module, optimizer: Optimizer, loss: Tenso
     return norm.detach()
 
 
-def seed_step(seed: int, step: int, rank: int = 0, *, hook: bool = False) -> None:
-    """Seed torch's global generator as a function of the arguments: for a step, or for the hooks after it."""
-    seed_torch(Stream.HOOK if hook else Stream.STEP, seed, step, rank)
+def seed_step(seed: int, step: int, *, hook: bool = False) -> None:
+    """Seed torch's global generator as a function of the arguments: for a step, or for the hooks after it.
+
+    Processes that share a batch seed theirs alike; see `prelar.model.shared`.
+    """
+    seed_torch(Stream.HOOK if hook else Stream.STEP, seed, step)
 
 
 class MetricLog:
@@ -225,9 +230,10 @@ class Interrupts:
             told = f"\n{self.name}: finishing the step under way to keep it; Ctrl-C again stops at once\n"
             os.write(STDERR, told.encode())  # print is not safe within a signal handler
 
-    def leave(self) -> None:
-        """End the run as the signal asks: exit status 143 after SIGTERM, 130 after Ctrl-C."""
-        if self.received == signal.SIGINT:
+    @staticmethod
+    def leave(number: int) -> None:
+        """End the run as signal `number` asks: exit status 143 after SIGTERM, 130 after Ctrl-C."""
+        if number == signal.SIGINT:
             raise KeyboardInterrupt
         sys.exit(128 + signal.SIGTERM)
 
@@ -244,8 +250,7 @@ def train(
     log_folder: Path,
     log_every: int,
     hooks: Sequence[Hook] = (),
-    device: torch.device | str = "cpu",
-    rank: int = 0,
+    fabric: Fabric | None = None,
 ) -> None:
     """Run `step(0)`, …, `step(steps - 1)`, or go on from the newest snapshot.
 
@@ -255,50 +260,138 @@ def train(
     hooks: see `Hook`.
     snapshots: where the run is kept every `snapshot_every` steps. The caller removes them once its outputs
         are published. SIGTERM and Ctrl-C keep a snapshot, then end the process with status 143 or 130.
+    fabric: of `set_up`. Of several processes every one calls this, with scalars that are the same in all; the
+        first alone logs, runs hooks and keeps snapshots. A signal to any of them stops all after the same
+        step; the first then ends with the status, the others with 0.
 
-    Raises `UserError` at the first scalar that is not finite, with earlier snapshots left as they are.
+    Raises `UserError` at the first scalar that is not finite, and where another process is lost, with earlier
+    snapshots left as they are.
     """
-    averages = Averages(name)
-    found = snapshots.latest()
-    start, kept = found if found is not None else (0, None)
-    if kept is not None:
-        for key, part in state.items():
-            part.load_state_dict(kept["state"][key])
-        averages.load_state_dict(kept["averages"])
-        print(f"{name}: going on from step {start} of {steps}", flush=True)
-    log = MetricLog(log_folder, kept["log"] if kept is not None else None)
-    on_cpu = torch.device(device).type == "cpu"
+    run = _Run(name, steps, seed, state, snapshots, log_folder, hooks, Processes(fabric))
+    on_cpu = fabric is None or fabric.device.type == "cpu"
+    try:
+        start = run.resume()
+        with Interrupts(name) as interrupts, run.progress(start):
+            for done in range(start + 1, steps + 1):
+                seed_step(seed, done - 1)
+                run.averages.add(done, step(done - 1))
+                if on_cpu:
+                    run.check()
+                if done % log_every == 0 or done == steps:
+                    run.report(done)
+                if done < steps:
+                    run.look(done)
+                stop = run.processes.largest(interrupts.received or 0)
+                if done % snapshot_every == 0 or stop:
+                    run.keep(done)
+                run.bar.update()
+                if stop:
+                    run.leave(stop)
+            run.look(steps)
+        run.finish()
+    except RuntimeError as error:
+        if not is_loss(error):
+            raise
+        raise UserError(
+            f"{name}: another process of this run is gone; start it again to go on from its last snapshot"
+        ) from error
 
-    def keep(done: int) -> None:
-        parts = {key: part.state_dict() for key, part in state.items()}
-        snapshots.save(done, {"state": parts, "averages": averages.state_dict(), "log": log.content()})
 
-    def run_hooks(done: int) -> None:
-        for hook in hooks:
-            if done % hook.every == 0 or done == steps:
-                seed_step(seed, done, rank, hook=True)
-                log.log(done, {key: float(value) for key, value in (hook.run(done) or {}).items()})
+class _Run:
+    """What `train` keeps beside the steps: log, progress, snapshots, what of these the first does alone."""
 
-    progress = tqdm(total=steps, initial=start, desc=name, unit="step", disable=None, dynamic_ncols=True)
-    with Interrupts(name) as interrupts, progress:
-        for done in range(start + 1, steps + 1):
-            seed_step(seed, done - 1, rank)
-            averages.add(done, step(done - 1))
-            if on_cpu:
-                averages.flush()
-            if done % log_every == 0 or done == steps:
-                means = averages.take()
-                log.log(done, means)
-                progress.set_postfix({key: f"{value:.4g}" for key, value in means.items()}, refresh=False)
-            if done < steps:
-                run_hooks(done)
-            if done % snapshot_every == 0 or interrupts.received is not None:
-                keep(done)
-            progress.update()
-            if interrupts.received is not None:
-                snapshots.wait()
-                interrupts.leave()
-        log.log(steps, {})
-        run_hooks(steps)
-        log.write()
-    snapshots.wait()
+    log: MetricLog
+    bar: Any
+
+    def __init__(
+        self,
+        name: str,
+        steps: int,
+        seed: int,
+        state: Mapping[str, Stateful],
+        snapshots: Snapshots,
+        log_folder: Path,
+        hooks: Sequence[Hook],
+        processes: Processes,
+    ) -> None:
+        self.name, self.steps, self.seed = name, steps, seed
+        self.state, self.snapshots, self.hooks = state, snapshots, hooks
+        self.log_folder, self.processes = log_folder, processes
+        self.averages = Averages(name)
+
+    def resume(self) -> int:
+        """Put back the newest snapshot, in all processes; returns the steps done, and opens the log."""
+        found = self.snapshots.latest() if self.processes.first else None
+        start = self.processes.largest(found[0] if found is not None else 0)
+        kept = found[1] if found is not None else self.snapshots.read(start) if start else None
+        if kept is not None:
+            for key, part in self.state.items():
+                part.load_state_dict(kept["state"][key])
+            self.averages.load_state_dict(kept["averages"])
+        if self.processes.first:
+            if kept is not None:
+                print(f"{self.name}: going on from step {start} of {self.steps}", flush=True)
+            self.log = MetricLog(self.log_folder, kept["log"] if kept is not None else None)
+        return start
+
+    def progress(self, start: int) -> Any:
+        """The progress bar, shown on a terminal by the first process."""
+        self.bar = tqdm(
+            total=self.steps,
+            initial=start,
+            desc=self.name,
+            unit="step",
+            disable=None if self.processes.first else True,
+            dynamic_ncols=True,
+        )
+        return self.bar
+
+    def check(self) -> None:
+        """Look at the scalars so far. What is wrong with them is told by the first process."""
+        try:
+            self.averages.flush()
+        except UserError:
+            if self.processes.first:
+                raise
+            sys.exit(0)
+
+    def report(self, done: int) -> None:
+        """Log the means since the last report."""
+        self.check()
+        means = self.averages.take()
+        if self.processes.first:
+            self.log.log(done, means)
+            self.bar.set_postfix({key: f"{value:.4g}" for key, value in means.items()}, refresh=False)
+
+    def look(self, done: int) -> None:
+        """Run the hooks that are due."""
+        if not self.processes.first:
+            return
+        if done == self.steps:
+            self.log.log(done, {})
+        for hook in self.hooks:
+            if done % hook.every == 0 or done == self.steps:
+                seed_step(self.seed, done, hook=True)
+                self.log.log(done, {key: float(value) for key, value in (hook.run(done) or {}).items()})
+
+    def keep(self, done: int) -> None:
+        """Keep a snapshot, in the background."""
+        self.check()
+        if self.processes.first:
+            parts = {key: part.state_dict() for key, part in self.state.items()}
+            content = {"state": parts, "averages": self.averages.state_dict(), "log": self.log.content()}
+            self.snapshots.save(done, content)
+
+    def leave(self, number: int) -> None:
+        """End all processes as signal `number` asks, once the snapshot is written."""
+        self.snapshots.wait()
+        self.processes.largest(0)
+        if not self.processes.first:
+            sys.exit(0)
+        Interrupts.leave(number)
+
+    def finish(self) -> None:
+        """Write what is left to write."""
+        if self.processes.first:
+            self.log.write()
+        self.snapshots.wait()

@@ -11,6 +11,7 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 import torch
+from lightning_fabric import Fabric
 from torch import Tensor
 
 from prelar.checkpoint import Snapshots, resume_key, save_parts
@@ -23,6 +24,7 @@ from prelar.media import side_by_side, write_mp4
 from prelar.methods import build_pretrain, find_method
 from prelar.model.images import denormalise, first_steps, normalise
 from prelar.model.world_model import WorldModel
+from prelar.processes import Processes
 
 OUTPUT = Path("data/pretrain")
 REPORT = Path("reports/pretrain")
@@ -39,6 +41,7 @@ CODE = (
     "methods.py",
     "model",
     "pretrain.py",
+    "processes.py",
     "seeds.py",
 )
 FLAT = (
@@ -54,6 +57,7 @@ FLAT = (
     "action_window",
     "context_frame",
     "device",
+    "devices",
     "precision",
     "threads",
 )
@@ -70,22 +74,25 @@ def run(cfg: Config) -> None:
     store is missing or its clips are too short, and where a loss is not finite.
     """
     store = Store.open(cfg.store)
-    snapshots = Snapshots(run_key(cfg, store))
-    model = _train(cfg, store, snapshots)
+    fabric = set_up(device=cfg.device, precision=cfg.precision, threads=cfg.threads, devices=cfg.devices)
+    snapshots = Snapshots(run_key(cfg, store, fabric.world_size))
+    model = _train(cfg, store, snapshots, fabric)
+    if not fabric.is_global_zero:
+        return
     save_parts(OUTPUT, model.state(), {"stage": "pretrain", "model": model.spec, "step": _steps(cfg)})
     snapshots.remove()
     print(f"pretrain: {cfg.method}, {_steps(cfg)} steps on {store.path} -> {OUTPUT}, {REPORT}", flush=True)
 
 
-def run_key(cfg: Config, store: Store) -> str:
-    """The resume key: params, code, and the store, known by its index and some of its frames.
+def run_key(cfg: Config, store: Store, processes: int = 1) -> str:
+    """The resume key: params, processes, code, and the store, known by its index and some of its frames.
 
     The index has a sha256 of every clip's source; frames tell stores apart that other code made of the same.
     """
     clips = np.unique(np.linspace(0, store.num_clips - 1, min(KEY_CLIPS, store.num_clips)).astype(np.int64))
     frames = hashlib.sha256(store.read_many(store.clip_start[clips], 1).tobytes()).hexdigest()
     params = {name: getattr(cfg, name) for name in FLAT} | {"pretrain": cfg.pretrain.model_dump()}
-    known = params | {"frames": frames, "store": store.attrs}
+    known = params | {"frames": frames, "store": store.attrs, "processes": processes}
     return resume_key("pretrain", params=known, inputs=[], code=CODE)
 
 
@@ -115,10 +122,9 @@ def build(cfg: Config) -> WorldModel:
     )
 
 
-def _train(cfg: Config, store: Store, snapshots: Snapshots) -> WorldModel:
+def _train(cfg: Config, store: Store, snapshots: Snapshots, fabric: Fabric) -> WorldModel:
     """Train the model, or finish its training, with log and videos."""
     preset = cfg.pretrain
-    fabric = set_up(device=cfg.device, precision=cfg.precision, threads=cfg.threads)
     model = build(cfg).train().to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     optimizer = adam(model.parameters(), preset.lr)
     module, wrapped = fabric.setup(model, optimizer)
@@ -133,6 +139,7 @@ def _train(cfg: Config, store: Store, snapshots: Snapshots) -> WorldModel:
     )
     split, frames = watched_clips(store, preset.length)
     watched = frames.to(fabric.device)
+    processes = Processes(fabric)
 
     with Prefetch(sampler.at) as batches:
 
@@ -145,7 +152,8 @@ def _train(cfg: Config, store: Store, snapshots: Snapshots) -> WorldModel:
             loss = model.total(losses)
             norm = descend(fabric, module, wrapped, loss)
             scalars = {f"loss/{name}": value.detach() for name, value in losses.items()}
-            return scalars | {"loss/total": loss.detach(), "gradient_norm": norm} | outputs["metrics"]
+            scalars |= {"loss/total": loss.detach(), "gradient_norm": norm} | outputs["metrics"]
+            return processes.mean(scalars)
 
         def watch(done: int) -> Scalars:
             return {f"{split}/prediction_error": show(model, watched, VIDEO)}
@@ -161,8 +169,7 @@ def _train(cfg: Config, store: Store, snapshots: Snapshots) -> WorldModel:
             log_folder=REPORT,
             log_every=preset.log_every,
             hooks=[Hook(preset.video_every, watch)],
-            device=fabric.device,
-            rank=fabric.global_rank,
+            fabric=fabric,
         )
     return model
 

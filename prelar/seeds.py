@@ -14,8 +14,8 @@ import torch
 class Stream(IntEnum):
     """What numbers are drawn for, and the numbers that follow."""
 
-    STEP = 1  # seed, step, rank
-    HOOK = 2  # seed, step, rank
+    STEP = 1  # seed, step
+    HOOK = 2  # seed, step
     CLIPS = 3  # seed, epoch
     REPLAY = 4  # seed, update
     EPISODE = 5  # seed, episode

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -125,6 +126,7 @@ def test_values_that_wait_on_a_device_are_looked_at_before_a_snapshot(tmp_path: 
         return {"loss/fit": torch.tensor(math.nan if index == 4 else 1.0)}
 
     snapshots = Snapshots("waits", root=tmp_path / "resume")
+    gpu: Any = SimpleNamespace(device=torch.device("cuda"), world_size=1, is_global_zero=True)
     with pytest.raises(UserError, match=r"^waits: loss/fit = nan at step 5; "):
         train(
             step,
@@ -136,7 +138,7 @@ def test_values_that_wait_on_a_device_are_looked_at_before_a_snapshot(tmp_path: 
             snapshot_every=4,
             log_folder=tmp_path / "log",
             log_every=20,
-            device="cuda",
+            fabric=gpu,
         )
     assert done == list(range(8))
     snapshots.wait()

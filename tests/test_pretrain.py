@@ -181,10 +181,10 @@ def command(folder: Path) -> subprocess.Popen[str]:
     )
 
 
-def project(folder: Path, data: Path, **pretrain_preset: Any) -> Config:
+def project(folder: Path, data: Path, *, devices: int = 1, **pretrain_preset: Any) -> Config:
     """A folder with data and params.yaml, and those params."""
     shutil.copytree(data, folder / "data")
-    cfg = config(scales={"smoke": {"pretrain": pretrain_preset}})
+    cfg = config(devices=devices, scales={"smoke": {"pretrain": pretrain_preset}})
     YAML().dump(cfg.model_dump(), folder / "params.yaml")
     return cfg
 

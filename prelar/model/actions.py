@@ -26,6 +26,7 @@ from prelar.model.losses import (
     straight_through,
 )
 from prelar.model.nets import ResNet
+from prelar.model.shared import draw, own, whole
 
 Stats = dict[str, Tensor]
 """What describes an action posterior, each (B, T-1, …); empty for actions without one."""
@@ -65,7 +66,9 @@ class Gaussian:
     def action(self, stats: Stats, sample: bool) -> Tensor:
         """A reparameterised sample, or the mean (…, A)."""
         mean, std = stats["mean"], stats["std"]
-        return mean + std * torch.randn_like(std) if sample else mean
+        if not sample:
+            return mean
+        return mean + std * draw(lambda shape: torch.randn(shape, device=std.device), tuple(std.shape))
 
     def kl(self, stats: Stats) -> Tensor:
         """KL against N(0, I) (…)."""
@@ -117,7 +120,7 @@ class Discrete:
     def action(self, stats: Stats, sample: bool) -> Tensor:
         """The groups' one-hots, drawn or of the mode, flattened (…, A)."""
         logit = stats["logit"]
-        noise = gumbel(tuple(logit.shape), logit.device) if sample else None
+        noise = draw(lambda shape: gumbel(shape, logit.device), tuple(logit.shape)) if sample else None
         return straight_through(logit, noise).flatten(-2)
 
     def kl(self, stats: Stats) -> Tensor:
@@ -288,21 +291,25 @@ class VideoAction(ActionPart):
 
         Consistency (PreLAR): from the same s_{t-1} the prior is rolled with the own action and
         with that of another sequence; d_state is the KL of the two priors, d_action the KL of the two
-        action posteriors. Pairs across a clip's start count for neither.
+        action posteriors. Pairs across a clip's start count for neither. Both are of the whole batch, where
+        several processes share it.
         """
         valid = 1 - is_first[:, 1:].float()
-        other = _another(len(valid), valid.device)
-        swapped = {key: value[other] for key, value in found.stats.items()}
+        all_valid = whole(valid)
+        other = _another(len(all_valid), valid.device)
+        rows = own(other)
+        swapped = {key: whole(value)[rows] for key, value in found.stats.items()}
         with torch.no_grad():
             before = {key: value[:, :-1].flatten(0, 1).detach() for key, value in post.items()}
-            rolled = dynamics.img_step(before, found.action[other, 1:].flatten(0, 1), sample=False)
+            swapped_action = whole(found.action.detach())[rows, 1:]
+            rolled = dynamics.img_step(before, swapped_action.flatten(0, 1), sample=False)
             state = categorical_kl(prior["logit"][:, 1:].flatten(0, 1), rolled["logit"]).unflatten(
                 0, valid.shape
             )
         action = self.kind.distance(found.stats, swapped)
         return {
-            "action_kl": masked_mean(self.kind.kl(found.stats), valid),
-            "consistency": self.consistency(state, action, valid * valid[other]),
+            "action_kl": masked_mean(whole(self.kind.kl(found.stats)), all_valid),
+            "consistency": self.consistency(whole(state), whole(action), all_valid * all_valid[other]),
         }
 
 

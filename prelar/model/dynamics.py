@@ -13,6 +13,7 @@ from torch.nn import functional as F
 
 from prelar.model.losses import gumbel, kl_loss, straight_through
 from prelar.model.nets import NormGRUCell
+from prelar.model.shared import draw
 
 State = dict[str, Tensor]
 
@@ -72,7 +73,11 @@ class RSSM(nn.Module):
         return {"logit": latent, "stoch": latent, "deter": torch.zeros(batch, self.deter, device=device)}
 
     def _noise(self, *batch: int, like: Tensor, sample: bool) -> Tensor | None:
-        return gumbel((*batch, self.stoch, self.discrete), like.device) if sample else None
+        """Noise that makes modes samples (*batch, S, K), the last of `batch` being the rows of the batch."""
+        if not sample:
+            return None
+        shape = (*batch, self.stoch, self.discrete)
+        return draw(lambda whole: gumbel(whole, like.device), shape, len(batch) - 1)
 
     def filter(
         self, embed: Tensor, action: Tensor, is_first: Tensor, state: State | None = None, sample: bool = True

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from prelar.errors import UserError
+from prelar.model.shared import draw, dropout, whole, world
 
 
 def initialise(module: nn.Module) -> None:
@@ -46,6 +47,10 @@ def load_weights(module: nn.Module, weights: Mapping[str, Tensor], source: str) 
     module.load_state_dict(dict(weights))
 
 
+MOMENTUM = 0.1
+EPS = 1e-5
+
+
 class MLP(nn.Module):
     """`layers` hidden layers of `units` with ELU, then a linear layer to `outputs`."""
 
@@ -64,10 +69,10 @@ class MLP(nn.Module):
 
 
 class BatchNorm(nn.Module):
-    """Batch normalisation over (N, H, W), eps 1e-5, momentum 0.1.
+    """Batch normalisation over (N, H, W).
 
     `training=True` normalises with the batch's statistics and moves the running ones; `training=False` uses
-    the running ones and changes nothing.
+    the running ones and changes nothing. The batch is the whole one where several processes share it.
     """
 
     running_mean: Tensor
@@ -82,9 +87,26 @@ class BatchNorm(nn.Module):
 
     def forward(self, x: Tensor, training: bool) -> Tensor:
         """(N, C, H, W) -> (N, C, H, W)."""
+        if training and world() > 1:
+            return self._shared(x)
         return F.batch_norm(
-            x, self.running_mean, self.running_var, self.weight, self.bias, training, 0.1, 1e-5
+            x, self.running_mean, self.running_var, self.weight, self.bias, training, MOMENTUM, EPS
         )
+
+    def _shared(self, x: Tensor) -> Tensor:
+        """Normalise with the statistics of the rows of all processes, each of which holds as many."""
+        values = x.float()
+        own_var, own_mean = torch.var_mean(values, (0, 2, 3), correction=0)
+        means, variances = whole(torch.cat([own_mean, own_var])[None]).chunk(2, 1)
+        mean = means.mean(0)
+        var = (variances + (means - mean).square()).mean(0)
+        with torch.no_grad():
+            count = world() * x.numel() // x.shape[1]
+            self.running_mean.lerp_(mean, MOMENTUM)
+            self.running_var.lerp_(var * (count / (count - 1)), MOMENTUM)
+        scale = self.weight * torch.rsqrt(var + EPS)
+        shift = self.bias - mean * scale
+        return torch.addcmul(shift[:, None, None], values, scale[:, None, None]).to(x.dtype)
 
 
 class ResidualLayer(nn.Module):
@@ -166,12 +188,19 @@ class CrossAttention(nn.Module):
         k, v = (y.repeat_interleave(times, 0) for y in (k, v))
         if training:
             kept = max(1, int(tokens.shape[1] * (1 - self.mask)))
-            index = torch.rand(k.shape[:2], device=k.device).argsort(1)[:, :kept, None].expand(-1, -1, width)
+            drawn = draw(lambda shape: torch.rand(shape, device=x.device), tuple(k.shape[:2]))
+            index = drawn.argsort(1)[:, :kept, None].expand(-1, -1, width)
             k, v = k.gather(1, index), v.gather(1, index)
         q, k, v = (y.unflatten(-1, (self.heads, -1)).transpose(1, 2) for y in (q, k, v))
-        found = F.scaled_dot_product_attention(q, k, v, dropout_p=self.dropout if training else 0.0)
+        found = self._drop(q, k, v) if training else F.scaled_dot_product_attention(q, k, v)
         out = self.out(found.transpose(1, 2).flatten(2))
-        return F.dropout(out, self.dropout, training).transpose(1, 2).reshape(x.shape)
+        out = dropout(out, self.dropout) if training else out
+        return out.transpose(1, 2).reshape(x.shape)
+
+    def _drop(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        """Attention with dropout that is drawn for the whole batch."""
+        weights = (q @ k.transpose(-2, -1) * q.shape[-1] ** -0.5).softmax(-1)
+        return dropout(weights, self.dropout).to(v.dtype) @ v
 
 
 class AttentiveLayer(nn.Module):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from itertools import pairwise
 from typing import Any
 
@@ -10,6 +11,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from prelar.model.nets import AttentiveLayer, ResidualLayer, ResNet
+from prelar.model.shared import draw
 
 Context = tuple[Tensor, ...]
 """Maps of the context frame, 8×8 then 16×16, each (B, C, H, W); empty for encoders without a context."""
@@ -94,7 +96,7 @@ class ContextEncoder(ResNetEncoder):
         """The frame's number for each sequence (B,)."""
         batch, time = images.shape[:2]
         if self.frame == "random" and training:
-            return torch.randint(time, (batch,), device=images.device)
+            return draw(lambda shape: torch.randint(time, shape, device=images.device), (batch,))
         return torch.full((batch,), 0 if self.frame == "first" else time - 1, device=images.device)
 
 
@@ -168,18 +170,18 @@ def erase(
     log-uniformly from `aspect`, both are cut to the image, and its place is uniform.
     """
     batch, _, height, width = images.shape
-    draw = torch.rand(5, batch, device=images.device)
-    covered = (area[0] + (area[1] - area[0]) * draw[0]) * height * width
-    low, high = torch.tensor(aspect).log().tolist()
-    ratio = (low + (high - low) * draw[1]).exp()
+    drawn = draw(lambda shape: torch.rand(shape, device=images.device), (5, batch), 1)
+    covered = (area[0] + (area[1] - area[0]) * drawn[0]) * height * width
+    low, high = (math.log(bound) for bound in aspect)
+    ratio = (low + (high - low) * drawn[1]).exp()
     tall = (covered * ratio).sqrt().clamp(1, height)
     wide = (covered / ratio).sqrt().clamp(1, width)
-    top, left = draw[2] * (height - tall), draw[3] * (width - wide)
+    top, left = drawn[2] * (height - tall), drawn[3] * (width - wide)
     rows = torch.arange(height, device=images.device) + 0.5
     columns = torch.arange(width, device=images.device) + 0.5
     in_rows = (rows >= top[:, None]) & (rows < (top + tall)[:, None])
     in_columns = (columns >= left[:, None]) & (columns < (left + wide)[:, None])
-    hole = in_rows[:, :, None] & in_columns[:, None, :] & (draw[4] < chance)[:, None, None]
+    hole = in_rows[:, :, None] & in_columns[:, None, :] & (drawn[4] < chance)[:, None, None]
     return images.masked_fill(hole[:, None], 0.0)
 
 

@@ -1,0 +1,80 @@
+"""The processes of a run that share every batch: started by `devices` of params.yaml, or by torchrun.
+
+All take the same steps. The first one alone writes: logs, videos, snapshots and outputs.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections.abc import Mapping
+
+import torch
+import torch.distributed as dist
+from lightning_fabric import Fabric
+from lightning_fabric.strategies import DDPStrategy
+from torch import Tensor
+
+from prelar.errors import UserError
+
+BACKENDS = {"cpu": "gloo", "cuda": "cpu:gloo,cuda:nccl"}
+
+
+def launch(*, accelerator: str, precision: str, devices: int | None) -> Fabric:
+    """Start, or join, the processes of a run of `devices` processes, a device each.
+
+    Those that torchrun started count instead of `devices`. None stands for a stage of one process. Raises
+    `UserError` where a device lacks, and where torchrun starts several processes of a stage of one.
+    """
+    logging.getLogger("lightning_fabric").setLevel(logging.WARNING)
+    count, nodes = devices or 1, 1
+    if dist.is_available() and dist.is_torchelastic_launched():
+        count = int(os.environ["LOCAL_WORLD_SIZE"])
+        nodes = int(os.environ["WORLD_SIZE"]) // count
+        if devices is None and count * nodes > 1:
+            raise UserError("torchrun: this stage runs in one process; start it without torchrun")
+    if accelerator == "cuda" and count > torch.cuda.device_count():
+        raise UserError(
+            f"devices = {count}: this machine has {torch.cuda.device_count()}; lower devices to that"
+        )
+    shared = DDPStrategy(process_group_backend=BACKENDS[accelerator], forward_sync_buffers=False)
+    fabric = Fabric(
+        accelerator=accelerator,
+        devices=count,
+        num_nodes=nodes,
+        strategy="auto" if count * nodes == 1 else shared,
+        precision=precision,  # type: ignore[arg-type]
+    )
+    fabric.launch()
+    return fabric
+
+
+class Processes:
+    """What the processes of a run tell each other. Every call is made by all of them."""
+
+    def __init__(self, fabric: Fabric | None = None) -> None:
+        self.fabric = fabric
+        self.alone = fabric is None or fabric.world_size == 1
+        self.first = fabric is None or fabric.is_global_zero
+
+    def largest(self, number: int) -> int:
+        """The largest of the processes' numbers; no device is waited for."""
+        if self.alone:
+            return number
+        numbers = torch.tensor([number])
+        dist.all_reduce(numbers, dist.ReduceOp.MAX)
+        return int(numbers)
+
+    def mean(self, values: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """The means over the processes of 0-d tensors by name, on their device."""
+        if self.fabric is None or self.alone:
+            return dict(values)
+        stacked = torch.stack([value.detach().float() for value in values.values()])
+        reduced = self.fabric.all_reduce(stacked, reduce_op="mean")
+        assert isinstance(reduced, Tensor)
+        return dict(zip(values, reduced.unbind(), strict=True))
+
+
+def is_loss(error: RuntimeError) -> bool:
+    """Whether an error says that another process of the run is gone."""
+    return isinstance(error, dist.DistError) or "gloo" in str(error)
