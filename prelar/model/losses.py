@@ -29,9 +29,9 @@ def straight_through(logit: Tensor, noise: Tensor | None) -> Tensor:
     `logit` (…, K). With Gumbel `noise` of the same shape the one-hot is a sample, without it the mode.
     """
     logit = logit.float()
-    chosen = (logit if noise is None else logit + noise).argmax(-1)
+    chosen = (logit if noise is None else logit + noise).argmax(-1, keepdim=True)
     probability = logit.softmax(-1)
-    hard = F.one_hot(chosen, logit.shape[-1]).to(probability.dtype)
+    hard = torch.zeros_like(probability).scatter_(-1, chosen, 1.0)
     return hard + (probability - probability.detach())
 
 

@@ -1,0 +1,98 @@
+"""No step waits for the device: none reads a tensor's value, or lets it decide a shape, on the host.
+
+On a GPU such a read stops the host until everything launched before has ended. Here the operations that do so
+are refused wherever the tensors lie.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from prelar.control.behaviour import Behaviour
+from prelar.control.learner import Learner
+from prelar.finetune import make_bonus
+from prelar.loop import adam, descend, set_up
+from prelar.methods import METHODS, build_finetune, build_pretrain
+from prelar.model.images import first_steps, normalise
+from prelar.processes import Processes
+
+BATCH, TIME = 2, 8
+SIZES = {"cnn_depth": 2, "hidden": 6, "deter": 5, "stoch": 3, "discrete": 4, "action_dim": 8}
+READS = {"_local_scalar_dense", "is_nonzero", "equal", "nonzero", "masked_select", "_unique2", "unique_dim"}
+
+
+class NoReads(TorchDispatchMode):
+    """Refuses what waits for a device: reads of values, and shapes that depend on them."""
+
+    def __torch_dispatch__(self, function: Any, types: Any, arguments: Any = (), named: Any = None) -> Any:
+        name = function.name().removeprefix("aten::").partition(".")[0]
+        by_mask = name in ("index", "index_put", "index_put_") and any(
+            isinstance(index, Tensor) and index.dtype == torch.bool for index in arguments[1]
+        )
+        if name in READS or by_mask:
+            raise AssertionError(f"{name} waits for the device")
+        return function(*arguments, **(named or {}))
+
+
+def frames() -> Tensor:
+    return torch.randint(256, (BATCH, TIME, 64, 64, 3), dtype=torch.uint8)
+
+
+@pytest.mark.parametrize("method", [name for name, row in METHODS.items() if row.pretrains])
+def test_a_step_of_pretraining_reads_nothing(method: str) -> None:
+    fabric = set_up(device="cpu", precision="fp32", threads=1)
+    model = build_pretrain(method=method, **SIZES).train()
+    optimizer = adam(model.parameters(), 1e-3)
+    module, wrapped = fabric.setup(model, optimizer)
+    module.mark_forward_method("pretrain_losses")
+    images, is_first = frames(), first_steps(BATCH, TIME)
+    with NoReads():
+        for _ in range(2):
+            with fabric.autocast():
+                losses, outputs = module.pretrain_losses(normalise(images), is_first)
+            norm = descend(fabric, module, wrapped, model.total(losses))
+            Processes(fabric).mean(losses | outputs["metrics"] | {"norm": norm})
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_an_update_of_finetuning_reads_nothing(method: str) -> None:
+    fabric = set_up(device="cpu", precision="fp32", threads=1)
+    augment = "erase" if method == "contextwm" else "none"
+    model = build_finetune(
+        method=method, robot_action_dim=4, units=6, layers=2, context_augment=augment, **SIZES
+    )
+    behaviour = Behaviour(
+        model.feature_dim,
+        4,
+        units=6,
+        layers=2,
+        horizon=3,
+        discount=0.99,
+        lam=0.95,
+        entropy=1e-4,
+        slow_every=2,
+    )
+    bonus = make_bonus(model, 1.0, seed=0, device=fabric.device)
+    learner = Learner(fabric, model, behaviour, bonus, lr=1e-3, actor_lr=1e-3, critic_lr=1e-3, hold=1)
+    batch = {
+        "image": frames().numpy(),
+        "action": np.zeros((BATCH, TIME, 4), np.float32),
+        "reward": np.zeros((BATCH, TIME), np.float32),
+        "is_first": first_steps(BATCH, TIME).numpy(),
+    }
+    with NoReads():
+        for number in range(2):
+            learner.update(batch, number)
+
+
+def test_reads_are_noticed() -> None:
+    values = torch.rand(3)
+    for read in (lambda: values.sum().item(), lambda: values[values > 0.5], lambda: bool(values[0])):
+        with NoReads(), pytest.raises(AssertionError, match="waits for the device"):
+            read()
