@@ -7,6 +7,7 @@ import collections
 import contextlib
 import functools
 import itertools
+import time
 from collections.abc import Callable, Iterator
 from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
@@ -17,7 +18,7 @@ from prefect.cache_policies import NO_CACHE
 from prefect.task_runners import ThreadPoolTaskRunner
 from tqdm import tqdm
 
-from flows import runtime, staging
+from flows import runtime, staging, tracking
 from prelar import files, gl
 from prelar.config import Rlbench, load_config
 from prelar.data import apv_npz
@@ -187,10 +188,11 @@ def _arguments() -> None:
 def main() -> None:
     """Run the flow with the settings of params.yaml."""
     _arguments()
-    workers = checked_config().rlbench.workers
+    begun, workers = time.time(), checked_config().rlbench.workers
     with staging.surroundings(NAME):
         pool: Any = ThreadPoolTaskRunner(max_workers=workers)
         print(f"{staging.target(NAME)}: {rlbench.with_options(task_runner=pool)()}")
+        tracking.record(NAME, begun)
         left_out = account(Store.open(staging.target(NAME)))
         if left_out:
             print("\n".join(["left out:", *left_out[:SHOWN], *(["  …"] if left_out[SHOWN:] else [])]))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import hashlib
+import time
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,7 @@ from prefect.cache_policies import NO_CACHE
 from prefect.task_runners import ThreadPoolTaskRunner
 from tqdm import tqdm
 
-from flows import runtime, staging
+from flows import runtime, staging, tracking
 from prelar import files
 from prelar.config import Ssv2, load_config
 from prelar.data import download, ingest
@@ -127,10 +128,11 @@ def _arguments() -> None:
 def main() -> None:
     """Run the flow with the settings of params.yaml."""
     _arguments()
-    workers = checked_config().ssv2.workers
+    begun, workers = time.time(), checked_config().ssv2.workers
     with staging.surroundings(NAME):
         pool: Any = ThreadPoolTaskRunner(max_workers=workers)
         print(f"{staging.target(NAME)}: {ssv2.with_options(task_runner=pool)()}")
+        tracking.record(NAME, begun)
 
 
 if __name__ == "__main__":

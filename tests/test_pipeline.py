@@ -24,6 +24,7 @@ FREE = {
     "prelar.files",
     "prelar.names",
     "flows",
+    "flows.tracking",
 }
 
 

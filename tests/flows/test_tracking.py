@@ -1,0 +1,165 @@
+"""DVC and the stores: what a flow by hand leaves, where nothing is committed, and that no store is copied."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from flows import tracking
+from prelar.data.store import Store
+from tests.bucket import bucket
+from tests.conftest import Project
+
+SHARD = "data/ssv2.zarr/frames/c/0/0/0/0"
+
+
+@pytest.fixture(scope="module")
+def project(tmp_path_factory: pytest.TempPathFactory, make_project: Callable[[Path], Project]) -> Project:
+    """A project whose sample is there; the data stages have not run. The tests share it, in order."""
+    project = make_project(tmp_path_factory.mktemp("project"))
+    project.run("dvc", "repro", "sample")
+    return project
+
+
+def status(project: Project, *stages: str) -> dict[str, object]:
+    found: dict[str, object] = json.loads(project.run("dvc", "status", "--json", *stages).stdout)
+    return found
+
+
+def copies(project: Project) -> int:
+    """Files below the project that hold the bytes of the store's first shard under an inode of their own."""
+    wanted = (project.root / SHARD).read_bytes()
+    held = {
+        path.stat().st_ino
+        for path in project.root.rglob("*")
+        if path.is_file() and path.stat().st_size == len(wanted) and path.read_bytes() == wanted
+    }
+    return len(held)
+
+
+def test_a_flow_by_hand_leaves_a_clean_status(project: Project) -> None:
+    assert "ssv2" in status(project, "ssv2")
+    told = project.run("python", "-m", "flows.ssv2")
+    assert "recorded with DVC" in told.stdout
+    assert status(project, "ssv2") == {}
+    assert "Stage 'ssv2' didn't change, skipping" in project.run("dvc", "repro", "ssv2").stdout
+
+
+def test_repro_checkout_and_a_queued_experiment_copy_no_store(project: Project) -> None:
+    """The cache and the workspaces share one file by link, or blocks where the file system can."""
+    linked = (project.root / SHARD).resolve().stat().st_nlink > 1
+    reflinks = _reflinks(project.root)
+    assert linked or reflinks
+    assert copies(project) == 1 or reflinks
+    project.run("dvc", "repro", "-f", "-s", "ssv2")
+    assert copies(project) == 1 or reflinks
+    (project.root / SHARD).unlink()
+    project.run("dvc", "checkout", "data/ssv2.zarr")
+    assert (project.root / SHARD).is_file()
+    project.run("git", "add", "-A")
+    project.run("git", "commit", "-q", "-m", "Keep the lock")
+    project.run("dvc", "exp", "run", "--queue", "-S", "beta_a=0.1", "--name", "queued", "pretrain")
+    watched = subprocess.Popen(["dvc", "queue", "start"], cwd=project.root, env=project.surroundings)
+    seen, end = set(), time.monotonic() + 500
+    while time.monotonic() < end:
+        for shard in (project.root / ".dvc/tmp/exps").glob(f"*/{SHARD}"):
+            seen.add(shard.stat().st_ino)
+        if watched.poll() is not None:
+            states = project.run("dvc", "queue", "status").stdout
+            if "Queued" not in states and "Running" not in states:
+                break
+        time.sleep(0.2)
+    assert "Success" in states, states
+    assert len(seen) > 0, "the experiment's workspace was never seen with a store"
+    assert reflinks or seen == {(project.root / SHARD).stat().st_ino}
+    assert copies(project) == 1 or reflinks
+
+
+def _reflinks(folder: Path) -> bool:
+    one, other = folder / "reflink-one", folder / "reflink-other"
+    one.write_bytes(b"x")
+    done = subprocess.run(["cp", "--reflink=always", one, other], capture_output=True, check=False)
+    one.unlink()
+    other.unlink(missing_ok=True)
+    return done.returncode == 0
+
+
+@pytest.mark.long
+def test_pretraining_reads_a_store_in_a_bucket_and_runs_again_when_it_changes(
+    project: Project, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(project.root)
+    with bucket() as url:
+        project.edit(data_root=f"{url}/stores")
+        told = project.run("dvc", "repro", "pretrain", timeout=900).stdout
+        assert "Running stage 'ssv2'" in told and "Running stage 'pretrain'" in told
+        assert [path.name for path in (project.root / "data/ssv2.zarr").iterdir()] == ["pointer.json"]
+        assert status(project, "ssv2", "pretrain") == {}
+        project.edit(ssv2={"min_frames": 9})
+        told = project.run("dvc", "repro", "pretrain", timeout=900).stdout
+        assert "Running stage 'ssv2'" in told and "Running stage 'pretrain'" in told
+        assert Store.open("data/ssv2.zarr").attrs["min_frames"] == 9
+
+
+@pytest.fixture
+def committed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[list[str]]:
+    """A folder that looks like a DVC project with a stage x; the commands that were run in it."""
+    monkeypatch.chdir(tmp_path)
+    for name in tracking.IN_STAGE:
+        monkeypatch.delenv(name, raising=False)
+    Path(".dvc").mkdir()
+    Path("dvc.yaml").write_text("stages: {x: {cmd: true, deps: [code.py], outs: [out]}}")
+    Path("params.yaml").write_text("seed: 0")
+    Path("code.py").write_text("")
+    commands: list[list[str]] = []
+
+    def run(command: list[str], **_: object) -> subprocess.CompletedProcess[str]:
+        commands.append(command)
+        return subprocess.CompletedProcess(command, 1, "", "ERROR: the lock is taken")
+
+    monkeypatch.setattr(tracking.subprocess, "run", run)
+    return commands
+
+
+def test_what_dvc_cannot_record_is_told(
+    committed: list[list[str]], capsys: pytest.CaptureFixture[str]
+) -> None:
+    tracking.record("x", time.time() + 1)
+    assert [command[1:] for command in committed] == [["-m", "dvc", "commit", "--force", "--quiet", "x"]]
+    assert capsys.readouterr().err == "x: not recorded with DVC: the lock is taken\n"
+
+
+@pytest.mark.parametrize("name", tracking.IN_STAGE)
+def test_inside_a_stage_nothing_is_committed(
+    committed: list[list[str]], monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    monkeypatch.setenv(name, "x")
+    tracking.record("x", time.time() + 1)
+    assert committed == []
+
+
+@pytest.mark.parametrize("lost", [".dvc", "dvc.yaml", "stage"])
+def test_outside_of_a_project_nothing_is_committed(committed: list[list[str]], lost: str) -> None:
+    if lost == "stage":
+        Path("dvc.yaml").write_text("stages: {y: {cmd: true, deps: []}}")
+    else:
+        Path(lost).rename("elsewhere")
+    tracking.record("x", time.time() + 1)
+    assert committed == []
+
+
+@pytest.mark.parametrize("changed", ["params.yaml", "code.py"])
+def test_what_changed_meanwhile_is_not_recorded(
+    committed: list[list[str]], changed: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    begun = time.time() + 1
+    os.utime(changed, (begun + 1, begun + 1))
+    tracking.record("x", begun)
+    assert committed == []
+    assert f"{changed} changed meanwhile" in capsys.readouterr().err
