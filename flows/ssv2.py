@@ -48,14 +48,16 @@ def decode(desk: str, number: int) -> int:
 
 
 @task(name="validate", cache_policy=NO_CACHE)
-def validate(path: Path, labels: Path, min_frames: int, max_bad: float) -> str:
-    """Validate the staged store against its labels; returns the summary in a line."""
+def validate(path: Path, labels: Path | None, min_frames: int, max_bad: float) -> str:
+    """Validate the staged store, against its labels if there are any; returns the summary in a line."""
     from prelar.data import validation
 
-    store, known = Store.open(path), read_labels(labels)
-    splits = {identity: label.split for identity, label in known.clips.items()}
+    store = Store.open(path)
     suites = validation.store_suites(store, min_frames=min_frames, max_bad=max_bad)
-    suites.append(validation.labels_suite(store, splits, known.names))
+    if labels is not None:
+        known = read_labels(labels)
+        splits = {identity: label.split for identity, label in known.clips.items()}
+        suites.append(validation.labels_suite(store, splits, known.names))
     counted: dict[str, Any] = validation.validate(NAME, suites, validation.facts(store))["facts"]
     return (
         f"{counted['clips']} clips, {counted['clips_of_25']} of them of 25 frames or more; "
@@ -73,8 +75,7 @@ def ssv2() -> str:
     settings = config.ssv2
     staging.clear_leftovers(NAME)
     decoder = Decoder(settings.ffmpeg)
-    source = find(settings.source, settings.labels)
-    known = read_labels(source.labels)
+    source, known = find(settings, decoder)
     folder = (
         files.STAGING / f"{NAME}-{ingest.staging_key(source, known, decoder.version, settings.min_frames)}"
     )
@@ -83,15 +84,29 @@ def ssv2() -> str:
         with StoreWriter(folder / f"{NAME}.zarr") as writer:
             fill(writer, source, known, decoder, settings)
             ingest.append_missing(writer, known)
-            writer.finish(ingest.attributes(writer, decoder.version, settings.min_frames))
+            name = ingest.OWN if source.parts else ingest.NAME
+            writer.finish(ingest.attributes(writer, decoder.version, settings.min_frames, name))
         files.write_text(built, "")
     summary = validate(folder / f"{NAME}.zarr", source.labels, settings.min_frames, settings.max_bad)
     staging.publish(NAME, folder, config.data_root, keep=(PARTS,))
     return summary
 
 
-def find(source: str | list[str], labels: str | None) -> Source:
-    """The source that params.yaml names; a list of URLs is downloaded first."""
+def find(settings: Ssv2, decoder: Decoder) -> tuple[Source, Labels]:
+    """The source that params.yaml names, and what is known of its clips."""
+    labels = Path(settings.labels) if settings.labels else None
+    folder = Path(settings.source) if isinstance(settings.source, str) else None
+    own = ingest.own_videos(folder, labels) if folder else []
+    if folder and own:
+        with tqdm(desc="videos", total=len(own), unit="video", disable=None) as bar:
+            return ingest.videos_source(folder, own, decoder, settings.clip_seconds, bar.update)
+    source = find_archive(settings.source, settings.labels)
+    assert source.labels is not None
+    return source, read_labels(source.labels)
+
+
+def find_archive(source: str | list[str], labels: str | None) -> Source:
+    """Something-Something V2 where params.yaml says it is; a list of URLs is downloaded first."""
     if isinstance(source, str):
         return ingest.folder_source(Path(source), Path(labels) if labels else None)
     wanted = [*source, labels] if labels and labels.startswith(("http://", "https://")) else source
@@ -110,7 +125,7 @@ def fill(writer: StoreWriter, source: Source, known: Labels, decoder: Decoder, s
         return ingest.ingest(decoder, batch, known, settings.min_frames)
 
     _desks[NAME] = desk = staging.Desk(work)
-    total, unit = (source.size, "B") if source.size else (len(source.clips), "clip")
+    total, unit = (source.size, "B") if source.size else (len(source.clips or source.parts), "clip")
     with tqdm(desc="ingest", total=total, unit=unit, unit_scale=True, disable=None) as bar:
         members = ingest.after_committed(source.members(bar.update), writer)
         batches = ingest.batches(members, settings.batch)

@@ -71,6 +71,7 @@ class Ssv2(_Frozen):
 
     source: Text | list[Text]
     labels: Text | None
+    clip_seconds: Annotated[float, Field(ge=0.5, le=30)]
     min_frames: Annotated[int, Field(ge=2)]
     max_bad: Share
     batch: Count

@@ -21,6 +21,7 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import IO
 
+from prelar.data.video import Part
 from prelar.errors import UserError
 
 MAX_CLIP = 64 << 20
@@ -41,11 +42,16 @@ _REFUSED = {
 
 @dataclasses.dataclass(frozen=True)
 class Member:
-    """One clip of a source: its id and the bytes of its file, or None and why it was refused."""
+    """One clip of a source: its id and the bytes of its file, or None and why it was refused.
+
+    A clip of someone's own video has no bytes of its own, but the `part` of a file and that file's `sha256`.
+    """
 
     id: str
     content: bytes | None
     reason: str | None = None
+    part: Part | None = None
+    sha256: str | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -90,6 +96,11 @@ def find_pieces(paths: Sequence[Path]) -> list[Piece]:
         )
     ((stem, group),) = begun.items()
     return _ordered(stem, group)
+
+
+def begins_archive(paths: Sequence[Path]) -> bool:
+    """Whether some file among `paths` is a piece that begins an archive."""
+    return any((piece := _sniff(path)) is not None and _is_head(piece) for path in paths)
 
 
 def _ordered(stem: str, group: list[Piece]) -> list[Piece]:

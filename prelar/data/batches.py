@@ -39,6 +39,7 @@ class SegmentSampler:
         batch: int,
         seed: int,
         split: str | None = "train",
+        label: str | None = None,
         rank: int = 0,
         world: int = 1,
     ) -> None:
@@ -46,9 +47,9 @@ class SegmentSampler:
         if batch % world:
             raise UserError(f"batch = {batch}: not divisible among {world} processes; make it a multiple")
         self._store = store
-        self._clips = store.clips(split=split, min_length=length)
+        self._clips = store.clips(split=split, label=label, min_length=length)
         if len(self._clips) == 0:
-            raise UserError(_too_short(store, split, length))
+            raise UserError(_too_short(store, split, label, length))
         self._length = length
         self._batch = batch
         self._seed = seed
@@ -104,10 +105,11 @@ class SegmentSampler:
         return self._epochs[epoch]
 
 
-def _too_short(store: Store, split: str | None, length: int) -> str:
-    """Why no clip of a split gives a segment, and what to do."""
-    of_split = store.clip_length[store.clips(split=split)]
-    where = f"{store.path}: " if split is None else f"{store.path}, split {split}: "
+def _too_short(store: Store, split: str | None, label: str | None, length: int) -> str:
+    """Why no clip of a split and a label gives a segment, and what to do."""
+    of_split = store.clip_length[store.clips(split=split, label=label)]
+    named = {"split": split, "label": label}
+    where = ", ".join([str(store.path), *(f"{key} {name}" for key, name in named.items() if name)]) + ": "
     if len(of_split) == 0:
         return f"{where}holds no clip; build the store from an archive that has some"
     return (

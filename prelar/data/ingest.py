@@ -1,8 +1,8 @@
 """From a source of clips to rows and frames: what the flow wires together.
 
-A source is a folder of archive parts, downloaded parts, or a folder of extracted clips, with its labels.
-Everything here is a function of the source's content and of `min_frames`; how clips are batched and who
-decodes them changes nothing.
+A source is a folder of archive parts, downloaded parts, or a folder of extracted clips, with its labels, or a
+folder of anyone's own videos, without. Everything here is a function of the source's content and of the
+settings that say what a clip is; how clips are batched and who decodes them changes nothing.
 """
 
 from __future__ import annotations
@@ -16,24 +16,29 @@ from pathlib import Path
 from typing import Any
 
 from prelar import files
-from prelar.data import archive, labels, store, video
+from prelar.data import archive, labels, store, video, videos
 from prelar.data.archive import Member, Piece
 from prelar.data.labels import Labels
 from prelar.data.store import Frames, StoreWriter
 from prelar.data.video import Decoder
 from prelar.errors import UserError
 
-NAME = "something-something-v2"
+NAME, OWN = "something-something-v2", "videos"
 MAX_BATCH_BYTES = 128 << 20
+FASTEST = 60  # frames a second that are allowed for when parts of videos are batched
 
 
 @dataclasses.dataclass(frozen=True)
 class Source:
-    """Where clips come from: the archive's pieces, or files of extracted clips; and where the labels are."""
+    """Where clips come from: the archive's pieces, files of extracted clips, or parts of someone's videos.
+
+    `labels` is where the labels are; a folder of videos has none.
+    """
 
     pieces: tuple[Piece, ...]
     clips: tuple[Path, ...]
-    labels: Path
+    labels: Path | None
+    parts: tuple[Member, ...] = ()
 
     @property
     def size(self) -> int:
@@ -44,6 +49,8 @@ class Source:
         """All clips in order; `progress(n)` hears of every n bytes read of the pieces."""
         if self.pieces:
             return archive.archive_members(self.pieces, progress)
+        if self.parts:
+            return videos.with_digests(self.parts)
         return archive.folder_members(self.clips)
 
 
@@ -67,6 +74,28 @@ def folder_source(folder: Path, labels_path: Path | None) -> Source:
     return Source(tuple(archive.find_pieces([path for path in entries if path != found])), (), found)
 
 
+def own_videos(folder: Path, labels_path: Path | None) -> list[Path]:
+    """The videos of a folder that holds neither labels nor an archive: someone's own. Empty for others."""
+    if labels_path is not None or not folder.is_dir():
+        return []
+    entries = sorted(folder.iterdir())
+    if labels.seek_labels([*entries, folder]) is not None or archive.begins_archive(entries):
+        return []
+    return videos.find_videos(folder)
+
+
+def videos_source(
+    folder: Path,
+    found: Sequence[Path],
+    decoder: Decoder,
+    seconds: float,
+    progress: Callable[[int], object] = lambda count: None,
+) -> tuple[Source, Labels]:
+    """The source of someone's own videos, cut into clips of `seconds`, and the clips' splits."""
+    members, known = videos.plan(folder, found, decoder, seconds, progress)
+    return Source((), (), None, tuple(members)), known
+
+
 def files_source(paths: Sequence[Path], labels_path: Path | None) -> Source:
     """The source in the given (downloaded) files."""
     found = labels_path or labels.find_labels(paths)
@@ -75,16 +104,19 @@ def files_source(paths: Sequence[Path], labels_path: Path | None) -> Source:
 
 def staging_key(source: Source, known: Labels, version: str, min_frames: int) -> str:
     """A name for all that decides the result, so that only work towards the same result is continued."""
+    parts = [member.part for member in source.parts if member.part is not None]
     read = [piece.path for piece in source.pieces] or list(source.clips)
+    read = read or sorted({part.path for part in parts})
     stamps = [(path.name, path.stat().st_size, path.stat().st_mtime_ns) for path in read]
-    code = (archive.__name__, labels.__name__, store.__name__, video.__name__, __name__)
+    code = [module.__name__ for module in (archive, labels, store, video, videos)]
     decides = {
         "schema": store.SCHEMA,
         "scale": video.SCALE,
         "ffmpeg": version,
         "min_frames": min_frames,
         "files": stamps,
-        "code": files.code_digests(*code),
+        "parts": [(part.begin, part.seconds) for part in parts],
+        "code": files.code_digests(*code, __name__),
         "labels": [sorted(known.names.items()), [(i, c.split, c.label) for i, c in known.clips.items()]],
     }
     return hashlib.sha256(json.dumps(decides).encode()).hexdigest()[:16]
@@ -96,12 +128,19 @@ def batches(members: Iterable[Member], size: int) -> Iterator[list[Member]]:
     weight = 0
     for member in members:
         held.append(member)
-        weight += len(member.content or b"")
+        weight += _weight(member)
         if len(held) == size or weight > MAX_BATCH_BYTES:
             yield held
             held, weight = [], 0
     if held:
         yield held
+
+
+def _weight(member: Member) -> int:
+    """Bytes that a member takes in memory: of its file, or, where it is a part, of its frames."""
+    if member.part is None:
+        return len(member.content or b"")
+    return int((member.part.seconds or 0.0) * FASTEST) * store.FRAMES.item_bytes
 
 
 def after_committed(members: Iterator[Member], writer: StoreWriter) -> Iterator[Member]:
@@ -110,7 +149,7 @@ def after_committed(members: Iterator[Member], writer: StoreWriter) -> Iterator[
         member = next(members, None)
         if member is None:
             break
-        if member.id != row["id"] or (member.content and _sha256(member.content) != row.get("sha256")):
+        if member.id != row["id"] or (not member.reason and _digest(member) != row.get("sha256")):
             staged = writer.path.parent
             raise UserError(
                 f"clip {row['id']}: the source changed since {staged} was begun; delete that folder"
@@ -128,14 +167,14 @@ def ingest(decoder: Decoder, members: Sequence[Member], known: Labels, min_frame
         label = known.clips.get(member.id)
         if label is not None:
             row.update(split=label.split, label=label.label, label_id=label.label_id)
-        if member.content is None:
+        if member.content is None and member.part is None:
             done.append(Ingested(None, {**row, "reason": member.reason}))
             continue
-        row["sha256"] = _sha256(member.content)
+        row["sha256"] = _digest(member)
         if label is None:
             done.append(Ingested(None, {**row, "reason": "the labels files do not name this clip"}))
             continue
-        clip = next(decoded)
+        clip = decoder.decode_part(member.part) if member.part else next(decoded)
         row.update(width=clip.width, height=clip.height, fps=clip.fps)
         count = len(clip.frames) if clip.frames is not None else 0
         if clip.frames is None:
@@ -166,16 +205,17 @@ def append_missing(writer: StoreWriter, known: Labels) -> int:
     return len(absent)
 
 
-def attributes(writer: StoreWriter, version: str, min_frames: int) -> dict[str, Any]:
+def attributes(writer: StoreWriter, version: str, min_frames: int, name: str = NAME) -> dict[str, Any]:
     """The store's attributes: what it was made from, by content, and how."""
     digest, clips = hashlib.sha256(), 0
     for row in writer.rows():
         if row.get("sha256"):
             digest.update(f"{row['id']} {row['sha256']}\n".encode())
             clips += 1
-    source = {"name": NAME, "clips": clips, "sha256": digest.hexdigest()}
+    source = {"name": name, "clips": clips, "sha256": digest.hexdigest()}
     return {"source": source, "resize": video.SCALE, "ffmpeg": version, "min_frames": min_frames}
 
 
-def _sha256(content: bytes) -> str:
-    return hashlib.sha256(content).hexdigest()
+def _digest(member: Member) -> str:
+    """sha256 of a member's file."""
+    return member.sha256 or hashlib.sha256(member.content or b"").hexdigest()

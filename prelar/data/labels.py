@@ -41,6 +41,15 @@ class Labels:
 def find_labels(paths: Iterable[Path]) -> Path:
     """The labels zip, or the folder of labels.json, among `paths`. Raises `UserError` if there is none."""
     places = list(paths)
+    found = seek_labels(places)
+    if found is None:
+        where = places[0].parent if places else "the source"
+        raise UserError(f"{where}: no labels (a zip or a folder with labels.json); set ssv2.labels")
+    return found
+
+
+def seek_labels(places: Sequence[Path]) -> Path | None:
+    """The labels zip, or the folder of labels.json, among `places`, None if there is none."""
     for path in places:
         if path.is_dir() and (path / NEEDED[0]).is_file():
             return path
@@ -51,8 +60,7 @@ def find_labels(paths: Iterable[Path]) -> Path:
             with zipfile.ZipFile(path) as archive:
                 if any(Path(name).name == NEEDED[0] for name in archive.namelist()):
                     return path
-    where = places[0].parent if places else "the source"
-    raise UserError(f"{where}: no labels (a zip or a folder with labels.json); set ssv2.labels")
+    return None
 
 
 def read_labels(path: Path) -> Labels:

@@ -9,11 +9,13 @@ neither on the processor (`SCALE`) nor on which clips share a process.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import os
 import re
 import subprocess
 from collections.abc import Sequence
+from pathlib import Path
 
 import ffmpeg
 import numpy as np
@@ -33,12 +35,22 @@ FORMATS = "matroska,webm,mov,mp4,avi"
 
 _STREAM = re.compile(r"^\[info\]\s+Stream #(\d+):\d+.*?: Video: (.*)$")
 _SIZE = re.compile(r"(?:^|, )(\d{1,5})x(\d{1,5})(?=[ ,]|$)")
+_DURATION = re.compile(r"(?:Duration: |time=)(\d+):(\d\d):(\d\d\.\d+)")
 _FPS = re.compile(r", ([\d.]+)(k?) fps")
 _CONSEQUENCE = re.compile(
     r"Error opening (input|output) files?\b|Error while|Nothing was written|Could not open encoder|"
     r"Cannot determine format|Conversion failed|Task finished|Terminating thread"
 )
 _TROUBLE = re.compile(r"^(?:\[[^\]]*@[^\]]*\] )*\[(?:error|fatal|panic)\] (.*)$")
+
+
+@dataclasses.dataclass(frozen=True)
+class Part:
+    """The frames of a video file from second `begin` on, for `seconds`; None: to its end."""
+
+    path: Path
+    begin: float = 0.0
+    seconds: float | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -93,7 +105,32 @@ class Decoder:
             return None
         return [Clip(part, None, *stream(log, number)) for number, part in enumerate(frames)]
 
-    def _alone(self, content: bytes) -> Clip:
+    def decode_part(self, part: Part) -> Clip:
+        """Decode a part of a file. Parts that adjoin have every frame of the file once."""
+        try:
+            return self._alone(part)
+        except OSError as error:
+            return Clip(None, f"cannot be read: {error.strerror}")
+
+    def seconds(self, path: Path) -> float | None:
+        """How long a video file is, as its header tells or else its last frame; None where neither does."""
+        for options in ([], ["-map", "0:V:0", "-c", "copy", "-f", "null", "-"]):
+            with contextlib.suppress(OSError, subprocess.TimeoutExpired), path.open("rb") as handle:
+                done = subprocess.run(
+                    probe(self.path, handle.fileno(), options),
+                    pass_fds=[handle.fileno()],
+                    stdin=subprocess.DEVNULL,
+                    capture_output=True,
+                    timeout=MAX_SECONDS,
+                    check=False,
+                )
+                told = _DURATION.findall(done.stderr[-MAX_LOG:].decode("utf-8", "replace"))
+                if told:
+                    hours, minutes, seconds = told[-1]
+                    return 3600 * int(hours) + 60 * int(minutes) + float(seconds)
+        return None
+
+    def _alone(self, content: bytes | Part) -> Clip:
         try:
             (frames,), log, status = self._run([content])
         except subprocess.TimeoutExpired:
@@ -108,16 +145,21 @@ class Decoder:
             return Clip(None, "no video frame", *about)
         return Clip(frames, None, *about)
 
-    def _run(self, clips: Sequence[bytes]) -> tuple[list[Frames], str, int]:
+    def _run(self, clips: Sequence[bytes | Part]) -> tuple[list[Frames], str, int]:
         """Frames of each clip, what ffmpeg said, and its exit status."""
-        inputs = [os.memfd_create(f"clip{number}") for number in range(len(clips))]
+        parts = [clip if isinstance(clip, Part) else None for clip in clips]
+        inputs = [
+            os.open(part.path, os.O_RDONLY | os.O_CLOEXEC) if part else os.memfd_create("clip")
+            for part in parts
+        ]
         outputs = [os.memfd_create(f"frames{number}") for number in range(len(clips))]
         log = os.memfd_create("log")
         try:
             for handle, content in zip(inputs, clips, strict=True):
-                _write(handle, content)
+                if isinstance(content, bytes):
+                    _write(handle, content)
             done = subprocess.run(
-                command(self.path, inputs, outputs),
+                command(self.path, inputs, outputs, parts),
                 pass_fds=[*inputs, *outputs],
                 stdin=subprocess.DEVNULL,
                 stdout=subprocess.DEVNULL,
@@ -134,14 +176,25 @@ class Decoder:
                 os.close(handle)
 
 
-def command(binary: str, inputs: Sequence[int], outputs: Sequence[int]) -> list[str]:
+def probe(binary: str, handle: int, options: Sequence[str]) -> list[str]:
+    """The arguments that make ffmpeg tell of an open file, and do what `options` say."""
+    guarded = ["-format_whitelist", FORMATS, "-protocol_whitelist", "file"]
+    arguments = [binary, "-nostdin", "-hide_banner", "-nostats", *guarded, "-i", f"/proc/self/fd/{handle}"]
+    return [*arguments, *options]
+
+
+def command(
+    binary: str, inputs: Sequence[int], outputs: Sequence[int], parts: Sequence[Part | None] = ()
+) -> list[str]:
     """The arguments that decode open file `inputs[i]` into raw RGB frames in open file `outputs[i]`.
+
+    Of a file that has one of `parts`, only that part is decoded.
 
     Only container formats that hold video are tried, so that a playlist posing as a clip opens nothing.
     """
     limit = ["-timelimit", str(MAX_CPU_SECONDS)]
     streams = []
-    for source, target in zip(inputs, outputs, strict=True):
+    for source, target, part in zip(inputs, outputs, parts or [None] * len(inputs), strict=True):
         opened = ffmpeg.input(
             f"/proc/self/fd/{source}",
             threads=1,
@@ -151,6 +204,7 @@ def command(binary: str, inputs: Sequence[int], outputs: Sequence[int]) -> list[
             format_whitelist=FORMATS,
             protocol_whitelist="file",
             max_pixels=MAX_PIXELS,
+            **_stretch(part),
         )
         written = ffmpeg.output(
             opened["V:0"],
@@ -167,6 +221,16 @@ def command(binary: str, inputs: Sequence[int], outputs: Sequence[int]) -> list[
     )
     arguments: list[str] = merged.compile(cmd=binary)
     return arguments
+
+
+def _stretch(part: Part | None) -> dict[str, float]:
+    """The input options of a part; from the beginning there is nothing to seek."""
+    found: dict[str, float] = {}
+    if part is not None and part.begin:
+        found["ss"] = part.begin
+    if part is not None and part.seconds is not None:
+        found["t"] = part.seconds
+    return found
 
 
 def _write(handle: int, content: bytes) -> None:

@@ -28,12 +28,11 @@ from prefect.task_runners import ThreadPoolTaskRunner
 from flows import runtime, ssv2
 from prelar.config import load_config
 from prelar.data import ingest
-from prelar.data import store as store_module
 from prelar.data.batches import SegmentSampler
 from prelar.data.labels import read_labels
 from prelar.data.store import FRAME, Store, StoreWriter
 from prelar.data.video import SCALE, Decoder
-from tests import archives
+from tests import archives, full_size
 from tests.conftest import ROOT
 from tests.memory import held
 
@@ -228,33 +227,9 @@ def _pictures(jpeg: Path, random: np.random.Generator) -> np.ndarray:
     return out
 
 
-def opening(path: Path, clips: int = 220_847) -> dict[str, float]:
-    """Seconds to open a store with the clips of the whole data set, whose frames are holes in files."""
-    lengths = np.random.default_rng(0).integers(8, 82, clips)
-    starts, total = np.cumsum(lengths) - lengths, int(lengths.sum())
-    rows = (
-        {"id": str(n), "split": "train", "label": f"label {n % 174}", "label_id": n % 174, "frames": length,
-         "start": start, "width": 427, "height": 240, "fps": 12.0, "sha256": f"{n:064x}", "status": "ok"}
-        for n, (length, start) in enumerate(zip(lengths.tolist(), starts.tolist(), strict=True))
-    )  # fmt: skip
-    digest = store_module.write_index(store_module.index_path(path), rows)
-    for name, layout, values in (
-        ("clip_start", store_module.CLIPS, starts),
-        ("clip_length", store_module.CLIPS, lengths),
-        ("pairs", store_module.PAIRS, store_module.pair_index(starts, lengths)),
-    ):
-        column = store_module._Column(path / name, layout)
-        column.append(values)
-        column.finish()
-    layout = store_module.FRAMES
-    store_module._write_json(path / "frames/zarr.json", layout.metadata(total))
-    for number in range(-(-total // layout.shard)):
-        shard = layout.file(path / "frames", number)
-        shard.parent.mkdir(parents=True)
-        shard.touch()
-        os.truncate(shard, layout.shard_bytes(min(layout.shard, total - number * layout.shard)))
-    attributes = {"schema": store_module.SCHEMA, "index_sha256": digest}
-    store_module._write_json(path / "zarr.json", {"attributes": attributes})
+def opening(path: Path) -> dict[str, float]:
+    """Seconds to open a store with the clips of the whole data set."""
+    full_size.build(path)
     return {"store_open_s": min(_seconds(lambda: Store.open(path)) for _ in range(REPEATS))}
 
 

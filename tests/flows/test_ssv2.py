@@ -344,19 +344,19 @@ def test_help_tells_where_the_settings_are(
 def test_labels_and_parts_are_found(here: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(ssv2, "fetch", ssv2.fetch.fn)
     folder = Path("data/sample")
-    assert ssv2.find("data/sample", None).labels == folder / archives.LABELS_ZIP
+    assert ssv2.find_archive("data/sample", None).labels == folder / archives.LABELS_ZIP
     labels = folder.rename("moved") / archives.LABELS_ZIP
     parts = {path.name: path.read_bytes() for path in sorted(Path("moved").iterdir()) if path != labels}
     with serve({**parts, "labels": labels.read_bytes()}) as server:
         urls = [f"{server.url}/{name}" for name in parts]
-        by_file = ssv2.find(urls, str(labels))
-        by_url = ssv2.find(urls, f"{server.url}/labels")
-        among = ssv2.find([f"{server.url}/labels", *urls], None)
+        by_file = ssv2.find_archive(urls, str(labels))
+        by_url = ssv2.find_archive(urls, f"{server.url}/labels")
+        among = ssv2.find_archive([f"{server.url}/labels", *urls], None)
     for found in (by_file, by_url, among):
         assert [piece.name for piece in found.pieces] == [f"{archives.FOLDER}-{n:02d}" for n in range(3)]
         assert len(read_labels(found.labels).clips) == len(CONTENTS)
     with pytest.raises(UserError, match=r"ssv2\.labels"):
-        ssv2.find("moved", None) if labels.rename("elsewhere") else None
+        ssv2.find_archive("moved", None) if labels.rename("elsewhere") else None
 
 
 @pytest.mark.long

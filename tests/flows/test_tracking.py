@@ -13,6 +13,7 @@ import pytest
 
 from flows import tracking
 from prelar.data.store import Store
+from tests import archives
 from tests.bucket import bucket
 from tests.conftest import Project
 
@@ -49,6 +50,24 @@ def test_a_flow_by_hand_leaves_a_clean_status(project: Project) -> None:
     assert "recorded with DVC" in told.stdout
     assert status(project, "ssv2") == {}
     assert "Stage 'ssv2' didn't change, skipping" in project.run("dvc", "repro", "ssv2").stdout
+
+
+def test_own_videos_become_a_store_as_the_docs_say(project: Project, tmp_path: Path) -> None:
+    for number in range(3):
+        (tmp_path / "below").mkdir(exist_ok=True)
+        content = archives.clip(frames=40, filters=f"hue=h={90 * number}", suffix=".mkv")
+        (tmp_path / "below" / f"{number}.mkv").write_bytes(content)
+    kept = (project.root / "params.yaml").read_text(encoding="utf-8")
+    project.edit(ssv2={"source": str(tmp_path), "clip_seconds": 1.0})
+    told = (project.root / "docs/own-videos.md").read_text(encoding="utf-8").splitlines()
+    commands = [line for line in told if line.startswith(("python -m", "dvc status"))]
+    assert [project.run(*command.split()).returncode for command in commands] == [0, 0]
+    assert status(project, "ssv2") == {}
+    store = Store.open(project.root / "data/ssv2.zarr")
+    assert store.index["id"].to_pylist()[:3] == [f"below/0.mkv#{number:04d}" for number in range(3)]
+    assert store.num_frames == 120 and set(store.index["split"].to_pylist()) == {"train", "validation"}
+    (project.root / "params.yaml").write_text(kept, encoding="utf-8")
+    project.run("dvc", "repro", "ssv2")
 
 
 def test_repro_checkout_and_a_queued_experiment_copy_no_store(project: Project) -> None:

@@ -1,0 +1,184 @@
+"""Own videos: found in any container, cut without losing or doubling a frame, split by name."""
+
+from __future__ import annotations
+
+import itertools
+import subprocess
+from pathlib import Path
+
+import imageio_ffmpeg
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from prelar.data import ingest, videos
+from prelar.data.ingest import append, attributes, batches, own_videos, staging_key, videos_source
+from prelar.data.store import Store, StoreWriter
+from prelar.data.video import Decoder, Part
+from prelar.errors import UserError
+from tests import archives
+
+SECONDS = 1.0
+KINDS = {
+    "phone.mp4": ("-c:v", "libx264", "-bf", "2", "-g", "40"),
+    "camera.MOV": ("-c:v", "libx264", "-g", "250", "-bf", "0"),
+    "screen.mkv": ("-c:v", "libx264", "-g", "1000"),
+    "old.avi": ("-c:v", "mpeg4", "-g", "12"),
+    "web.webm": ("-c:v", "libvpx-vp9", "-deadline", "realtime", "-cpu-used", "8"),
+    "live.webm": ("-c:v", "libvpx", "-deadline", "realtime", "-cpu-used", "8", "-live", "1"),
+}
+
+
+def film(path: Path, *options: str, frames: int = 108, rate: str = "30") -> Path:
+    """A video whose frames all differ, with sound that goes on longer."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    command = [
+        *(imageio_ffmpeg.get_ffmpeg_exe(), "-v", "error", "-y"),
+        *("-f", "lavfi", "-i", f"testsrc2=size=96x64:rate={rate}", "-f", "lavfi", "-i", "sine=duration=3.8"),
+        *("-frames:v", str(frames), "-pix_fmt", "yuv420p", *options, str(path)),
+    ]
+    subprocess.run(command, check=True, capture_output=True)
+    return path
+
+
+@pytest.fixture(scope="module")
+def decoder() -> Decoder:
+    return Decoder()
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Videos of many kinds in folders, one without ending, one broken, and what is none."""
+    root = tmp_path_factory.mktemp("own")
+    for name, options in KINDS.items():
+        film(root / "holiday" / name, *options)
+    film(root / "bare.mp4", *KINDS["phone.mp4"], rate="30000/1001").rename(root / "bäre")
+    (root / "broken.mp4").write_bytes(b"no video")
+    film(root / "tv.ts", "-c:v", "mpeg2video")
+    (root / "notes.txt").write_text("not a video")
+    film(root / ".trash" / "gone.mp4", *KINDS["phone.mp4"])
+    return root
+
+
+def test_videos_are_known_by_content_or_ending(folder: Path) -> None:
+    names = [path.relative_to(folder).as_posix() for path in videos.find_videos(folder)]
+    assert names == sorted(["broken.mp4", "bäre", "tv.ts", *(f"holiday/{name}" for name in KINDS)])
+
+
+@pytest.mark.parametrize("name", [*(f"holiday/{name}" for name in KINDS), "bäre"])
+def test_cutting_keeps_every_frame_once(folder: Path, decoder: Decoder, name: str) -> None:
+    path = folder / name
+    whole = decoder.decode_part(Part(path)).frames
+    assert whole is not None and len(whole) == 108
+    length = decoder.seconds(path)
+    assert length == pytest.approx(3.6, abs=0.3)
+    members = videos.cut(name, path, length, SECONDS)
+    assert len(members) == 4 and [member.id for member in members][1] == f"{name}#0001"
+    clips = [decoder.decode_part(member.part) for member in members if member.part]
+    assert all(clip.reason is None and clip.frames is not None for clip in clips), clips
+    assert np.array_equal(np.concatenate([clip.frames for clip in clips]), whole)
+
+
+def test_a_video_of_unknown_length_is_one_clip(folder: Path, decoder: Decoder) -> None:
+    path = folder / "broken.mp4"
+    assert decoder.seconds(path) is None and decoder.seconds(folder / "absent") is None
+    (member,) = videos.cut("broken.mp4", path, None, SECONDS)
+    assert member.part == Part(path)
+    assert "Invalid data" in str(decoder.decode_part(Part(path)).reason)
+    assert decoder.decode_part(Part(folder / "absent")).reason == "cannot be read: No such file or directory"
+
+
+@given(length=st.floats(0.01, 9000), seconds=st.floats(0.5, 30))
+def test_clips_adjoin_and_the_last_is_at_most_half_longer(length: float, seconds: float) -> None:
+    parts = [member.part for member in videos.cut("x", Path("x"), length, seconds)]
+    begins = [part.begin for part in parts if part]
+    assert begins == [number * seconds for number in range(len(begins))]
+    assert all(part and part.seconds == seconds for part in parts[:-1])
+    assert parts[-1] and parts[-1].seconds is None
+    assert length - begins[-1] <= 1.5 * seconds + 1e-6
+
+
+@given(names=st.lists(st.text(min_size=1), min_size=2, max_size=40, unique=True))
+def test_some_videos_are_for_validation_and_adding_one_moves_few(names: list[str]) -> None:
+    splits = videos._splits(names, [2] * len(names))
+    assert all(len(set(split)) == 1 for split in splits)
+    held = {name for name, (split, _) in zip(names, splits, strict=True) if split == "validation"}
+    assert 0 < len(held) < len(names)
+    grown = videos._splits([*names, "new"], [1] * (len(names) + 1))
+    moved = sum(before[0] != after[0] for before, after in zip(splits, grown, strict=False))
+    assert moved <= 2
+
+
+@pytest.mark.parametrize(("count", "held_out"), [(1, 0), (2, 1), (10, 1), (11, 2), (100, 10)])
+def test_of_a_single_video_the_end_is_for_validation(count: int, held_out: int) -> None:
+    assert videos._splits(["x"], [count]) == [["train"] * (count - held_out) + ["validation"] * held_out]
+
+
+def test_a_folder_of_videos_becomes_a_store(folder: Path, decoder: Decoder, tmp_path: Path) -> None:
+    """Whatever the batches; a broken video has a name and a reason."""
+    found = own_videos(folder, None)
+    trees = []
+    for size in (3, 100):
+        source, known = videos_source(folder, found, decoder, SECONDS)
+        with StoreWriter(tmp_path / str(size) / "ssv2.zarr") as writer:
+            for batch in batches(source.members(), size):
+                append(writer, ingest.ingest(decoder, batch, known, 8))
+            store = writer.finish(attributes(writer, decoder.version, 8, ingest.OWN))
+        held = (path for path in store.path.parent.rglob("*") if path.suffix != ".journal" and path.is_file())
+        trees.append({str(path.relative_to(store.path.parent)): path.read_bytes() for path in held})
+    assert trees[0] == trees[1]
+    store = Store.open(tmp_path / "3/ssv2.zarr")
+    assert store.attrs["source"]["name"] == "videos"
+    assert store.num_frames == 108 * (len(KINDS) + 1)
+    rows = store.index.to_pylist()
+    assert {row["split"] for row in rows} == {"train", "validation"}
+    assert {row["id"].split("#")[0]: row["reason"] for row in rows if row["status"] == "bad"} == {
+        "broken.mp4": "ffmpeg: Error opening input: Invalid data found when processing input",
+        "tv.ts": "ffmpeg: Error opening input: Invalid argument; "
+        "Format not on whitelist 'matroska,webm,mov,mp4,avi'",
+    }
+
+
+def test_labels_or_an_archive_make_it_something_else(folder: Path, tmp_path: Path) -> None:
+    assert own_videos(folder, Path("labels.zip")) == [] and own_videos(tmp_path / "absent", None) == []
+    archives.source(tmp_path, {"1": archives.clip()}, "raw")
+    (tmp_path / "2.webm").write_bytes(archives.clip())
+    assert own_videos(tmp_path, None) == []
+    (tmp_path / archives.LABELS_ZIP).unlink()
+    assert own_videos(tmp_path, None) == []
+    with pytest.raises(UserError, match="no labels"):
+        ingest.folder_source(tmp_path, None)
+
+
+def test_the_key_knows_how_videos_are_cut(folder: Path, decoder: Decoder) -> None:
+    found = own_videos(folder, None)
+    keys = {
+        staging_key(*videos_source(folder, found, decoder, seconds), decoder.version, 8)
+        for seconds in (1.0, 2.0, 1.0)
+    }
+    assert len(keys) == 2
+
+
+def test_batches_of_parts_are_bounded_by_their_frames() -> None:
+    members = videos.cut("film", Path("film"), 5000.0, 5.0)
+    sizes = [len(batch) for batch in batches(members, 1000)]
+    assert sum(sizes) == len(members) == 1000
+    assert max(sizes) * 5 * 60 * 64 * 64 * 3 < 2 * ingest.MAX_BATCH_BYTES
+
+
+def test_a_file_is_read_once_for_its_digest(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    read: list[Path] = []
+    digest = videos.files.digest
+    monkeypatch.setattr(videos.files, "digest", lambda path: read.append(path) or digest(path))
+    members = videos.cut("a", folder / "bäre", 3.6, 1.0) + videos.cut("b", folder / "absent", 3.6, 2.0)
+    told = list(videos.with_digests(members))
+    assert read.count(folder / "bäre") == 1
+    assert all(len(member.sha256 or "") == 64 for member in told[:4])
+    assert [member.reason for member in told[4:]] == ["cannot be read: No such file or directory"] * 2
+
+
+def test_the_splits_of_a_video_are_one(folder: Path, decoder: Decoder) -> None:
+    source, known = videos_source(folder, own_videos(folder, None), decoder, SECONDS)
+    by_video = itertools.groupby(source.parts, key=lambda member: member.id.split("#")[0])
+    assert all(len({known.clips[member.id].split for member in members}) == 1 for _, members in by_video)
