@@ -4,7 +4,7 @@ export PATH := $(CURDIR)/.venv/bin:$(PATH)
 READY := .venv/.ready
 
 .DEFAULT_GOAL := help
-.PHONY: help setup repro test test-long test-live lint format bench ui check lock clean rlbench-setup
+.PHONY: help setup repro test test-long test-live lint format bench ui check lock params clean rlbench-setup
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## /{printf "  make %-13s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -50,6 +50,9 @@ ui: $(READY) ## serve the flows in the Prefect UI on this machine
 
 lock: $(READY) ## resolve pyproject.toml into requirements.lock anew
 	@python tools/lock.py
+
+params: $(READY) ## write docs/params.md anew from the settings
+	@PYTHONPATH=. python tools/params_page.py
 
 clean: ## remove the caches of tools; data, downloads and results stay
 	rm -rf .pytest_cache .mypy_cache .ruff_cache .hypothesis .import_linter_cache .import_linter.log tests/output

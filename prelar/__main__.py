@@ -6,6 +6,7 @@ import argparse
 import contextlib
 import importlib
 import os
+import sys
 from pathlib import Path
 from typing import get_args
 
@@ -29,14 +30,37 @@ WRITES = {
     "evaluate": "reports/evaluate",
     "report": "reports/index.html",
 }
+LONG = ("pretrain", "finetune")
 HELPERS = {
+    "doctor": "look at this machine: packages, ffmpeg, OpenGL, GPU, disk, git, DVC, Prefect, CoppeliaSim",
     "check": "validate the whole of params.yaml and exit",
+    "actions": "write the latent actions of videos, or of a store, to a Parquet file",
     "import-reference": "turn a published checkpoint into data/pretrain, for fine-tuning to start from",
 }
 
 
 def main() -> None:
     """Parse the command line and run one command."""
+    arguments = build_parser().parse_args()
+    if arguments.command == "doctor":
+        from prelar import doctor
+
+        sys.exit(doctor.run())
+    config = checked_config()
+    if arguments.command == "check":
+        print("params.yaml is valid")
+    elif arguments.command == "import-reference":
+        run_import(config, arguments)
+    elif arguments.command == "actions":
+        run_actions(config, arguments)
+    elif arguments.command == "report" and arguments.experiments:
+        run_comparison(arguments)
+    else:
+        run_stage(arguments.command, config)
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """The parser of the command line."""
     parser = argparse.ArgumentParser(
         prog="python -m prelar",
         description="World models pre-trained on action-free video. Reads params.yaml.",
@@ -47,17 +71,9 @@ def main() -> None:
         for name, text in {**STAGES, **HELPERS}.items()
     }
     add_report_arguments(parsers["report"])
+    add_action_arguments(parsers["actions"])
     add_import_arguments(parsers["import-reference"])
-    arguments = parser.parse_args()
-    config = checked_config()
-    if arguments.command == "check":
-        print("params.yaml is valid")
-    elif arguments.command == "import-reference":
-        run_import(config, arguments)
-    elif arguments.command == "report" and arguments.experiments:
-        run_comparison(arguments)
-    else:
-        run_stage(arguments.command, config)
+    return parser
 
 
 def add_report_arguments(parser: argparse.ArgumentParser) -> None:
@@ -78,6 +94,33 @@ def run_comparison(arguments: argparse.Namespace) -> None:
     output = arguments.output or comparison.PAGE
     with exclusive(output):
         comparison.run(arguments.experiments, output)
+
+
+def add_action_arguments(parser: argparse.ArgumentParser) -> None:
+    """The arguments of actions."""
+    parser.add_argument(
+        "sources", metavar="VIDEO", nargs="+", type=Path, help="video files, or one store (a folder ….zarr)"
+    )
+    parser.add_argument("--output", required=True, type=Path, metavar="FILE.parquet")
+    parser.add_argument(
+        "--checkpoint", type=Path, default=Path("data/pretrain"), help="default: data/pretrain"
+    )
+
+
+def run_actions(config: Config, arguments: argparse.Namespace) -> None:
+    """Write latent actions, on the device and with the ffmpeg of params.yaml."""
+    from prelar import actions
+    from prelar.loop import set_up
+
+    fabric = set_up(device=config.device, precision=config.precision, threads=config.threads)
+    with exclusive(arguments.output):
+        actions.run(
+            arguments.sources,
+            arguments.output,
+            checkpoint=arguments.checkpoint,
+            device=str(fabric.device),
+            ffmpeg=config.ssv2.ffmpeg,
+        )
 
 
 def add_import_arguments(parser: argparse.ArgumentParser) -> None:
@@ -114,6 +157,8 @@ def run_stage(command: str, config: Config) -> None:
     """
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     stage = importlib.import_module(f"prelar.{command}")
+    if command in LONG and _is_first():
+        importlib.import_module("prelar.estimates").check_stage(command, config)
     with exclusive(WRITES[command]) if _is_first() else contextlib.nullcontext():
         stage.run(config)
 

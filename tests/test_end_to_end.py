@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 import socket
 import subprocess
 import sys
@@ -19,6 +20,7 @@ import httpx
 import pytest
 
 from tests.conftest import Project
+from tests.docs import blocks, commands
 
 DATA_STAGES = ("sample", "ssv2", "rlbench")
 
@@ -87,6 +89,27 @@ def test_queued_experiments_run_and_are_shown(project: Project) -> None:
     values = {row.split(",")[columns.index("beta_a")] for row in shown[1:]}
     assert {"0.01", "0.1", "0.2"} <= values
     assert "success_rate" in columns and "prediction_error" in columns
+
+
+def test_the_commands_of_the_docs_run(project: Project) -> None:
+    project.run("git", "checkout", "-q", "params.yaml")
+    done = set()
+    for command in commands():
+        if command.reason is None and command.words not in done:
+            done.add(command.words)
+            project.run(*command.words)
+    assert len(done) > 8
+    text = (project.root / "reports/compare.html").read_text(encoding="utf-8")
+    assert "PreLAR, beta_a = 0.1" in text and "<video" in text and 'id="success-0-t"' in text
+    origins = re.findall(r"git checkout [0-9a-f]{40}\n(.*?)</code>", text, re.DOTALL)
+    assert origins == ["make repro", "make setup\n.venv/bin/dvc exp run -S beta_a=0.1"]
+
+
+def test_the_examples_of_the_docs_run(project: Project) -> None:
+    examples = [block.text for block in blocks() if block.language == "python" and block.page != "README.md"]
+    for example in examples:
+        project.run(sys.executable, "-c", example)
+    assert len(examples) > 2
 
 
 def test_a_bad_value_stops_before_anything_runs(project: Project) -> None:

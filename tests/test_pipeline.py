@@ -23,6 +23,7 @@ FREE = {
     "prelar.ffmpeg_binary",
     "prelar.files",
     "prelar.names",
+    "prelar.space",
     "flows",
     "flows.tracking",
 }

@@ -14,7 +14,7 @@ from prelar.comparison.statistics import Estimate, estimate
 from prelar.report.privacy import presentable
 
 WITHIN = ("task", "seed")
-MACHINE = ("device", "threads", "ssv2.workers", "rlbench.workers", "ssv2.batch", "ssv2.ffmpeg")
+MACHINE = ("device", "threads", "data_root", "ssv2.workers", "rlbench.workers", "ssv2.batch", "ssv2.ffmpeg")
 DATASETS = ("ssv2", "rlbench")
 NAMES = {"dreamerv2": "DreamerV2", "apv": "APV", "contextwm": "ContextWM", "prelar": "PreLAR"}
 

@@ -1,0 +1,101 @@
+"""Latent actions of videos, or of a store, as a Parquet file.
+
+One row for each pair of neighbouring frames: `clip` (the file's name, or the clip's id in the store), `frame`
+(the number t of the pair (t, t+1) within the clip) and `action`, a fixed-size list of float32. The schema's
+metadata say which model inferred them.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+from tqdm import tqdm
+
+from prelar import api
+from prelar.data.store import Frames, Store
+from prelar.data.video import Decoder
+from prelar.errors import UserError
+from prelar.files import atomic_file, digest
+
+GROUP = 65_536
+
+
+def run(
+    sources: Sequence[Path], output: Path, *, checkpoint: Path, device: str = "cpu", ffmpeg: str | None = None
+) -> None:
+    """Write the latent actions of video files, or of one store (`….zarr`), to `output`.
+
+    A video that cannot be decoded, or has one frame only, is named and left out. Raises `UserError` where
+    nothing is left, and where the checkpoint infers no actions.
+    """
+    stored = [path for path in sources if path.suffix == ".zarr"]
+    if stored and len(sources) > 1:
+        raise UserError(f"{stored[0]}: a store is read by itself; name no other source beside it")
+    model = api.load(checkpoint, device)
+    if stored:
+        store = Store.open(stored[0])
+        clips, total = read_store(store), store.num_clips
+    else:
+        clips, total = read_videos(sources, Decoder(ffmpeg)), len(sources)
+    schema = make_schema(model, checkpoint)
+    written = rows = 0
+    with atomic_file(output) as partial, pq.ParquetWriter(partial, schema, compression="zstd") as writer:
+        for name, frames in tqdm(clips, total=total, desc="actions", unit="clip", disable=None):
+            if len(frames) > 1:
+                found = model.infer(frames)
+                writer.write_table(as_table(name, found, schema), row_group_size=GROUP)
+                written, rows = written + 1, rows + len(found)
+        if not written:
+            raise UserError(f"{sources[0]}: no clip of two frames or more could be read; nothing is written")
+    print(f"actions: {rows} of {written} clips -> {output}", flush=True)
+
+
+def make_schema(model: api.Loaded, checkpoint: Path) -> pa.Schema:
+    """The columns, and as metadata the model's keywords and the hash of its file of the action part."""
+    about = {"prelar.model": json.dumps(dict(model.spec), sort_keys=True)}
+    part = checkpoint / "action.safetensors"
+    if part.is_file():
+        about["prelar.action_sha256"] = digest(part)
+    fields = [
+        pa.field("clip", pa.string(), nullable=False),
+        pa.field("frame", pa.int64(), nullable=False),
+        pa.field("action", pa.list_(pa.float32(), model.action_dim), nullable=False),
+    ]
+    return pa.schema(fields, metadata=about)
+
+
+def as_table(clip: str, actions: api.Floats, schema: pa.Schema) -> pa.Table:
+    """The rows of one clip, of actions (T-1, A)."""
+    flat = pa.array(np.ascontiguousarray(actions).reshape(-1))
+    columns = [
+        pa.array([clip] * len(actions), pa.string()),
+        pa.array(np.arange(len(actions), dtype=np.int64)),
+        pa.FixedSizeListArray.from_arrays(flat, actions.shape[1]),
+    ]
+    return pa.Table.from_arrays(columns, schema=schema)
+
+
+def read_store(store: Store) -> Iterator[tuple[str, Frames]]:
+    """The clips of a store in order: id and frames uint8 (n, 64, 64, 3)."""
+    names = store.clip_index["id"].to_pylist()
+    for name, start, length in zip(names, store.clip_start.tolist(), store.clip_length.tolist(), strict=True):
+        yield name, store.read(start, length)
+
+
+def read_videos(paths: Sequence[Path], decoder: Decoder) -> Iterator[tuple[str, Frames]]:
+    """The decoded videos: path as given and frames uint8 (n, 64, 64, 3), none for those that fail."""
+    for path in paths:
+        try:
+            content = path.read_bytes()
+        except OSError as error:
+            raise UserError(f"{path}: {error.strerror}; name video files, or a store") from None
+        (clip,) = decoder.decode([content])
+        if clip.frames is None:
+            print(f"{path}: left out ({clip.reason})", file=sys.stderr, flush=True)
+        yield str(path), clip.frames if clip.frames is not None else np.empty((0, 64, 64, 3), np.uint8)

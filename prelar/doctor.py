@@ -1,0 +1,229 @@
+"""`python -m prelar doctor`: what this machine has, in a line each, with the remedy for what it lacks."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import os
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import httpx
+from packaging.requirements import Requirement
+
+from prelar import gl, space
+from prelar.config import Config, load_config
+from prelar.errors import UserError
+from prelar.report.provenance import WRITTEN_BY_RUNS
+
+State = Literal["ok", "note", "MISSING"]
+PYTHON = ((3, 11), (3, 14))
+LOCK = Path("requirements.lock")
+SERVER = "http://127.0.0.1:4200/api"
+CLIPS = 220_847
+"""Clips of Something-Something V2."""
+SHOWN = 4
+TIMEOUT = 60
+
+
+@dataclass(frozen=True)
+class Finding:
+    """One line: ok; a note, where something is absent that this project does without; or what is missing."""
+
+    name: str
+    state: State
+    text: str
+
+
+def run() -> int:
+    """Print a line for each examination; returns the exit status, 1 where something needed is missing."""
+    findings = []
+    for finding in examine():
+        findings.append(finding)
+        print(f"{finding.state:8}{finding.name:13}{finding.text}", flush=True)
+    return int(any(finding.state == "MISSING" for finding in findings))
+
+
+def examine() -> Iterator[Finding]:
+    """The findings, one after the other, for they take their time."""
+    yield python()
+    yield packages(LOCK)
+    config: Config | None = None
+    try:
+        config = load_config()
+        yield Finding("params.yaml", "ok", f"valid; scale {config.scale}, method {config.method}")
+    except UserError as error:
+        yield Finding("params.yaml", "MISSING", str(error))
+    yield guarded("ffmpeg", lambda: ffmpeg(config.ssv2.ffmpeg if config else None))
+    yield guarded("OpenGL", opengl)
+    yield guarded("GPU", lambda: gpu(config.device if config else "auto"))
+    if config:
+        yield guarded("disk", lambda: disk(config))
+    yield git()
+    yield dvc()
+    yield prefect(os.environ.get("PREFECT_API_URL") or SERVER)
+    yield coppeliasim(needed=config is not None and config.rlbench.source == "rlbench")
+
+
+def guarded(name: str, examination: Callable[[], Finding]) -> Finding:
+    """The finding of an examination; what it ends with is what is missing."""
+    try:
+        return examination()
+    except (UserError, ImportError, OSError) as error:
+        return Finding(name, "MISSING", str(error))
+
+
+def python() -> Finding:
+    """The version of Python, against the versions that are supported."""
+    version = ".".join(map(str, sys.version_info[:3]))
+    if PYTHON[0] <= sys.version_info[:2] < PYTHON[1]:
+        return Finding("Python", "ok", f"{version}, {sys.executable}")
+    return Finding("Python", "MISSING", f"{version}; install 3.11 to 3.13 and run `make setup PYTHON=…`")
+
+
+def packages(lock: Path) -> Finding:
+    """The installed versions against those of requirements.lock."""
+    try:
+        lines = lock.read_text(encoding="utf-8").splitlines()
+    except OSError:
+        return Finding("packages", "MISSING", f"{lock}: no such file; run from the top of the project")
+    wanted = [Requirement(line) for line in lines if line and not line.startswith("#")]
+    here = [one for one in wanted if one.marker is None or one.marker.evaluate()]
+    installed = {one.name: _version(one.name) for one in here}
+    absent = [name for name, version in installed.items() if version is None]
+    if absent:
+        return Finding("packages", "MISSING", f"{_some(absent)} not installed; run `make setup`")
+    others = [
+        f"{one.name} {version}, not {str(one.specifier).removeprefix('==')}"
+        for one in here
+        if (version := installed[one.name]) and not one.specifier.contains(version, prereleases=True)
+    ]
+    if others:
+        return Finding("packages", "note", f"{_some(others)}; `make setup` installs those of {lock}")
+    return Finding("packages", "ok", f"{len(here)} as in {lock}")
+
+
+def ffmpeg(path: str | None) -> Finding:
+    """The ffmpeg that decodes clips."""
+    from prelar.data.video import Decoder
+
+    decoder = Decoder(path)
+    return Finding("ffmpeg", "ok", f"{decoder.version}, {decoder.path}")
+
+
+def opengl() -> Finding:
+    """The OpenGL that draws Meta-World; it draws one frame."""
+    backend = gl.ensure()
+    renderer = gl.probe(backend)
+    if renderer is None:
+        return Finding(
+            "OpenGL", "MISSING", f"{backend} cannot draw; run `apt-get install libosmesa6` as root"
+        )
+    return Finding("OpenGL", "ok", f"{backend} drew a frame with {renderer}")
+
+
+def gpu(device: str) -> Finding:
+    """The graphics cards that torch sees."""
+    import torch
+
+    if torch.cuda.is_available():
+        cards = [torch.cuda.get_device_properties(k) for k in range(torch.cuda.device_count())]
+        told = ", ".join(f"{card.name} ({space.shown(card.total_memory)})" for card in cards)
+        return Finding("GPU", "ok", told)
+    if device == "cuda":
+        return Finding("GPU", "MISSING", "torch sees none; set device to auto, or install a driver for CUDA")
+    return Finding("GPU", "note", "torch sees none; training runs on the CPU")
+
+
+def disk(config: Config) -> Finding:
+    """Free room against what the training stages of the current parameters write."""
+    from prelar.estimates import estimates
+
+    free, needed = space.free_bytes(Path("data")), sum(estimates(config).values())
+    told = (
+        f"{space.shown(free)} free; pretrain and finetune at scale {config.scale} take about "
+        f"{space.shown(needed)}, Something-Something V2 whole {space.shown(space.archive_bytes(CLIPS, None))}"
+    )
+    if free < needed:
+        return Finding("disk", "MISSING", f"{told}; free space, or put the project on a larger disk")
+    return Finding("disk", "ok", told)
+
+
+def git() -> Finding:
+    """The state of the git repository, which experiments start from."""
+    commit = _told("git", "rev-parse", "--short", "HEAD")
+    if commit is None:
+        return Finding("git", "MISSING", "no repository with a commit here; clone the project, or `git init`")
+    changed = [
+        line[3:]
+        for line in (_told("git", "status", "--porcelain", "--untracked-files=no") or "").splitlines()
+        if line[3:] not in WRITTEN_BY_RUNS
+    ]
+    if changed:
+        return Finding("git", "note", f"{commit}, changed: {_some(changed)}; experiments carry that along")
+    return Finding("git", "ok", f"{commit}, clean")
+
+
+def dvc() -> Finding:
+    """The state of DVC."""
+    version = _version("dvc")
+    if version is None:
+        return Finding("DVC", "MISSING", "not installed; run `make setup`")
+    if not Path(".dvc/config").is_file():
+        return Finding("DVC", "MISSING", f"{version}, no .dvc here; run from the top of the project")
+    ran = "stages have run" if Path("dvc.lock").is_file() else "no stage has run yet; `make repro` runs them"
+    return Finding("DVC", "ok", f"{version}, {ran}")
+
+
+def prefect(url: str) -> Finding:
+    """Whether a Prefect server answers; flows start one of their own where none does."""
+    try:
+        answered = httpx.get(f"{url.rstrip('/')}/health", timeout=5).is_success
+    except (httpx.HTTPError, httpx.InvalidURL):
+        answered = False
+    if answered:
+        return Finding("Prefect", "ok", f"a server answers at {_without_secrets(url)}")
+    told = f"no server at {_without_secrets(url)}; `make ui` starts one, and flows do without"
+    return Finding("Prefect", "note", told)
+
+
+def coppeliasim(*, needed: bool) -> Finding:
+    """Whether live RLBench demonstrations are possible."""
+    from prelar.data import rlbench_live
+
+    try:
+        rlbench_live.check()
+    except UserError as error:
+        return Finding("CoppeliaSim", "MISSING" if needed else "note", str(error))
+    return Finding("CoppeliaSim", "ok", f"{os.environ.get('COPPELIASIM_ROOT')}, with RLBench")
+
+
+def _version(name: str) -> str | None:
+    try:
+        return importlib.metadata.version(name)
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
+def _some(names: list[str]) -> str:
+    """The first few of a list, and how many more there are."""
+    more = f" and {len(names) - SHOWN} more" if len(names) > SHOWN else ""
+    return ", ".join(names[:SHOWN]) + more
+
+
+def _told(*command: str) -> str | None:
+    """What a command prints, None where it fails."""
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, timeout=TIMEOUT, check=False)
+    except (OSError, subprocess.TimeoutExpired):
+        return None
+    return done.stdout.rstrip() if done.returncode == 0 else None
+
+
+def _without_secrets(url: str) -> str:
+    from prelar.report.privacy import presentable
+
+    return str(presentable(url))
