@@ -4,10 +4,10 @@ export PATH := $(CURDIR)/.venv/bin:$(PATH)
 READY := .venv/.ready
 
 .DEFAULT_GOAL := help
-.PHONY: help setup repro test test-long test-live lint format bench ui check lock params clean rlbench-setup
+.PHONY: help setup repro test test-long test-live lint format bench bench-learning ui check lock params clean rlbench-setup
 
 help: ## list the targets
-	@awk -F ':.*## ' '/^[a-z-]+:.*## /{printf "  make %-13s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## /{printf "  make %-14s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
 $(READY): requirements.lock tools/setup.sh
 	@PYTHON="$(PYTHON)" sh tools/setup.sh
@@ -44,6 +44,9 @@ format: $(READY) ## format the code and mend what the linter can
 
 bench: $(READY) ## measure against the peers and bounds, to reports/bench.json
 	@python -m tests.bench
+
+bench-learning: $(READY) ## show that the agent learns: three seeds against chance, an hour on two cores
+	@python -m tests.bench.learning
 
 ui: $(READY) ## serve the flows in the Prefect UI on this machine
 	@python -m flows.serve

@@ -8,7 +8,8 @@ the state that snapshots hold.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable
+import time
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +22,8 @@ from prelar.control.agent import Agent
 from prelar.control.behaviour import Behaviour
 from prelar.control.bonus import Bonus
 from prelar.control.collector import Collector
-from prelar.control.envs import PixelEnv, Purpose, World, episode_seed, make_envs
+from prelar.control.envs import Envs, PixelEnv, Purpose, World, episode_seed
+from prelar.control.feed import Feed
 from prelar.control.learner import Learner
 from prelar.control.replay import Replay
 from prelar.control.rollout import RandomPolicy, play_episodes, summarise
@@ -45,6 +47,7 @@ CODE = (
     "processes.py",
     "seeds.py",
     "sim.py",
+    "workers.py",
 )
 PARAMS = (
     "method",
@@ -70,8 +73,10 @@ def run(cfg: Config) -> None:
     params = {name: getattr(cfg, name) for name in PARAMS} | {"finetune": preset.model_dump()}
     snapshots = Snapshots(resume_key("finetune", params=params, inputs=[PRETRAINED], code=CODE))
 
+    task, time_limit = cfg.task, preset.time_limit
+
     def make_world() -> World:
-        return Simulator(cfg.task, time_limit=preset.time_limit)
+        return Simulator(task, time_limit=time_limit)
 
     behaviour = learn(
         fabric,
@@ -165,18 +170,34 @@ def learn(
             action_dim=actions,
         )
         stack.callback(replay.close)
+        feed = Feed(
+            replay,
+            batch=preset.batch,
+            length=preset.length,
+            seed=seed,
+            pinned=fabric.device.type == "cuda",
+        )
+        stack.callback(feed.close)
         streams = {purpose: episode_seed(seed, purpose) for purpose in Purpose}
-        envs = make_envs(make_world, count=preset.envs, seed=streams[Purpose.TRAIN], action_dim=actions)
+        envs = Envs(
+            make_world,
+            count=preset.envs,
+            seed=streams[Purpose.TRAIN],
+            processes=preset.envs > 1,
+            action_dim=actions,
+        )
         stack.callback(envs.close)
         watched = PixelEnv(make_world(), seed=streams[Purpose.CURVE], action_dim=actions)
         stack.callback(watched.close)
         collector = Collector(envs, replay)
+        stepper = Stepper(preset, learner, collector, feed)
+        begin = time.perf_counter()
         train(
-            Stepper(preset, learner, collector, seed=seed),
+            stepper,
             name="finetune",
             steps=preset.env_steps,
             seed=seed,
-            state=learner.stateful() | {"collector": collector, "replay": replay},
+            state=learner.stateful() | {"collector": collector, "replay": replay, "feed": feed},
             snapshots=snapshots,
             snapshot_every=preset.checkpoint_every,
             log_folder=log_folder,
@@ -184,6 +205,9 @@ def learn(
             hooks=[Hook(preset.eval_every, curve(watched, learner, preset.eval_episodes, seed))],
             fabric=fabric,
         )
+        if stepper.steps:
+            spent = stepper.seconds | {f"of it {name}": value for name, value in envs.seconds().items()}
+            print(told(stepper.steps, time.perf_counter() - begin, spent), flush=True)
     return behaviour
 
 
@@ -200,10 +224,16 @@ def updates_after(env_steps: int, preset: Finetune) -> int:
 
 
 class Stepper:
-    """Called with the number of an environment step: acts, then does the updates that follow it."""
+    """Called with the number of an environment step: acts, then does the updates that follow it.
 
-    def __init__(self, preset: Finetune, learner: Learner, collector: Collector, *, seed: int) -> None:
-        self.preset, self.learner, self.collector, self.seed = preset, learner, collector, seed
+    While the updates run, environments in processes of their own get on with the actions that they were given
+    before. `steps` and `seconds` tell what this process did so far, and what it spent its time on.
+    """
+
+    def __init__(self, preset: Finetune, learner: Learner, collector: Collector, feed: Feed) -> None:
+        self.preset, self.learner, self.collector, self.feed = preset, learner, collector, feed
+        self.steps = 0
+        self.seconds = {"environments": 0.0, "acting": 0.0, "learning": 0.0}
         device = learner.fabric.device
         self._agent = Agent(learner.model, learner.behaviour.actor, device=device, explore=True)
         self._random = RandomPolicy(learner.behaviour.actor.actions)
@@ -214,13 +244,30 @@ class Stepper:
         if index == self.preset.prefill:
             self.collector.forget()
         if index % self.preset.envs == 0:
-            metrics |= self.collector.step(self._random if index < self.preset.prefill else self._agent)
-        for number in range(updates_after(index, self.preset), updates_after(index + 1, self.preset)):
-            batch = self.collector.replay.sample(
-                batch=self.preset.batch, length=self.preset.length, seed=self.seed, update=number
-            )
-            metrics |= self.learner.update(batch, number)
+            with self._timed("environments"):
+                metrics |= self.collector.settle()
+            with self._timed("acting"):
+                self.collector.step(self._random if index < self.preset.prefill else self._agent)
+        if index + 1 in (self.preset.prefill, self.preset.env_steps):
+            with self._timed("environments"):
+                metrics |= self.collector.settle()
+        with self._timed("learning"):
+            for number in range(updates_after(index, self.preset), updates_after(index + 1, self.preset)):
+                metrics |= self.learner.update(self.feed.take(number), number)
+        self.steps += 1
         return metrics
+
+    @contextlib.contextmanager
+    def _timed(self, what: str) -> Iterator[None]:
+        begin = time.perf_counter()
+        yield
+        self.seconds[what] += time.perf_counter() - begin
+
+
+def told(steps: int, total: float, spent: Mapping[str, float]) -> str:
+    """The rate of a run of `steps` environment steps in `total` seconds, and the shares of what it spent."""
+    shares = ", ".join(f"{name} {seconds / total:.0%}" for name, seconds in spent.items())
+    return f"finetune: {steps / total:.1f} environment steps/s end to end; {shares}"
 
 
 def curve(env: PixelEnv, learner: Learner, episodes: int, seed: int) -> Callable[[int], Scalars]:

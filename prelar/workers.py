@@ -27,16 +27,17 @@ def worker_pool(count: int) -> Iterator[ProcessPoolExecutor]:
     parent is killed ends itself. A worker that dies raises `BrokenProcessPool` in the block.
     """
     spawn = multiprocessing.get_context("spawn")
-    pool = ProcessPoolExecutor(count, mp_context=spawn, initializer=_follow_parent)
+    pool = ProcessPoolExecutor(count, mp_context=spawn, initializer=follow_parent)
     try:
         yield pool
     finally:
         pool.shutdown(cancel_futures=True)
 
 
-def _follow_parent() -> None:
-    """Ignore Ctrl-C, and end this worker as soon as its parent has ended."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
+def follow_parent(*others: signal.Signals) -> None:
+    """Leave Ctrl-C and `others` to the parent, and end this worker as soon as its parent has ended."""
+    for number in (signal.SIGINT, *others):
+        signal.signal(number, signal.SIG_IGN)
     parent = multiprocessing.parent_process()
 
     def watch() -> None:

@@ -6,44 +6,55 @@ from typing import Any
 
 import numpy as np
 import torch
-from gymnasium.vector import SyncVectorEnv
 
-from prelar.control.envs import EpisodeState
+from prelar.control.envs import Answer, Envs, EpisodeState
 from prelar.control.replay import Records, Replay
 from prelar.control.rollout import Policy
 
 
 class Collector:
-    """Environments of `make_envs`, the episodes in progress in them, and the acting policy's memory.
+    """Environments, the episodes in progress in them, and the acting policy's memory.
+
+    The answer to an action is taken in before the next one is chosen, or earlier by `settle`: when that is
+    done decides from which update on a finished episode is learnt from, and must not depend on time.
 
     `state_dict` holds all of it: the environments as their episodes' numbers and actions, the images of the
     unfinished episodes as they are, so that nothing is drawn again.
     """
 
-    def __init__(self, envs: SyncVectorEnv, replay: Replay) -> None:
+    def __init__(self, envs: Envs, replay: Replay) -> None:
         self.envs, self.replay = envs, replay
         self._running: list[list[Records]] = []
-        self._solved = np.zeros(envs.num_envs, np.bool_)
+        self._solved = np.zeros(envs.count, np.bool_)
         self._memory: Any = None
+        self._actions: Any = None
+        self._answer: Answer | None = None
 
     def step(self, policy: Policy) -> dict[str, float]:
-        """Take one action in every environment; returns metrics of the episodes that it ended, if any."""
+        """Take one action in every environment; returns metrics of the episodes that ended before, if any."""
+        metrics = self.settle()
         if not self._running:
-            images, _ = self.envs.reset()
-            self._running = [[self._record(image)] for image in images]
+            self._running = [[self._record(image)] for image in self.envs.reset()]
         images = np.stack([records[-1]["image"] for records in self._running])
         is_first = np.array([len(records) == 1 for records in self._running])
-        actions, self._memory = policy.act(self._memory, images, is_first)
-        images, rewards, terminated, truncated, info = self.envs.step(actions)
-        ended = terminated | truncated
-        last = info.get("final_info", info)
-        self._solved |= np.where(ended, last["success"], info["success"]).astype(np.bool_)
+        self._actions, self._memory = policy.act(self._memory, images, is_first)
+        self.envs.send(self._actions)
+        return metrics
+
+    def settle(self) -> dict[str, float]:
+        """Take in the answer to the last action; returns metrics of the episodes that it ended, if any."""
+        if self._actions is None:
+            return {}
+        self._await()
+        answer, actions = self._answer, self._actions
+        assert answer is not None
+        self._answer = self._actions = None
+        self._solved |= answer.success
         finished = []
         for i, records in enumerate(self._running):
-            image = info["final_obs"][i] if ended[i] else images[i]
-            records.append(self._record(image, actions[i], rewards[i]))
-            if ended[i]:
-                finished.append((float(self._solved[i]), self._finish(i, images[i])))
+            records.append(self._record(answer.results[i], actions[i], answer.rewards[i]))
+            if answer.ended[i]:
+                finished.append((float(self._solved[i]), self._finish(i, answer.images[i])))
         if not finished:
             return {}
         success, total = np.mean(finished, axis=0)
@@ -52,6 +63,11 @@ class Collector:
     def forget(self) -> None:
         """Drop the policy's memory, as before another kind of policy takes over."""
         self._memory = None
+
+    def _await(self) -> None:
+        """Have the answer to the last action at hand, without taking it in."""
+        if self._actions is not None and self._answer is None:
+            self._answer = self.envs.receive()
 
     def _record(self, image: Any, action: Any = 0, reward: float = 0.0) -> Records:
         """One step as a record of the replay."""
@@ -68,16 +84,20 @@ class Collector:
         return float(episode["reward"].sum(dtype=np.float64))
 
     def state_dict(self) -> dict[str, Any]:
-        """Environments, unfinished episodes and memory, as tensors, numbers and texts."""
+        """Environments, unfinished episodes, memory and the answer to come, as tensors, numbers and texts."""
         if not self._running:
             return {"running": []}
-        states: tuple[EpisodeState, ...] = self.envs.call("state")
+        self._await()
+        states = self.envs.states()
+        answer = [] if self._answer is None else [torch.from_numpy(np.array(x)) for x in self._answer]
         return {
             "running": [torch.from_numpy(np.stack(records).view(np.uint8)) for records in self._running],
             "episodes": [state.episode for state in states],
             "actions": [torch.from_numpy(state.actions) for state in states],
             "solved": torch.from_numpy(self._solved.copy()),
             "memory": self._memory,
+            "answer": answer,
+            "answered": None if self._actions is None else torch.from_numpy(np.array(self._actions)),
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -86,7 +106,9 @@ class Collector:
             return
         self.envs.reset()
         pairs = zip(state["episodes"], state["actions"], strict=True)
-        self.envs.call("restore_own", [EpisodeState(episode, actions.numpy()) for episode, actions in pairs])
+        self.envs.restore([EpisodeState(episode, actions.numpy()) for episode, actions in pairs])
         self._running = [list(bytes_.numpy().view(self.replay.records)) for bytes_ in state["running"]]
         self._solved = state["solved"].numpy().copy()
         self._memory = state["memory"]
+        self._answer = Answer(*(x.numpy() for x in state["answer"])) if state["answer"] else None
+        self._actions = None if state["answered"] is None else state["answered"].numpy()

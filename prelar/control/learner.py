@@ -4,10 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator, Mapping
-from typing import Any
 
-import numpy.typing as npt
-import torch
 from lightning_fabric import Fabric
 from torch import Tensor, nn
 
@@ -62,9 +59,9 @@ class Learner:
         self._wrapped_model.mark_forward_method("finetune_losses")
         self._wrapped_behaviour.mark_forward_method("losses")
 
-    def update(self, batch: Mapping[str, npt.NDArray[Any]], number: int) -> dict[str, Tensor]:
-        """Do update `number` (from 0) on a batch of `Replay.sample`, and return metrics, scalars by name."""
-        data = {name: torch.from_numpy(value).to(self.fabric.device) for name, value in batch.items()}
+    def update(self, batch: Mapping[str, Tensor], number: int) -> dict[str, Tensor]:
+        """Do update `number` (from 0) on a batch of `Feed.take`, and return metrics, scalars by name."""
+        data = {name: value.to(self.fabric.device, non_blocking=True) for name, value in batch.items()}
         post, metrics = self._update_model(data, number)
         return metrics | self._update_behaviour(post, number)
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 import errno
 import os
 from collections import deque
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -77,25 +78,39 @@ class Replay:
             self._spans.popleft()
 
     def sample(self, *, batch: int, length: int, seed: int, update: int) -> dict[str, npt.NDArray[Any]]:
-        """Draw `batch` sequences of `length` steps, each from one episode.
+        """Draw `batch` sequences of `length` steps: `read` of what `choose` chooses."""
+        return self.read(self.choose(batch=batch, length=length, seed=seed, update=update), length)
+
+    def choose(self, *, batch: int, length: int, seed: int, update: int) -> list[int]:
+        """Where to read `batch` sequences of `length` steps, each from one episode.
 
         A pure function of the arguments and of the episodes held. An episode is drawn uniformly, then a start
         that favours its end (DreamerV2's replay): min(u, n - length), u uniform in 0, …, n, of an episode of
-        n steps. Returns image uint8 (B, T, 64, 64, 3), action float32 (B, T, A), reward float32 (B, T) and
-        is_first bool (B, T), true for the first step of every sequence.
+        n steps. Raises `UserError` where no episode is long enough.
         """
         spans = [span for span in self._spans if span.length >= length]
         if not spans:
             raise UserError(f"replay: no episode of {length} steps yet; raise prefill or lower length")
         random = generator(Stream.REPLAY, seed, update)
-        data = np.empty((batch, length), self.records)
-        for row, choice in zip(data, random.integers(len(spans), size=batch), strict=True):
+        starts = []
+        for choice in random.integers(len(spans), size=batch):
             start, total = spans[choice]
-            offset = min(int(random.integers(total + 1)), total - length)
-            self._read(row, start + offset)
-        is_first = np.zeros((batch, length), np.bool_)
+            starts.append(start + min(int(random.integers(total + 1)), total - length))
+        return starts
+
+    def read(self, starts: Sequence[int], length: int) -> dict[str, npt.NDArray[Any]]:
+        """The sequences that begin at the steps `starts`, which may no longer be held, within the margin.
+
+        Returns image uint8 (B, T, 64, 64, 3), action float32 (B, T, A), reward float32 (B, T) and is_first
+        bool (B, T), true for the first step of every sequence. Another thread may call this.
+        """
+        data = np.empty((len(starts), length), self.records)
+        for row, start in zip(data, starts, strict=True):
+            self._read(row, start)
+        is_first = np.zeros(data.shape, np.bool_)
         is_first[:, 0] = True
-        return {name: data[name] for name in ("image", "action", "reward")} | {"is_first": is_first}
+        fields = {name: np.ascontiguousarray(data[name]) for name in ("image", "action", "reward")}
+        return fields | {"is_first": is_first}
 
     def state_dict(self) -> dict[str, Any]:
         """Which episodes are held, once their steps are safely on the disk."""

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import functools
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pytest
 import torch
 
 from prelar.control.collector import Collector
-from prelar.control.envs import make_envs
+from prelar.control.envs import Envs
 from prelar.control.replay import Replay
 from prelar.control.rollout import RandomPolicy
 from prelar.loop import seed_step
@@ -28,15 +30,18 @@ class Steps(RandomPolicy):
         return super().act(memory, images, is_first)
 
 
-def make(path: Path, count: int = 2, time_limit: int = 4) -> Collector:
+def make(path: Path, count: int = 2, time_limit: int = 4, processes: bool = False) -> Collector:
     replay = Replay(path / "replay.bin", capacity=100, margin=50, action_dim=ACTIONS)
-    return Collector(make_envs(lambda: DotWorld(time_limit), count=count, seed=3, action_dim=ACTIONS), replay)
+    envs = Envs(
+        functools.partial(DotWorld, time_limit), count=count, seed=3, processes=processes, action_dim=ACTIONS
+    )
+    return Collector(envs, replay)
 
 
 def test_episodes_reach_the_replay_whole(tmp_path: Path) -> None:
     collector, policy = make(tmp_path), Steps()
     metrics = [collector.step(policy) for _ in range(9)]
-    assert [n for n, found in enumerate(metrics) if found] == [3, 7]
+    assert [n for n, found in enumerate(metrics) if found] == [4, 8], "when the next action is chosen"
     assert policy.starts == [[n % 4 == 0] * 2 for n in range(9)]
     assert collector.replay.episodes == 4 and len(collector.replay) == 20
     got = collector.replay.sample(batch=30, length=5, seed=0, update=0)
@@ -50,6 +55,8 @@ def test_images_and_rewards_belong_to_the_action_that_led_there(tmp_path: Path) 
     collector = make(tmp_path, count=1)
     for _ in range(4):
         collector.step(Steps())
+    assert len(collector.replay) == 0, "the answer to the last action is still to come"
+    assert set(collector.settle()) == {"train/success", "train/return"} and collector.settle() == {}
     got = collector.replay.sample(batch=1, length=5, seed=0, update=0)
     column = got["image"][0, :, :, :, 0].max(1).argmax(1)
     np.testing.assert_allclose(column[1:], 4 + 52 * got["reward"][0, 1:], atol=0.51)
@@ -57,10 +64,12 @@ def test_images_and_rewards_belong_to_the_action_that_led_there(tmp_path: Path) 
     np.testing.assert_allclose(moved[moved > 0], 0.1 * got["action"][0, 2:, 0][moved > 0], atol=1e-5)
 
 
-def test_a_restored_collector_goes_on_bit_for_bit(tmp_path: Path) -> None:
+@pytest.mark.parametrize("before", [3, 4, 6])
+def test_a_restored_collector_goes_on_bit_for_bit(tmp_path: Path, before: int) -> None:
+    """Kept in mid-episode, and where the answer that ends an episode is still to be taken in."""
     straight, first = make(tmp_path / "a"), make(tmp_path / "b")
     policy = RandomPolicy(ACTIONS)
-    for number in range(6):
+    for number in range(before):
         for one in (straight, first):
             seed_step(0, number)
             one.step(policy)
@@ -71,7 +80,7 @@ def test_a_restored_collector_goes_on_bit_for_bit(tmp_path: Path) -> None:
     second = make(tmp_path / "b")
     second.replay.load_state_dict(state["replay"])
     second.load_state_dict(state["collector"])
-    for number in range(6, 12):
+    for number in range(before, 12):
         metrics = []
         for one in (straight, second):
             seed_step(0, number)
@@ -86,3 +95,23 @@ def test_a_state_before_the_first_step_is_nothing(tmp_path: Path) -> None:
     collector = make(tmp_path)
     collector.load_state_dict(make(tmp_path).state_dict())
     assert collector.step(Steps()) == {}
+
+
+def test_processes_of_their_own_change_nothing(tmp_path: Path) -> None:
+    found = []
+    for processes in (False, True):
+        collector = make(tmp_path / str(processes), processes=processes)
+        metrics = []
+        for number in range(11):
+            seed_step(0, number)
+            metrics.append(collector.step(RandomPolicy(ACTIONS)))
+        state = collector.state_dict()
+        drawn = collector.replay.sample(batch=5, length=5, seed=0, update=0)
+        found.append((metrics, state, drawn))
+        assert set(collector.envs.seconds()) == {"simulation", "rendering"}
+        collector.envs.close()
+    (metrics, state, drawn), (other_metrics, other_state, other_drawn) = found
+    assert metrics == other_metrics and any(metrics)
+    torch.testing.assert_close(state, other_state, rtol=0, atol=0)
+    for name, value in drawn.items():
+        np.testing.assert_array_equal(value, other_drawn[name])

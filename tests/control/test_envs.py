@@ -2,19 +2,28 @@
 
 from __future__ import annotations
 
+import multiprocessing
+import os
+import signal
 from collections.abc import Callable
 
 import numpy as np
+import numpy.typing as npt
 import pytest
 from gymnasium.utils.env_checker import check_env
 
-from prelar.control.envs import PixelEnv, Purpose, World, episode_seed, make_envs
+from prelar.control.envs import Answer, Envs, PixelEnv, Purpose, World, episode_seed
+from prelar.errors import UserError
 from prelar.sim import Simulator
 from tests.control.toy import ACTIONS, DotWorld
 
 
 def toy(seed: int = 3, **settings: int) -> PixelEnv:
     return PixelEnv(DotWorld(time_limit=6), seed=seed, action_dim=ACTIONS, **settings)
+
+
+def dot() -> World:
+    return DotWorld(time_limit=6)
 
 
 def drawer() -> World:
@@ -53,27 +62,59 @@ def test_actions_are_clipped_before_they_are_kept() -> None:
     np.testing.assert_array_equal(env.state().actions, [[1, -1]])
 
 
-@pytest.mark.parametrize(("make", "size"), [(lambda: DotWorld(time_limit=6), ACTIONS), (drawer, 4)])
-def test_restored_environments_go_on_bit_for_bit(make: Callable[[], World], size: int) -> None:
+def vector(make: Callable[[], World] = dot, *, size: int = ACTIONS, processes: bool = False) -> Envs:
+    return Envs(make, count=2, seed=5, processes=processes, action_dim=size)
+
+
+def answered(envs: Envs, actions: npt.NDArray[np.float32]) -> Answer:
+    envs.send(actions)
+    return envs.receive()
+
+
+@pytest.mark.parametrize("processes", [False, True])
+@pytest.mark.parametrize(("make", "size"), [(dot, ACTIONS), (drawer, 4)])
+def test_restored_environments_go_on_bit_for_bit(
+    make: Callable[[], World], size: int, processes: bool
+) -> None:
     random = np.random.default_rng(0)
     actions = random.uniform(-1, 1, (10, 2, size)).astype(np.float32)
-    envs = make_envs(make, count=2, seed=5, action_dim=size)
+    envs = vector(make, size=size)
     envs.reset()
     for action in actions[:8]:
-        envs.step(action)
-    states = envs.call("state")
-    assert [state.episode for state in states] == [2, 3] and [len(state.actions) for state in states] == [
-        2,
-        2,
-    ]
-    again = make_envs(make, count=2, seed=5, action_dim=size)
+        answered(envs, action)
+    states = envs.states()
+    assert [state.episode for state in states] == [2, 3]
+    assert [len(state.actions) for state in states] == [2, 2]
+    again = vector(make, size=size, processes=processes)
     again.reset()
-    again.call("restore_own", states)
+    again.restore(states)
     for action in actions[8:]:
-        for ours, theirs in zip(again.step(action)[:4], envs.step(action)[:4], strict=True):
+        for ours, theirs in zip(answered(again, action), answered(envs, action), strict=True):
             np.testing.assert_array_equal(ours, theirs)
     envs.close()
     again.close()
+
+
+def test_a_process_that_dies_is_told_in_one_line() -> None:
+    envs = vector(processes=True)
+    envs.reset()
+    victim = multiprocessing.active_children()[0]
+    victim.kill()
+    victim.join()
+    with pytest.raises(UserError, match="the process of an environment died"):
+        answered(envs, np.zeros((2, ACTIONS), np.float32))
+    envs.close()
+    assert not multiprocessing.active_children()
+
+
+def test_processes_leave_signals_to_the_parent() -> None:
+    envs = vector(processes=True)
+    envs.reset()
+    for process in multiprocessing.active_children():
+        for number in (signal.SIGTERM, signal.SIGINT):
+            os.kill(int(process.pid or 0), number)
+    assert len(answered(envs, np.zeros((2, ACTIONS), np.float32)).images) == 2
+    envs.close()
 
 
 def test_restoring_draws_nothing() -> None:
@@ -86,11 +127,11 @@ def test_restoring_draws_nothing() -> None:
 
 
 def test_the_image_that_ends_an_episode_is_kept() -> None:
-    envs = make_envs(lambda: DotWorld(time_limit=2), count=1, seed=0, action_dim=ACTIONS)
-    first, _ = envs.reset()
+    envs = Envs(lambda: DotWorld(time_limit=2), count=1, seed=0, processes=False, action_dim=ACTIONS)
+    first = envs.reset()
     stay = np.zeros((1, ACTIONS), np.float32)
-    envs.step(stay)
-    image, _, _, truncated, info = envs.step(stay)
-    assert truncated.all()
-    np.testing.assert_array_equal(info["final_obs"][0], first[0])
-    assert not np.array_equal(image, first)
+    answered(envs, stay)
+    answer = answered(envs, stay)
+    assert answer.ended.all()
+    np.testing.assert_array_equal(answer.results[0], first[0])
+    assert not np.array_equal(answer.images[0], first[0])
