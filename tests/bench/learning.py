@@ -1,8 +1,8 @@
-"""`make bench-learning`: does the agent learn? Fine-tuning on a Meta-World task, several seeds, against chance.
+"""`make bench-learning`: does the agent learn? Fine-tuning on a Meta-World task against chance.
 
 Each seed is a run of the stage `finetune` as it is, from pixels, in a project folder of its own whose
-params.yaml has `SETTINGS`. What was interrupted goes on where it was. The curves go to reports/learning, where
-`python -m prelar report` finds them.
+params.yaml has `SETTINGS`. What was interrupted goes on where it was. The curves go to reports/learning,
+where `python -m prelar report` finds them.
 """
 
 from __future__ import annotations
@@ -157,7 +157,7 @@ def interval(values: Floats) -> tuple[float, float]:
 
 
 def report(curves: list[dict[str, list[float]]], chance: Floats) -> None:
-    """Write the table and the summary, and print them in a few lines. Raises `UserError` where a seed failed."""
+    """Write the table and the summary, and print a line. Raises `UserError` where a seed did not learn."""
     low, high = interval(chance)
     ends = [float(np.mean(curve["return"][-LAST:])) for curve in curves]
     columns: dict[str, list[float]] = {"step": curves[0]["step"]}
@@ -179,8 +179,9 @@ def report(curves: list[dict[str, list[float]]], chance: Floats) -> None:
     }
     write_text(OUTPUT / "summary.json", json.dumps(summary, indent=2) + "\n")
     print(
-        f"{SETTINGS['task']}, {len(curves)} seeds: return {np.mean(ends):.0f} ({min(ends):.0f} to {max(ends):.0f}) "
-        f"over the last {LAST} points; random actions {chance.mean():.0f} (95%: {low:.0f} to {high:.0f}); "
+        f"{SETTINGS['task']}, {len(curves)} seeds: return {np.mean(ends):.0f} "
+        f"({min(ends):.0f} to {max(ends):.0f}) over the last {LAST} points; "
+        f"random actions {chance.mean():.0f} (95%: {low:.0f} to {high:.0f}); "
         f"the scripted expert {summary['expert']:.0f} -> {OUTPUT}"
     )
     if min(ends) <= high:
