@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
 from torch import Tensor
@@ -81,10 +80,10 @@ def test_an_update_of_finetuning_reads_nothing(method: str) -> None:
     bonus = make_bonus(model, 1.0, seed=0, device=fabric.device)
     learner = Learner(fabric, model, behaviour, bonus, lr=1e-3, actor_lr=1e-3, critic_lr=1e-3, hold=1)
     batch = {
-        "image": frames().numpy(),
-        "action": np.zeros((BATCH, TIME, 4), np.float32),
-        "reward": np.zeros((BATCH, TIME), np.float32),
-        "is_first": first_steps(BATCH, TIME).numpy(),
+        "image": frames(),
+        "action": torch.zeros(BATCH, TIME, 4),
+        "reward": torch.zeros(BATCH, TIME),
+        "is_first": first_steps(BATCH, TIME),
     }
     with NoReads():
         for number in range(2):
