@@ -18,11 +18,12 @@ from prelar.config import Config
 from prelar.files import write_text
 from prelar.report.figures import number
 from prelar.report.results import PAGE, Results, Section
-from prelar.report.sections import action, data, offline, origin, prediction, pretraining, task
+from prelar.report.sections import action, data, learning, offline, origin, prediction, pretraining, task
 
 TEMPLATES = Path(__file__).parent / "templates"
-SECTIONS: tuple[Callable[[Results], Section], ...] = (
+SECTIONS: tuple[Callable[[Results], Section | None], ...] = (
     task.section,
+    learning.section,
     prediction.section,
     offline.section,
     action.section,
@@ -47,7 +48,7 @@ def render(config: Config, root: Path = Path()) -> str:
     results = Results(config, root)
     common = results.values()
     templates = environment()
-    sections = [make(results) for make in SECTIONS]
+    sections = [section for make in SECTIONS if (section := make(results)) is not None]
     bodies = [
         Markup(
             templates.get_template(f"sections/{section.name}.html.jinja").render(
