@@ -21,10 +21,9 @@ from tqdm import tqdm
 from flows import runtime, staging, tracking
 from prelar import files, gl
 from prelar.config import Rlbench, load_config
-from prelar.data import apv_npz
+from prelar.data import apv_npz, rlbench_folder
 from prelar.data.demonstrations import Episode, Job, Metaworld, Source, Splits, clips, staging_key
 from prelar.data.rlbench_crew import Crew
-from prelar.data.rlbench_folder import RlbenchFolder
 from prelar.data.rlbench_live import RlbenchLive
 from prelar.data.store import Store, StoreWriter
 from prelar.errors import UserError
@@ -62,7 +61,7 @@ def validate(path: Path, source: Source, max_bad: float) -> str:
 
 @flow(name=NAME)
 def rlbench() -> str:
-    """Collect, store, index, validate and publish; returns a summary in a line.
+    """Collect, store, index, validate and publish; returns a summary in a line, with the rate of this run.
 
     The caller holds the lock on the store. Work that an earlier run left in staging is continued.
     """
@@ -73,14 +72,18 @@ def rlbench() -> str:
     jobs = source.jobs()
     folder = files.STAGING / f"{NAME}-{staging_key(source, jobs)}"
     built = folder / "built"
+    rate = ""
     if not built.is_file():
         with StoreWriter(folder / f"{NAME}.zarr", arrays=source.arrays) as writer:
-            fill(writer, source, jobs, settings.workers)
+            begin = time.monotonic()
+            count = fill(writer, source, jobs, settings.workers)
+            seconds = time.monotonic() - begin
+            rate = f"; {count} episodes in {seconds:.0f} s, {60 * count / seconds:.1f} a minute"
             writer.finish(source.attributes())
         files.write_text(built, "")
     summary = validate(folder / f"{NAME}.zarr", source, settings.max_bad)
     staging.publish(NAME, folder, config.data_root)
-    return summary
+    return summary + rate
 
 
 def find(settings: Rlbench) -> Source:
@@ -103,15 +106,21 @@ def find(settings: Rlbench) -> Source:
             cameras=tuple(settings.cameras),
             size=settings.image_size,
             renderer=settings.renderer,
+            action_mode=settings.action_mode,
             seed=settings.seed,
             timeout=settings.timeout,
         )
     folder = Path(str(settings.path))
-    return apv_npz.open_folder(folder) if settings.source == "apv_npz" else RlbenchFolder(folder)
+    if settings.source == "apv_npz":
+        return apv_npz.open_folder(folder)
+    return rlbench_folder.open_folder(folder, settings.action_mode)
 
 
-def fill(writer: StoreWriter, source: Source, jobs: list[Job], workers: int) -> None:
-    """Collect the episodes that the writer lacks, in worker processes, and append them in the jobs' order."""
+def fill(writer: StoreWriter, source: Source, jobs: list[Job], workers: int) -> int:
+    """Collect the episodes that the writer lacks, in worker processes, and append them in the jobs' order.
+
+    Returns how many there were.
+    """
     done = writer.count // len(source.cameras)
     labels = {name: number for number, name in enumerate(sorted({job.task for job in jobs}))}
     splits = Splits(jobs, writer.rows())
@@ -131,6 +140,7 @@ def fill(writer: StoreWriter, source: Source, jobs: list[Job], workers: int) -> 
             bar.update(len(episodes))
             for episode in episodes:
                 settle(episode.job)
+    return len(jobs) - done
 
 
 Later = Callable[[], Episode]

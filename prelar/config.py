@@ -91,6 +91,7 @@ class Rlbench(_Frozen):
     variations: Count | None
     image_size: Annotated[int, Field(ge=16, le=2048)]
     renderer: Literal["opengl", "opengl3"]
+    action_mode: Literal["joint_velocity", "joint_position", "gripper_pose"]
     timeout: Annotated[float, Field(gt=0)]
     cameras: Annotated[list[Text], Field(min_length=1)]
     noise: Weight

@@ -30,6 +30,7 @@ from prelar.evaluation import offline
 from prelar.evaluation.dataset import describe, overview
 from prelar.evaluation.panels import abreast, write_png
 from prelar.evaluation.prediction import Prediction, measure, write_prediction
+from prelar.evaluation.previews import write_previews
 from prelar.evaluation.probe import collect, demonstrations, run_probe, swap_actions
 from prelar.files import publish, remove, write_text
 from prelar.loop import set_up
@@ -92,7 +93,9 @@ def run(config: Config) -> None:
         missing = f"{config.method} does not pre-train, so there is nothing to measure."
         found |= Found(summary={"prediction_missing": missing, "probe_missing": missing})
     found |= evaluate_offline(config, fabric, folder)
-    _write_json(folder / "dataset.json", describe(store))
+    _write_json(
+        folder / "dataset.json", describe(store) | {"previews": write_previews(store, folder / "previews")}
+    )
     write_png(folder / "contact_sheet.png", overview(store))
 
     _write_json(folder / "summary.json", found.summary)

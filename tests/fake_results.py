@@ -130,6 +130,10 @@ def make_evaluation(folder: Path, *, pretrained: bool = True) -> None:
         "longest": 80,
         "median": 41.0,
         "sheet": 32,
+        "previews": [
+            {"label": "Pushing [it]", "file": "00.png", "clips": 40, "rows": ["17", "41"]},
+            {"label": "Opening <it>", "file": "01.png", "clips": 1, "rows": ["corner"]},
+        ],
         "reasons": [{"reason": "not a video <script>", "count": 3, "examples": ["17", "41", "66"]}],
         "attributes": {"source": "ssv2", "resize": "64x64 bicubic"},
     }
@@ -144,3 +148,9 @@ def make_evaluation(folder: Path, *, pretrained: bool = True) -> None:
         Image.fromarray(frames[6]).save(folder / f"{name}_poster.png")
     Image.fromarray(np.concatenate([np.concatenate(clip[::2], axis=1)] * 3)).save(folder / "open_loop.png")
     Image.fromarray(np.concatenate([np.concatenate(clip[:8], axis=1)] * 4)).save(folder / "contact_sheet.png")
+    (folder / "previews").mkdir()
+    for preview in dataset["previews"]:
+        row = np.concatenate(clip[:8], axis=1)
+        Image.fromarray(np.concatenate([row] * len(preview["rows"]))).save(
+            folder / "previews" / preview["file"]
+        )

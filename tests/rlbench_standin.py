@@ -22,7 +22,8 @@ def surround(folder: Path) -> dict[str, str | None]:
     root, programs, orders = (folder / name for name in ("coppelia", "programs", "orders"))
     for path in (root, programs, orders):
         path.mkdir(parents=True)
-    (root / "libcoppeliaSim.so.1").touch()
+    for name in ("libcoppeliaSim.so.1", "simAddOnScript_PyRep.lua"):
+        (root / name).touch()
     (programs / "Xvfb").write_text(XVFB)
     (programs / "Xvfb").chmod(0o755)
     return {

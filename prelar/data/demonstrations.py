@@ -113,7 +113,8 @@ class Source(Protocol):
 
 def staging_key(source: Source, jobs: Sequence[Job]) -> str:
     """A name for all that decides the result, so that only work towards the same result is continued."""
-    code = (gl.__name__, sim.__name__, store.__name__, __name__, type(source).__module__)
+    kinds = [kind.__module__ for kind in type(source).__mro__ if kind.__module__.startswith("prelar.")]
+    code = (gl.__name__, sim.__name__, store.__name__, __name__, *kinds)
     found = [path for job in jobs for path in source.files(job) if path.exists()]
     decides = {
         "schema": store.SCHEMA,

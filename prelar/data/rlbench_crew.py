@@ -1,11 +1,9 @@
-"""RLBench simulators at work: processes that are launched, asked, watched, killed and launched again.
-
-Each simulator is a process of its own (`prelar.data.rlbench_simulator`), launched once and used for many
-demos. `Crew` gives work to several of them:
+"""RLBench simulators at work on many demos: launched once, used for many, killed and launched again.
 
 - a demo gets ten attempts, each with random numbers of its own;
 - an attempt without an answer for too long is killed, three times at most for one demo;
-- a simulator that dies costs the attempt in progress; another one takes its place;
+- a simulator that dies costs the attempt in progress; another one takes its place, as it does after a
+  failure that may have spoilt the scene, and now and then in any case;
 - where a demo's attempts are exhausted before the first success of its task and variation, the others of
   that variation are not tried;
 - a finished demo waits in a file until the store has it, so that a killed run loses only what was in
@@ -17,16 +15,7 @@ Every way to fail ends in words.
 from __future__ import annotations
 
 import collections
-import contextlib
-import json
 import os
-import re
-import select
-import shutil
-import signal
-import socket
-import subprocess
-import sys
 import threading
 import time
 import zipfile
@@ -40,9 +29,10 @@ import numpy as np
 from PIL import Image
 
 from prelar import files
-from prelar.data import rlbench_simulator
 from prelar.data.demonstrations import Episode, Job
-from prelar.data.rlbench_folder import RATE
+from prelar.data.rlbench_display import Display
+from prelar.data.rlbench_process import DIED, DeadError, HungError, Simulator
+from prelar.data.rlbench_steps import RATE
 from prelar.data.store import SIZE, Frames
 from prelar.errors import UserError
 
@@ -52,246 +42,31 @@ if TYPE_CHECKING:
 ATTEMPTS = 10
 HANGS = 3
 LAUNCHES = 5
-LAUNCH_SECONDS = 180.0
-FAREWELL = 5.0
-DIED = "the simulator ended"
-ROOT = "COPPELIASIM_ROOT"
-
-# --- Surroundings -------------------------------------------------------------------------------------------
-
-
-def given_display() -> str | None:
-    """The value of DISPLAY if a local X server answers there."""
-    shown = os.environ.get("DISPLAY", "")
-    local = re.fullmatch(r"(?:unix)?:(\d+)(?:\.\d+)?", shown)
-    if not local:
-        return shown or None
-    for address in (f"/tmp/.X11-unix/X{local[1]}", f"\0/tmp/.X11-unix/X{local[1]}"):
-        with socket.socket(socket.AF_UNIX) as client, contextlib.suppress(OSError):
-            client.settimeout(2)
-            client.connect(address)
-            return shown
-    return None
-
-
-def surroundings(display: str | None) -> dict[str, str]:
-    """The environment of a process that runs CoppeliaSim."""
-    root = os.environ.get(ROOT, "")
-    paths = [path for path in os.environ.get("LD_LIBRARY_PATH", "").split(os.pathsep) if path]
-    settings = dict(os.environ)
-    if root:
-        settings["LD_LIBRARY_PATH"] = os.pathsep.join([*paths, root] if root not in paths else paths)
-        settings["QT_QPA_PLATFORM_PLUGIN_PATH"] = root
-    for name in ("LP_NUM_THREADS", "OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS"):
-        settings.setdefault(name, "1")
-    if display:
-        settings["DISPLAY"] = display
-    code = [str(Path(__file__).parents[2]), *filter(None, [os.environ.get("PYTHONPATH")])]
-    settings["PYTHONPATH"] = os.pathsep.join(code)
-    return settings
-
-
-_FOLLOWER = """
-import ctypes, os, signal, sys
-ctypes.CDLL(None).prctl(1, signal.SIGTERM)
-os.execvp(sys.argv[1], sys.argv[1:])
-"""
-
-
-class Display:
-    """The X display that simulators draw on: the user's if it answers, else an Xvfb for as long as needed."""
-
-    def __init__(self) -> None:
-        self._lock = threading.Lock()
-        self._server: subprocess.Popen[bytes] | None = None
-        self._name: str | None = None
-        self._distrusted = False
-
-    def name(self) -> str:
-        """A display that answers; an Xvfb that has ended is replaced. Raises `UserError` where none does."""
-        with self._lock:
-            if self._server is not None and self._server.poll() is None and self._name:
-                return self._name
-            given = None if self._distrusted else given_display()
-            self._name = given or self._start()
-            return self._name
-
-    def distrust(self) -> None:
-        """Leave the user's display, on which a simulator did not start, for an Xvfb if there is one."""
-        with self._lock:
-            self._distrusted = shutil.which("Xvfb") is not None
-
-    def _start(self) -> str:
-        reading, writing = os.pipe()
-        command = ["Xvfb", "-displayfd", str(writing), "-screen", "0", "1280x1024x24", "-nolisten", "tcp"]
-        self._server = subprocess.Popen(
-            [sys.executable, "-c", _FOLLOWER, *command],
-            pass_fds=[writing],
-            stdin=subprocess.DEVNULL,
-            stdout=subprocess.DEVNULL,
-            stderr=subprocess.DEVNULL,
-            start_new_session=True,
-        )
-        os.close(writing)
-        with os.fdopen(reading, "rb", buffering=0) as pipe:
-            number = _line(pipe.fileno(), bytearray(), 30.0) or b""
-        if not number.strip().isdigit():
-            self.close()
-            raise UserError("Xvfb does not start; run `Xvfb :99` to see why, or set DISPLAY")
-        return f":{int(number)}"
-
-    def close(self) -> None:
-        """End the Xvfb, if one was started."""
-        if self._server is not None:
-            self._server.terminate()
-            with contextlib.suppress(subprocess.TimeoutExpired):
-                self._server.wait(timeout=5)
-            if self._server.poll() is None:
-                self._server.kill()
-                self._server.wait()
-            self._server = None
-
-
-# --- A simulator --------------------------------------------------------------------------------------------
-
-
-class HungError(Exception):
-    """A simulator gave no answer in time, and was killed."""
-
-
-class DeadError(Exception):
-    """A simulator ended by itself."""
-
-
-def _line(pipe: int, held: bytearray, seconds: float) -> bytes | None:
-    """The next line from a pipe; empty where the pipe ends, None where nothing came in time."""
-    end = time.monotonic() + seconds
-    while b"\n" not in held:
-        left = end - time.monotonic()
-        if left <= 0 or not select.select([pipe], [], [], left)[0]:
-            return None
-        piece = os.read(pipe, 65536)
-        if not piece:
-            return b""
-        held += piece
-    line, _, rest = bytes(held).partition(b"\n")
-    held[:] = rest
-    return line + b"\n"
-
-
-class Simulator:
-    """A process with a launched CoppeliaSim; it ends with the thread that started it."""
-
-    def __init__(self, display: str, log: Path) -> None:
-        """Start the process."""
-        self._pipe, writing = os.pipe()
-        self._held = bytearray()
-        with log.open("ab") as told:
-            self._process = subprocess.Popen(
-                [sys.executable, "-m", rlbench_simulator.__name__, str(writing), str(os.getpid())],
-                env=surroundings(display),
-                pass_fds=[writing],
-                stdin=subprocess.PIPE,
-                stdout=told,
-                stderr=told,
-                start_new_session=True,
-            )
-        os.close(writing)
-
-    @property
-    def alive(self) -> bool:
-        """Whether the process is there."""
-        return self._process.poll() is None
-
-    def launch(self, settings: Mapping[str, Any], seconds: float) -> None:
-        """Launch CoppeliaSim. Raises `HungError` or `DeadError`, with what it said."""
-        answer = self.ask(settings, seconds)
-        if "ready" not in answer:
-            self.kill()
-            raise DeadError(str(answer.get("reason")))
-
-    def ask(self, request: Mapping[str, Any], seconds: float) -> dict[str, Any]:
-        """The answer to a request. Raises `HungError` or `DeadError`, after which the process is gone."""
-        assert self._process.stdin is not None
-        try:
-            self._process.stdin.write(json.dumps(request).encode() + b"\n")
-            self._process.stdin.flush()
-            line = _line(self._pipe, self._held, seconds)
-        except OSError:
-            line = b""
-        if line is None:
-            self.kill()
-            raise HungError(f"no answer from the simulator within {seconds:g} s")
-        if not line:
-            self.kill(2.0)
-            raise DeadError(f"{DIED} {_ending(self._process.returncode)}")
-        answer: dict[str, Any] = json.loads(line)
-        return answer
-
-    def close(self) -> None:
-        """Let it shut CoppeliaSim down; kill it if that takes long."""
-        with contextlib.suppress(OSError):
-            self._process.stdin.close() if self._process.stdin else None
-        self.kill(FAREWELL)
-
-    def interrupt(self) -> None:
-        """End the process from any thread; whoever waits for it finds it dead."""
-        if self.alive:
-            with contextlib.suppress(ProcessLookupError, PermissionError):
-                os.killpg(self._process.pid, signal.SIGKILL)
-
-    def kill(self, grace: float = 0.0) -> None:
-        """End the process and what it started, after `grace` seconds. A second time does nothing."""
-        if self._pipe < 0:
-            return
-        with contextlib.suppress(subprocess.TimeoutExpired):
-            self._process.wait(timeout=grace)
-        with contextlib.suppress(ProcessLookupError, PermissionError):
-            os.killpg(self._process.pid, signal.SIGKILL)
-        self._process.wait()
-        with contextlib.suppress(OSError):
-            self._process.stdin.close() if self._process.stdin else None
-        os.close(self._pipe)
-        self._pipe = -1
-
-
-def _ending(code: int) -> str:
-    """How a process ended, in words."""
-    return f"by signal {-code}" if code < 0 else f"with status {code}"
-
-
-def count_variations(source: RlbenchLive, tasks: Sequence[str]) -> dict[str, int]:
-    """How many variations each task has; 1 where a simulator does not tell in three tries."""
-    counts: dict[str, int] = {}
-    files.STAGING.mkdir(parents=True, exist_ok=True)
-    display = Display()
-    yard = Yard(source, display, files.STAGING / "rlbench-count.log")
-    try:
-        for task in tasks:
-            counts[task] = 1
-            for _ in range(HANGS):
-                with contextlib.suppress(HungError, DeadError):
-                    counts[task] = int(yard.ask({"count": task}).get("variations", 1))
-                    break
-    finally:
-        yard.close()
-        display.close()
-    return counts
+SERVICE = 100
 
 
 class Yard:
-    """Keeps one simulator running for one thread, and launches it anew when it is gone."""
+    """Keeps one simulator running for one thread, and launches it anew when it is gone or worn."""
 
-    def __init__(self, source: RlbenchLive, display: Display, log: Path) -> None:
+    def __init__(self, source: RlbenchLive, display: Display, log: Path, threads: int) -> None:
         self._source = source
         self._display = display
         self._log = log
+        self._threads = threads
+        self._served = 0
         self._simulator: Simulator | None = None
         self._stopped = False
 
     def ask(self, request: Mapping[str, Any]) -> dict[str, Any]:
-        """A simulator's answer. Raises `HungError` or `DeadError`, or `UserError` where none starts."""
-        return self._launched().ask(request, self._source.timeout)
+        """A simulator's answer. Raises `HungError` or `DeadError`, or `UserError` where none starts.
+
+        What a used simulator keeps in memory grows, so that it serves a number of requests only.
+        """
+        if self._served >= SERVICE:
+            self.close()
+        simulator = self._launched()
+        self._served += 1
+        return simulator.ask(request, self._source.timeout)
 
     def _launched(self) -> Simulator:
         reasons: list[str] = []
@@ -303,8 +78,9 @@ class Yard:
             self.drop()
             time.sleep(min(len(reasons), 2))
             try:
-                self._simulator = Simulator(self._display.name(), self._log)
-                self._simulator.launch(self._source.settings, LAUNCH_SECONDS)
+                self._simulator = Simulator(self._log, self._display.name(), self._threads)
+                self._simulator.launch(self._source.settings)
+                self._served = 0
                 return self._simulator
             except (HungError, DeadError) as error:
                 reasons.append(str(error))
@@ -331,9 +107,6 @@ class Yard:
         self._simulator = None
 
 
-# --- Many simulators ----------------------------------------------------------------------------------------
-
-
 class Crew:
     """Simulators at work on all jobs at once; finished demos wait in `folder` until they are settled."""
 
@@ -357,8 +130,9 @@ class Crew:
             threading.Thread(target=self._work, args=(number,), daemon=True)
             for number in range(min(workers, len(self._waiting)))
         ]
+        threads = max(1, len(os.sched_getaffinity(0)) // max(1, len(self._threads)))
         self._yards = [
-            Yard(source, self._display, self._folder / f"simulator{number}.log")
+            Yard(source, self._display, self._folder / f"simulator{number}.log", threads)
             for number in range(len(self._threads))
         ]
 
@@ -495,6 +269,8 @@ class Crew:
             if "steps" in answer:
                 return None
             reasons[answer["reason"]] += 1
+            if answer.get("spoilt"):
+                yard.drop()
         yard.drop()
         told = "; ".join(f"{count} × {reason}" for reason, count in reasons.most_common())
         return f"no demo in {reasons.total()} attempts: {told}"

@@ -6,8 +6,8 @@
 The pickle is anybody's: it is read by an unpickler that knows the few names such a file needs, builds inert
 stand-ins for them, and refuses all others. RLBench is not needed.
 
-Actions are the 7 joint velocities (rad/s) and the gripper's opening, as in RLBench's action mode of
-`JointVelocity` and `Discrete`: those of step t move the arm from frame t to frame t + 1.
+Data sets are recorded with all five cameras or with some of them: those that any episode has are expected of
+every episode. Actions are those of `prelar.data.rlbench_steps`.
 """
 
 from __future__ import annotations
@@ -23,40 +23,27 @@ import numpy.typing as npt
 from PIL import Image, UnidentifiedImageError
 
 from prelar.data.demonstrations import ALIGNMENT, Array, Episode, Job
+from prelar.data.rlbench_steps import MOTIONS, RATE, WIDTH, RlbenchDemonstrations, step_arrays
 from prelar.data.store import SIZE, Frames
 from prelar.errors import UserError
 from prelar.names import RLBENCH_CAMERAS
 
 CAMERAS = RLBENCH_CAMERAS
-JOINTS, POSE = 7, 7
-RATE = 20.0
 MAX_PIXELS = 2048 * 2048
 MAX_BYTES = 256 << 20
 EPISODE = re.compile(r"(?P<task>[^/]+)/variation(?P<variation>\d+)/episodes/episode(?P<episode>\d+)")
 LOW_DIM = "low_dim_obs.pkl"
 
+Numbers = npt.NDArray[np.float64]
+
 
 @dataclasses.dataclass(frozen=True)
-class RlbenchFolder:
-    """All episodes below a folder, from the given cameras."""
+class RlbenchFolder(RlbenchDemonstrations):
+    """All episodes below a folder, from `cameras`, which are found by `open_folder`."""
 
     folder: Path
     cameras: tuple[str, ...] = CAMERAS
-
-    @property
-    def arrays(self) -> dict[str, int]:
-        """Actions: joint velocities, opening. Gripper: x, y, z, quaternion x, y, z, w, opening."""
-        return {"actions": JOINTS + 1, "gripper": POSE + 1}
-
-    @property
-    def action_limit(self) -> float:
-        """Joint velocities in rad/s, with room."""
-        return 100.0
-
-    @property
-    def solved_only(self) -> bool:
-        """The generator writes successful demonstrations only."""
-        return True
+    action_mode: str = "joint_velocity"
 
     def jobs(self) -> list[Job]:
         """Episodes by task, variation and number. Raises `UserError` where there is none."""
@@ -82,7 +69,7 @@ class RlbenchFolder:
         """Read an episode; what cannot be read is its reason."""
         folder = self.episode_folder(job)
         try:
-            arrays = read_low_dim(folder / LOW_DIM)
+            arrays = read_low_dim(folder / LOW_DIM, self.action_mode)
             length = len(arrays["actions"])
             frames = {camera: read_pictures(folder / f"{camera}_rgb", length) for camera in self.cameras}
         except ValueError as error:
@@ -97,7 +84,16 @@ class RlbenchFolder:
     def attributes(self) -> dict[str, Any]:
         """The source; the folder is the user's and stays unnamed."""
         resize = f"Pillow bicubic to {SIZE}x{SIZE}"
-        return {"source": {"name": "rlbench_folder"}, "resize": resize, "alignment": ALIGNMENT}
+        source = {"name": "rlbench_folder", "action_mode": self.action_mode}
+        return {"source": source, "resize": resize, "alignment": ALIGNMENT}
+
+
+def open_folder(folder: Path, action_mode: str) -> RlbenchFolder:
+    """The source in a folder. Raises `UserError` where it holds no episode."""
+    source = RlbenchFolder(folder, action_mode=action_mode)
+    episodes = [source.episode_folder(job) for job in source.jobs()]
+    cameras = [name for name in CAMERAS if any((path / f"{name}_rgb").is_dir() for path in episodes)]
+    return dataclasses.replace(source, cameras=tuple(cameras) or CAMERAS)
 
 
 def read_pictures(folder: Path, length: int) -> Frames:
@@ -128,30 +124,28 @@ def _without_path(error: Exception, path: Path) -> str:
     return " ".join(str(error).replace(str(path), path.name).split())
 
 
-def read_low_dim(path: Path) -> dict[str, Array]:
+def read_low_dim(path: Path, action_mode: str = "joint_velocity") -> dict[str, Array]:
     """`actions` (T, 8) and `gripper` (T, 8) of an episode's pickle. Raises `ValueError` where it is unfit."""
     try:
         if path.stat().st_size > MAX_BYTES:
             raise ValueError(f"{path.stat().st_size} bytes, more than {MAX_BYTES}")
         with path.open("rb") as handle:
             steps = _Reader(handle).load().state["_observations"]
-        rows = [_row(step.state) for step in steps]
+        rows = [_row(step.state, MOTIONS[action_mode]) for step in steps]
     except FileNotFoundError:
         raise ValueError(f"{path.name}: missing") from None
     except Exception as error:
         raise ValueError(f"{path.name}: {' '.join(str(error).split()) or type(error).__name__}") from None
     if not rows:
         raise ValueError(f"{path.name}: no step")
-    actions = np.stack([action for action, _ in rows]).astype(np.float32)
-    actions[-1] = 0
-    return {"actions": actions, "gripper": np.stack([gripper for _, gripper in rows]).astype(np.float32)}
+    motion, pose, opening = (np.array(column) for column in zip(*rows, strict=True))
+    return step_arrays(action_mode, motion, pose, opening)
 
 
-def _row(step: dict[str, Any]) -> tuple[npt.NDArray[np.float64], npt.NDArray[np.float64]]:
-    """Action and gripper of one observation."""
-    opening = _number(step["gripper_open"])
-    velocities, pose = _vector(step["joint_velocities"], JOINTS), _vector(step["gripper_pose"], POSE)
-    return np.append(velocities, opening), np.append(pose, opening)
+def _row(step: dict[str, Any], motion: str) -> tuple[Numbers, Numbers, float]:
+    """Motion, gripper's pose and opening of one observation."""
+    pose = _vector(step["gripper_pose"])
+    return _vector(step[motion]), pose, _number(step["gripper_open"])
 
 
 def _number(value: Any) -> float:
@@ -162,12 +156,12 @@ def _number(value: Any) -> float:
     return float(value)
 
 
-def _vector(value: Any, width: int) -> npt.NDArray[np.float64]:
+def _vector(value: Any) -> Numbers:
     if not isinstance(value, _Numbers):
         raise ValueError("a joint or pose vector is missing")
     vector = value.array()
-    if vector.shape != (width,):
-        raise ValueError(f"a joint or pose vector has shape {vector.shape}, not ({width},)")
+    if vector.shape != (WIDTH,):
+        raise ValueError(f"a joint or pose vector has shape {vector.shape}, not ({WIDTH},)")
     return vector
 
 
@@ -217,7 +211,7 @@ class _Numbers:
     def __setstate__(self, state: Any) -> None:
         self.state = state
 
-    def array(self) -> npt.NDArray[np.float64]:
+    def array(self) -> Numbers:
         """The numbers as float64. Raises `ValueError` where shape, kind and bytes disagree."""
         _, shape, kind, by_column, content = self.state
         if not isinstance(kind, _Kind) or not isinstance(content, bytes):

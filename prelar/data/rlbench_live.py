@@ -24,32 +24,39 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from prelar.data import rlbench_folder, rlbench_simulator
+from prelar.data import rlbench_simulator
 from prelar.data.demonstrations import ALIGNMENT, Episode, Job
-from prelar.data.rlbench_crew import ROOT, Crew, count_variations, given_display, surroundings
+from prelar.data.rlbench_crew import Crew
+from prelar.data.rlbench_display import given_display
+from prelar.data.rlbench_process import ROOT, count_variations, surroundings
+from prelar.data.rlbench_steps import RlbenchDemonstrations
 from prelar.data.store import SIZE
 from prelar.errors import UserError, run_main
+from prelar.names import RLBENCH_CAMERAS
 
 LIBRARY = "libcoppeliaSim.so.1"
+PLUGINS = ("libqxcb.so", "libsimExtOMPL.so")
+SCRIPT = "simAddOnScript_PyRep.lua"
 SETUP = "run `make rlbench-setup`"
-CAMERAS = rlbench_folder.CAMERAS
 
 
 @dataclasses.dataclass(frozen=True)
-class RlbenchLive:
+class RlbenchLive(RlbenchDemonstrations):
     """Demos of `tasks`, named by their files; none: all tasks that RLBench has.
 
     variations: how many of each task, from the first on, or as many as it has; None: all that it has.
     episodes: of each variation. size: pixels of a rendered picture's side, brought to 64. renderer: "opengl",
-    or "opengl3" with shadows, which is several times slower. timeout: seconds after which an attempt hangs.
+    or "opengl3" with shadows, which is several times slower. action_mode: what counts as an action, as
+    `prelar.data.rlbench_steps` says. timeout: seconds after which an attempt hangs.
     """
 
     tasks: tuple[str, ...]
     variations: int | None
     episodes: int
-    cameras: tuple[str, ...] = CAMERAS
+    cameras: tuple[str, ...] = RLBENCH_CAMERAS
     size: int = SIZE
     renderer: str = "opengl"
+    action_mode: str = "joint_velocity"
     seed: int = 0
     timeout: float = dataclasses.field(default=300.0, repr=False)
 
@@ -58,32 +65,17 @@ class RlbenchLive:
             if len(set(names)) < len(names):
                 raise UserError(f"rlbench.{key} = {list(names)}: name each one once")
         for camera in self.cameras:
-            _known("cameras", camera, CAMERAS)
-
-    @property
-    def arrays(self) -> dict[str, int]:
-        """Actions: joint velocities, opening. Gripper: x, y, z, quaternion x, y, z, w, opening."""
-        return {"actions": rlbench_folder.JOINTS + 1, "gripper": rlbench_folder.POSE + 1}
-
-    @property
-    def action_limit(self) -> float:
-        """Joint velocities in rad/s, with room."""
-        return 100.0
-
-    @property
-    def solved_only(self) -> bool:
-        """RLBench gives successful demos only."""
-        return True
+            _known("cameras", camera, RLBENCH_CAMERAS)
 
     def jobs(self) -> list[Job]:
         """Every demo of every variation, task after task. Raises `UserError` where RLBench cannot be used.
 
-        A simulator is asked how many variations the tasks have if more than one may be wanted.
+        RLBench is asked how many variations the tasks have if more than one may be wanted.
         """
         check()
         known = task_names()
         tasks = [_known("tasks", task, known) for task in self.tasks] or known
-        counts = dict.fromkeys(tasks, 1) if self.variations == 1 else count_variations(self, tasks)
+        counts = dict.fromkeys(tasks, 1) if self.variations == 1 else count_variations(tasks)
         if self.variations is not None:
             counts = {task: min(count, self.variations) for task, count in counts.items()}
         return [
@@ -104,7 +96,8 @@ class RlbenchLive:
 
     def attributes(self) -> dict[str, Any]:
         """The source and how it was asked."""
-        source = {"name": "rlbench", "renderer": self.renderer, "size": self.size, "seed": self.seed}
+        asked = ("renderer", "size", "action_mode", "seed")
+        source = {"name": "rlbench", **{name: getattr(self, name) for name in asked}}
         resize = "none" if self.size == SIZE else f"Pillow bicubic to {SIZE}x{SIZE}"
         return {
             "source": source,
@@ -115,7 +108,8 @@ class RlbenchLive:
     @property
     def settings(self) -> dict[str, Any]:
         """What a simulator is launched with."""
-        return {"cameras": list(self.cameras), "size": self.size, "renderer": self.renderer}
+        shown = {"cameras": list(self.cameras), "size": self.size, "renderer": self.renderer}
+        return {**shown, "action_mode": self.action_mode}
 
 
 def _known(key: str, name: str, names: Sequence[str]) -> str:
@@ -176,7 +170,10 @@ def _missing_simulator() -> list[str]:
             else "set it to CoppeliaSim 4.1.0's folder"
         )
         return [f"{ROOT} = {root} lacks {LIBRARY}, {remedy}"]
-    absent = sorted(_missing_libraries(library) | _missing_libraries(Path(root) / "libqxcb.so"))
+    if not (Path(root) / SCRIPT).exists():
+        return [f"{ROOT} = {root} lacks PyRep's {SCRIPT}, {SETUP}"]
+    loaded = [library, *(Path(root) / name for name in PLUGINS)]
+    absent = sorted(set().union(*map(_missing_libraries, loaded)))
     return [f"CoppeliaSim lacks the libraries {', '.join(absent)}, install them"] if absent else []
 
 

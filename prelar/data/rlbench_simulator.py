@@ -1,25 +1,27 @@
 """One RLBench simulator in a process of its own: `python -m prelar.data.rlbench_simulator <pipe> <parent>`.
 
-`prelar.data.rlbench_crew` starts it and tells it what to do. Lines of JSON come in by the standard input:
-first the settings, then requests, one at a time.
+`prelar.data.rlbench_process` starts it and tells it what to do. Lines of JSON come in by the standard input:
+first the settings, then one request at a time.
 
-    {"count": task}                              how many variations has the task?
     {"task", "variation", "seed", "path"}        one attempt at a demo, to be stored at path
 
 Answers go out by the pipe with the given number, a line of JSON each: `{"ready": true}` once CoppeliaSim
-runs, then one a request: `{"variations": n}`, `{"steps": n}` when the demo is stored, or `{"reason":
-words}`. What CoppeliaSim itself prints goes to the standard output. The process ends with its parent,
-whatever the simulator is doing.
+runs, then one a request: `{"steps": n}` when the demo is stored, or `{"reason": words}`, with
+`"spoilt": true` where the scene may not be sound any more. Instead of the settings, `{"count": tasks}` asks
+how many variations tasks have, for which no CoppeliaSim is launched: `{"variations": {task: n}}`.
 
-A demo is an `.npz`: uint8 (T, size, size, 3) per camera, `actions` float32 (T, 8), which are the 7 joint
-velocities (rad/s) and the gripper's opening with zeros at the last step, and `gripper` float32 (T, 8): x,
-y, z (m), quaternion x, y, z, w, opening.
+What CoppeliaSim prints goes to the standard output. The process ends with its parent, whatever the simulator
+is doing, and at once where CoppeliaSim crashes.
+
+A demo is an `.npz`: uint8 (T, size, size, 3) per camera, and `actions` and `gripper` of
+`prelar.data.rlbench_steps`.
 """
 
 from __future__ import annotations
 
 import contextlib
 import ctypes
+import faulthandler
 import json
 import logging
 import os
@@ -34,9 +36,16 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from prelar.data.rlbench_steps import MOTIONS, step_arrays
+
 BAD_DEMO = "Bad demo. "
 FOLDERS = re.compile(r"(?:/[^\s/'\":]+)+/")
 LONGEST = 300
+ARM_MODES = {
+    "joint_velocity": "JointVelocity",
+    "joint_position": "JointPosition",
+    "gripper_pose": "EndEffectorPoseViaPlanning",
+}
 
 
 def in_words(reason: str) -> str:
@@ -44,20 +53,18 @@ def in_words(reason: str) -> str:
     return FOLDERS.sub("", " ".join(reason.split()))[:LONGEST]
 
 
-def demo_arrays(demo: Sequence[Any], cameras: Sequence[str]) -> dict[str, npt.NDArray[Any]]:
+def demo_arrays(demo: Sequence[Any], cameras: Sequence[str], action_mode: str) -> dict[str, npt.NDArray[Any]]:
     """Pictures and vectors of a demo. Raises `ValueError` where a step lacks one."""
     steps = [demo[number] for number in range(len(demo))]
     found = {camera: np.stack([getattr(step, f"{camera}_rgb") for step in steps]) for camera in cameras}
     for camera, frames in found.items():
         if frames.dtype != np.uint8 or frames.ndim != 4:
             raise ValueError(f"camera {camera}: frames are {frames.dtype} {frames.shape}, not uint8 pictures")
-    opening = np.array([step.gripper_open for step in steps], dtype=np.float32)[:, None]
-    velocities = np.stack([step.joint_velocities for step in steps])
-    poses = np.stack([step.gripper_pose for step in steps])
-    found["actions"] = np.concatenate([velocities, opening], axis=1).astype(np.float32)
-    found["actions"][-1] = 0
-    found["gripper"] = np.concatenate([poses, opening], axis=1).astype(np.float32)
-    return found
+    motion, pose = (
+        np.stack([getattr(step, name) for step in steps]) for name in (MOTIONS[action_mode], "gripper_pose")
+    )
+    opening = np.array([step.gripper_open for step in steps], dtype=np.float64)
+    return {**found, **step_arrays(action_mode, motion, pose, opening)}
 
 
 def store_arrays(path: Path, arrays: dict[str, npt.NDArray[Any]]) -> None:
@@ -85,28 +92,30 @@ class _LastBadDemo(logging.Handler):
 class Bench:
     """A launched RLBench environment and the task that it holds."""
 
-    def __init__(self, *, cameras: Sequence[str], size: int, renderer: str) -> None:
+    def __init__(self, *, cameras: Sequence[str], size: int, renderer: str, action_mode: str) -> None:
         """Launch CoppeliaSim with RGB of `cameras` at `size` pixels and nothing else that costs time."""
         from pyrep.const import RenderMode
+        from rlbench.action_modes import arm_action_modes
         from rlbench.action_modes.action_mode import MoveArmThenGripper
-        from rlbench.action_modes.arm_action_modes import JointVelocity
         from rlbench.action_modes.gripper_action_modes import Discrete
         from rlbench.environment import Environment
         from rlbench.observation_config import ObservationConfig
 
         config = ObservationConfig()
         config.set_all(False)
-        config.joint_velocities = config.gripper_open = config.gripper_pose = True
+        config.gripper_open = config.gripper_pose = True
+        setattr(config, MOTIONS[action_mode], True)
         for camera in cameras:
             shown = getattr(config, f"{camera}_camera")
             shown.rgb = True
             shown.image_size = [size, size]
             shown.render_mode = RenderMode[renderer.upper()]
         self._cameras = tuple(cameras)
+        self._action_mode = action_mode
         self._log = _LastBadDemo()
         logging.getLogger().addHandler(self._log)
         logging.getLogger().setLevel(logging.INFO)
-        mode = MoveArmThenGripper(JointVelocity(), Discrete())
+        mode = MoveArmThenGripper(getattr(arm_action_modes, ARM_MODES[action_mode])(), Discrete())
         self._environment = Environment(mode, obs_config=config, headless=True)
         self._environment.launch()
         self._name: str | None = None
@@ -123,19 +132,23 @@ class Bench:
         return self._task
 
     def answer(self, request: dict[str, Any]) -> dict[str, Any]:
-        """What came of a request. Raises `OSError` where a demo cannot be stored."""
+        """What came of a request. Raises `OSError` where a demo cannot be stored.
+
+        RLBench logs why a demo that was planned or acted failed; any other failure leaves open in which state
+        the scene is.
+        """
         self._log.reason = None
+        random.seed(request["seed"])
+        np.random.seed(request["seed"] % 2**32)
         try:
-            if "count" in request:
-                return {"variations": int(self.task(request["count"]).variation_count())}
-            random.seed(request["seed"])
-            np.random.seed(request["seed"] % 2**32)
             task = self.task(request["task"])
             task.set_variation(request["variation"])
             demo = task.get_demos(1, live_demos=True, max_attempts=1)[0]
-            arrays = demo_arrays(demo, self._cameras)
+            arrays = demo_arrays(demo, self._cameras, self._action_mode)
         except Exception as error:
-            return {"reason": in_words(self._log.reason or str(error) or type(error).__name__)}
+            if self._log.reason is not None:
+                return {"reason": in_words(self._log.reason)}
+            return {"reason": in_words(str(error) or type(error).__name__), "spoilt": True}
         store_arrays(Path(request["path"]), arrays)
         return {"steps": len(arrays["actions"])}
 
@@ -144,9 +157,27 @@ class Bench:
         self._environment.shutdown()
 
 
+def count_variations(tasks: Sequence[str]) -> dict[str, int]:
+    """How many variations tasks have; 1 where a task cannot tell without a scene."""
+    from rlbench.backend.utils import task_file_to_task_class
+
+    counts = dict.fromkeys(tasks, 1)
+    for task in tasks:
+        with contextlib.suppress(Exception):
+            counts[task] = int(task_file_to_task_class(task)(None, None).variation_count())
+    return counts
+
+
+def _crash_at_once() -> None:
+    """Put CoppeliaSim's own handler of a crash aside, whose way out may never end."""
+    signal.signal(signal.SIGSEGV, signal.SIG_DFL)
+    faulthandler.enable()
+
+
 def main() -> None:
     """Serve requests until the standard input ends."""
     pipe, parent = int(sys.argv[1]), int(sys.argv[2])
+    os.set_inheritable(pipe, False)
     ctypes.CDLL(None, use_errno=True).prctl(1, signal.SIGKILL)
     if os.getppid() != parent:
         return
@@ -157,11 +188,15 @@ def main() -> None:
             out.flush()
 
         settings = json.loads(sys.stdin.readline())
+        if "count" in settings:
+            tell(variations=count_variations(settings["count"]))
+            return
         try:
             bench = Bench(**settings)
         except Exception as error:
             tell(reason=in_words(f"{type(error).__name__}: {error}"))
             return
+        _crash_at_once()
         tell(ready=True)
         for line in sys.stdin:
             try:

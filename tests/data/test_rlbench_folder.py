@@ -2,6 +2,7 @@
 
 import os
 import pickle
+import shutil
 import sys
 import types
 from pathlib import Path
@@ -12,7 +13,7 @@ import pytest
 from PIL import Image
 
 from prelar.data.demonstrations import fault
-from prelar.data.rlbench_folder import CAMERAS, LOW_DIM, RlbenchFolder, read_low_dim
+from prelar.data.rlbench_folder import CAMERAS, LOW_DIM, RlbenchFolder, open_folder, read_low_dim
 from prelar.errors import UserError
 
 LENGTH = 5
@@ -44,6 +45,7 @@ def demo(rlbench: types.SimpleNamespace, length: int = LENGTH, **changes: Any) -
         step.__dict__ |= {
             "front_rgb": None,
             "joint_velocities": np.arange(7) / 10 + number,
+            "joint_positions": np.arange(7) - number,
             "gripper_open": 1.0,
             "gripper_pose": np.array([0.1, 0.2, 0.3, 0, 0, 0, 1]) * (number + 1),
             "misc": {"front_camera_intrinsics": np.eye(3), "near": np.float64(0.01)},
@@ -90,6 +92,29 @@ def test_episode_is_read_whole(tmp_path: Path, episode: Path) -> None:
     actions = collected.arrays["actions"]
     assert np.allclose(actions[1], [*(np.arange(7) / 10 + 1), 1.0]) and not actions[-1].any()
     assert np.allclose(collected.arrays["gripper"][1], [0.2, 0.4, 0.6, 0, 0, 0, 2, 1])
+
+
+def test_action_mode_decides_what_the_actions_are(episode: Path) -> None:
+    moved = {
+        mode: read_low_dim(episode / LOW_DIM, mode)["actions"] for mode in ("joint_position", "gripper_pose")
+    }
+    assert np.allclose(moved["joint_position"][1], [*(np.arange(7) - 2), 1.0])
+    assert np.allclose(moved["gripper_pose"][1], [0.3, 0.6, 0.9, 0, 0, 0, 3, 1])
+    assert all(not actions[-1].any() for actions in moved.values())
+
+
+def test_cameras_are_those_that_any_episode_has(
+    tmp_path: Path, episode: Path, rlbench: types.SimpleNamespace
+) -> None:
+    other = write_episode(tmp_path / "push_button/variation2/episodes/episode4", demo(rlbench))
+    for path in (episode, other):
+        shutil.rmtree(path / "overhead_rgb")
+    shutil.rmtree(other / "wrist_rgb")
+    source = open_folder(tmp_path, "joint_velocity")
+    assert source.cameras == ("left_shoulder", "right_shoulder", "wrist", "front")
+    whole, lacking = map(source.collect, source.jobs())
+    assert fault(whole, source.cameras, source.arrays) is None
+    assert lacking.reason == "wrist_rgb/0.png: missing"
 
 
 def test_other_sizes_are_resized(tmp_path: Path, rlbench: types.SimpleNamespace) -> None:

@@ -17,7 +17,7 @@ import numpy as np
 import psutil
 import pytest
 
-from prelar.data import rlbench_crew, rlbench_live, rlbench_simulator
+from prelar.data import rlbench_crew, rlbench_display, rlbench_live, rlbench_process, rlbench_simulator
 from prelar.data.demonstrations import Episode, Job, fault
 from prelar.data.rlbench_crew import Crew
 from prelar.data.rlbench_live import RlbenchLive
@@ -27,6 +27,8 @@ from tests.rlbench_standin import STANDINS, orders, surround
 SOURCE = RlbenchLive(
     tasks=("push_button", "open_drawer"), variations=1, episodes=2, cameras=("front", "wrist"), timeout=60.0
 )
+
+FAILED = "Error in task {}. Demo was completed, but was not successful."
 
 
 @pytest.fixture
@@ -83,9 +85,11 @@ def test_simulators_are_launched_once_each_on_one_display(
     standin: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     started = []
-    launch = rlbench_crew.Simulator.launch
+    launch = rlbench_process.Simulator.launch
     monkeypatch.setattr(
-        rlbench_crew.Simulator, "launch", lambda self, *rest: (started.append(self), launch(self, *rest))[1]
+        rlbench_process.Simulator,
+        "launch",
+        lambda self, *rest: (started.append(self), launch(self, *rest))[1],
     )
     collect(SOURCE, tmp_path / "demos", workers=2)
     assert len(started) == 2 and not any(simulator.alive for simulator in started)
@@ -95,7 +99,9 @@ def test_simulators_are_launched_once_each_on_one_display(
     ]
 
 
-def test_variations_are_asked_of_the_simulator(standin: Path, tmp_path: Path) -> None:
+def test_variations_are_asked_of_rlbench(
+    standin: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     def planned(variations: int | None) -> dict[str, int]:
         source = replace(SOURCE, variations=variations, episodes=1)
         return {task: sum(job.task == task for job in source.jobs()) for task in SOURCE.tasks}
@@ -109,11 +115,24 @@ def test_variations_are_asked_of_the_simulator(standin: Path, tmp_path: Path) ->
         for episode in collect(replace(SOURCE, variations=None), tmp_path / "x")
     ]
     assert lengths == [8, 8, 9, 9, 10, 10, 8, 8]
+    with pytest.raises(UserError, match="RLBench cannot be imported: the simulator ended with status 1"):
+        monkeypatch.setenv("PYTHONPATH", "")
+        planned(None)
 
 
 def test_larger_pictures_are_brought_to_64(standin: Path, tmp_path: Path) -> None:
     episode = collect(replace(SOURCE, tasks=("push_button",), episodes=1, size=96), tmp_path / "demos")[0]
     assert fault(episode, SOURCE.cameras, SOURCE.arrays) is None
+
+
+def test_action_mode_decides_what_is_written_down(standin: Path, tmp_path: Path) -> None:
+    one = replace(SOURCE, tasks=("push_button",), episodes=1)
+    for action_mode, column, first in (("joint_position", 1, 1.1), ("gripper_pose", 0, 0.1)):
+        episode = collect(replace(one, action_mode=action_mode), tmp_path / action_mode)[0]
+        assert fault(episode, SOURCE.cameras, SOURCE.arrays) is None
+        actions = episode.arrays["actions"]
+        assert np.allclose(actions[:-1, column], first + np.arange(7) / 10) and not actions[-1].any()
+        assert actions[:-1, 7].tolist() == [1, 1, 1, 0, 0, 0, 0]
 
 
 def test_one_episode_alone(standin: Path) -> None:
@@ -129,12 +148,39 @@ def test_failed_planning_is_tried_ten_times(standin: Path, tmp_path: Path) -> No
         None,
         None,
         None,
-        "no demo in 10 attempts: 10 × Demo was completed, but was not successful.",
+        f"no demo in 10 attempts: 10 × {FAILED.format('open_drawer')}",
     ]
 
 
+def test_spoilt_scene_costs_one_attempt(standin: Path, tmp_path: Path) -> None:
+    orders(standin, push_button="spoil", open_drawer="work spoil work")
+    assert reasons(collect(SOURCE, tmp_path / "demos")) == [None] * 4
+
+
+def test_worn_simulator_is_replaced(standin: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(rlbench_crew, "SERVICE", 2)
+    launched = []
+    launch = rlbench_process.Simulator.launch
+    monkeypatch.setattr(
+        rlbench_process.Simulator,
+        "launch",
+        lambda self, *rest: (launched.append(self), launch(self, *rest))[1],
+    )
+    assert reasons(collect(replace(SOURCE, episodes=3), tmp_path / "demos")) == [None] * 6
+    assert len(launched) == 3
+
+
+def test_crash_is_seen_though_a_helper_lives_on(standin: Path, tmp_path: Path) -> None:
+    orders(standin, launch="helper", push_button="die " * 10)
+    source = replace(SOURCE, tasks=("push_button",), episodes=1, timeout=20.0)
+    assert reasons(collect(source, tmp_path / "demos")) == [
+        "no demo in 10 attempts: 10 × the simulator ended by signal 11"
+    ]
+    assert "Fatal Python error: Segmentation fault" in (tmp_path / "demos" / "simulator0.log").read_text()
+
+
 def test_hopeless_task_is_given_up_and_the_others_go_on(standin: Path, tmp_path: Path) -> None:
-    told = "no demo in 10 attempts: 10 × Demo was completed, but was not successful."
+    told = f"no demo in 10 attempts: 10 × {FAILED.format('weighing_scales')}"
     episodes = collect(replace(SOURCE, tasks=("weighing_scales", "push_button")), tmp_path / "demos")
     assert reasons(episodes) == [told, f"not tried after episode 0: {told}", None, None]
     assert [episode.success for episode in episodes] == [False, False, True, True]
@@ -150,8 +196,7 @@ def test_endless_crashes_end_in_words(standin: Path, tmp_path: Path, monkeypatch
     orders(standin, push_button="die fail die")
     source = replace(SOURCE, tasks=("push_button",))
     assert reasons(collect(source, tmp_path / "demos")) == [
-        "no demo in 3 attempts: 2 × the simulator ended by signal 11; "
-        "1 × Demo was completed, but was not successful.",
+        f"no demo in 3 attempts: 2 × the simulator ended by signal 11; 1 × {FAILED.format('push_button')}",
         None,
     ]
 
@@ -325,7 +370,7 @@ def test_display_that_answers_is_used(
     standin: Path, tmp_path: Path, x_server: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("DISPLAY", x_server)
-    assert rlbench_crew.given_display() == x_server
+    assert rlbench_display.given_display() == x_server
     collect(replace(SOURCE, tasks=("push_button",), episodes=1), tmp_path / "demos")
     assert not (standin / "xvfb").exists()
 

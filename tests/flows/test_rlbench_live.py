@@ -71,11 +71,18 @@ def test_flow_survives_what_simulators_do_and_being_killed(project: Project, tmp
     bad = [row for row in rows if row["status"] == "bad"]
     assert {(row["task"], row["success"]) for row in bad} == {("weighing_scales", False)} and len(bad) == 15
     assert "60 clips of 5 cameras" in told
-    words = "no demo in 10 attempts: 10 × Demo was completed, but was not successful."
+    failed = "Error in task weighing_scales. Demo was completed, but was not successful."
+    words = f"no demo in 10 attempts: 10 × {failed}"
     assert f"left out:\n  weighing_scales, variation 0: 5 clips: {words}\n" in told
     assert f"weighing_scales, variation 0: 10 clips: not tried after episode 0: {words}" in told
     assert store.array("actions").shape == (store.num_frames, 8)
-    assert store.attrs["source"] == {"name": "rlbench", "renderer": "opengl", "size": 64, "seed": 0}
+    assert store.attrs["source"] == {
+        "name": "rlbench",
+        "renderer": "opengl",
+        "size": 64,
+        "action_mode": "joint_velocity",
+        "seed": 0,
+    }
     assert not list((root / "data/.staging").glob("rlbench-*/demos"))
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from prelar.report.results import PAGE, Results, Section, read_json
+from prelar.report.results import PAGE, Results, Section, data_uri, read_json
 
 VALIDATION = Path("reports/validation")
 
@@ -12,8 +12,13 @@ VALIDATION = Path("reports/validation")
 def section(results: Results) -> Section:
     """The section on the store of this run."""
     documents = VALIDATION / results.config.dataset / "index.html"
+    dataset = read_json(results.folder / "dataset.json")
     values = {
-        "dataset": read_json(results.folder / "dataset.json"),
+        "dataset": dataset,
+        "previews": [
+            {**preview, "source": data_uri(results.folder / "previews" / preview["file"])}
+            for preview in (dataset or {}).get("previews", [])
+        ],
         "validation": documents.relative_to(PAGE.parent).as_posix(),
     }
     return Section("data", "Data", values)

@@ -6,12 +6,13 @@ class Task:
 
     variations = 1
 
-    def __init__(self, pyrep: object, robot: object) -> None:
+    def __init__(self, pyrep: object, robot: object, name: str | None = None) -> None:
         self.held = (pyrep, robot)
+        self.name = name or type(self).__module__.rpartition(".")[2]
 
     def get_name(self) -> str:
         """The name of its file."""
-        return type(self).__module__.rpartition(".")[2]
+        return self.name
 
     def variation_count(self) -> int:
         """How many there are."""
