@@ -165,8 +165,12 @@ def test_params_choose_the_source(recorded: apv_npz.ApvNpz) -> None:
     assert isinstance(made, Metaworld) and made.tasks == tuple(settings.tasks)
     folder = str(recorded.folder)
     assert rlbench.find(settings.model_copy(update={"source": "apv_npz", "path": folder})) == recorded
-    other = rlbench.find(settings.model_copy(update={"source": "rlbench_folder", "path": folder}))
-    assert other == RlbenchFolder(recorded.folder)
+    episode = recorded.folder / "push_button/variation0/episodes/episode0"
+    for camera in ("front", "wrist"):
+        (episode / f"{camera}_rgb").mkdir(parents=True)
+    changes = {"source": "rlbench_folder", "path": folder, "action_mode": "gripper_pose"}
+    expected = RlbenchFolder(recorded.folder, ("wrist", "front"), "gripper_pose")
+    assert rlbench.find(settings.model_copy(update=changes)) == expected
 
 
 def test_experts_give_the_same_bytes_for_any_number_of_workers(tmp_path: Path, threads: None) -> None:
