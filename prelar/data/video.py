@@ -4,7 +4,8 @@ One ffmpeg process takes several clips as inputs and writes each to an output of
 than a process a clip and keeps every clip's frames apart. Clips travel through anonymous files in memory:
 they can be sought in, nothing is left behind by a crash, and no clip's name reaches a command line. Frames
 are exactly the decoded ones in order: none is dropped or doubled for the sake of a frame rate. Bytes depend
-neither on the processor (`SCALE`) nor on which clips share a process.
+neither on the processor (`SCALE`) nor on which clips share a process. A clip's trouble is its own; a process
+that was killed from outside is not, and raises.
 """
 
 from __future__ import annotations
@@ -13,6 +14,8 @@ import contextlib
 import dataclasses
 import os
 import re
+import select
+import signal
 import subprocess
 from collections.abc import Sequence
 from pathlib import Path
@@ -31,6 +34,7 @@ MAX_PIXELS = 4096 * 4096
 MAX_SECONDS = 600
 MAX_CPU_SECONDS = 300
 MAX_LOG = 1 << 20
+SHARED = 32
 FORMATS = "matroska,webm,mov,mp4,avi"
 
 _STREAM = re.compile(r"^\[info\]\s+Stream #(\d+):\d+.*?: Video: (.*)$")
@@ -41,6 +45,8 @@ _CONSEQUENCE = re.compile(
     r"Error opening (input|output) files?\b|Error while|Nothing was written|Could not open encoder|"
     r"Cannot determine format|Conversion failed|Task finished|Terminating thread"
 )
+_KILLED = {-signal.SIGKILL, -signal.SIGTERM, -signal.SIGINT, -signal.SIGHUP}
+_TOLD_TO_END = "Exiting normally, received signal"
 _TROUBLE = re.compile(r"^(?:\[[^\]]*@[^\]]*\] )*\[(?:error|fatal|panic)\] (.*)$")
 
 
@@ -88,12 +94,17 @@ class Decoder:
         """Decode clips, each given as the bytes of its file.
 
         Where anything in a shared process goes wrong, its clips are decoded one by one, so that a bad clip
-        names its own trouble and its neighbours are as if it had not been there.
+        names its own trouble and its neighbours are as if it had not been there. Raises `RuntimeError`
+        where ffmpeg was killed.
         """
         usable = [content for content in clips if content]
-        together = self._attempt(usable) if len(usable) > 1 else None
-        each = iter(together if together is not None else [self._alone(content) for content in usable])
+        groups = [usable[begin : begin + SHARED] for begin in range(0, len(usable), SHARED)]
+        each = (clip for group in groups for clip in self._together(group))
         return [next(each) if content else Clip(None, "the file is empty") for content in clips]
+
+    def _together(self, clips: Sequence[bytes]) -> list[Clip]:
+        done = self._attempt(clips) if len(clips) > 1 else None
+        return done if done is not None else [self._alone(content) for content in clips]
 
     def _attempt(self, clips: Sequence[bytes]) -> list[Clip] | None:
         """All clips in one process, or None if there was any trouble."""
@@ -131,8 +142,16 @@ class Decoder:
         return None
 
     def _alone(self, content: bytes | Part) -> Clip:
+        """One clip by what its header tells, or, where that does not do, by what ffmpeg finds out."""
+        if isinstance(content, bytes):
+            clip = self._judged(content, thorough=False)
+            if clip.frames is not None:
+                return clip
+        return self._judged(content, thorough=True)
+
+    def _judged(self, content: bytes | Part, thorough: bool) -> Clip:
         try:
-            (frames,), log, status = self._run([content])
+            (frames,), log, status = self._run([content], thorough)
         except subprocess.TimeoutExpired:
             return Clip(None, f"decoding took more than {MAX_SECONDS} s")
         about = stream(log, 0)
@@ -145,7 +164,7 @@ class Decoder:
             return Clip(None, "no video frame", *about)
         return Clip(frames, None, *about)
 
-    def _run(self, clips: Sequence[bytes | Part]) -> tuple[list[Frames], str, int]:
+    def _run(self, clips: Sequence[bytes | Part], thorough: bool = False) -> tuple[list[Frames], str, int]:
         """Frames of each clip, what ffmpeg said, and its exit status."""
         parts = [clip if isinstance(clip, Part) else None for clip in clips]
         inputs = [
@@ -158,19 +177,21 @@ class Decoder:
             for handle, content in zip(inputs, clips, strict=True):
                 if isinstance(content, bytes):
                     _write(handle, content)
-            done = subprocess.run(
-                command(self.path, inputs, outputs, parts),
+            with subprocess.Popen(
+                command(self.path, inputs, outputs, parts, thorough),
                 pass_fds=[*inputs, *outputs],
                 stdin=subprocess.DEVNULL,
                 stdout=subprocess.DEVNULL,
                 stderr=log,
-                timeout=MAX_SECONDS,
-                check=False,
-            )
+                start_new_session=True,
+            ) as process:
+                status = _wait(process)
             said = os.pread(log, MAX_LOG, 0).decode("utf-8", "replace")
+            if status in _KILLED or _TOLD_TO_END in said:
+                raise RuntimeError(f"ffmpeg was killed (status {status})")
             if os.fstat(log).st_size > MAX_LOG:
                 said += f"\n[error] more than {MAX_LOG} bytes of messages"
-            return [_frames(handle) for handle in outputs], said, done.returncode
+            return [_frames(handle) for handle in outputs], said, status
         finally:
             for handle in (*inputs, *outputs, log):
                 os.close(handle)
@@ -183,15 +204,37 @@ def probe(binary: str, handle: int, options: Sequence[str]) -> list[str]:
     return [*arguments, *options]
 
 
+def _wait(process: subprocess.Popen[bytes]) -> int:
+    """The exit status, as soon as there is one. Raises `TimeoutExpired` after `MAX_SECONDS`."""
+    handle = os.pidfd_open(process.pid)
+    try:
+        poll = select.poll()
+        poll.register(handle, select.POLLIN)
+        if not poll.poll(MAX_SECONDS * 1000):
+            raise subprocess.TimeoutExpired(process.args, MAX_SECONDS)
+        return process.wait()
+    except BaseException:
+        process.kill()
+        raise
+    finally:
+        os.close(handle)
+
+
 def command(
-    binary: str, inputs: Sequence[int], outputs: Sequence[int], parts: Sequence[Part | None] = ()
+    binary: str,
+    inputs: Sequence[int],
+    outputs: Sequence[int],
+    parts: Sequence[Part | None] = (),
+    thorough: bool = False,
 ) -> list[str]:
     """The arguments that decode open file `inputs[i]` into raw RGB frames in open file `outputs[i]`.
 
     Of a file that has one of `parts`, only that part is decoded.
 
     Only container formats that hold video are tried, so that a playlist posing as a clip opens nothing.
+    Unless `thorough`, a clip's header is believed, which saves decoding its first frame twice.
     """
+    header = {} if thorough else {"nofind_stream_info": None}
     limit = ["-timelimit", str(MAX_CPU_SECONDS)]
     streams = []
     for source, target, part in zip(inputs, outputs, parts or [None] * len(inputs), strict=True):
@@ -205,6 +248,7 @@ def command(
             protocol_whitelist="file",
             max_pixels=MAX_PIXELS,
             **_stretch(part),
+            **header,
         )
         written = ffmpeg.output(
             opened["V:0"],
