@@ -11,7 +11,7 @@ import time
 from collections.abc import Callable, Iterator
 from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from prefect import flow, task
 from prefect.cache_policies import NO_CACHE
@@ -30,6 +30,9 @@ from prelar.errors import UserError
 from prelar.names import checked_config
 from prelar.workers import worker_pool
 
+if TYPE_CHECKING:
+    from prelar.data.validation import Suite
+
 NAME = "rlbench"
 BATCH = 4
 SHOWN = 100
@@ -42,21 +45,6 @@ def collect(desk: str, number: int) -> int:
     """Collect one batch of episodes."""
     _desks[desk].work(number)
     return number
-
-
-@task(name="validate", cache_policy=NO_CACHE)
-def validate(path: Path, source: Source, max_bad: float) -> str:
-    """Validate the staged store; returns the summary in a line."""
-    from prelar.data import validation
-    from prelar.data.demonstration_suites import demonstration_suites
-
-    store = Store.open(path)
-    suites = demonstration_suites(store, source, max_bad=max_bad)
-    counted: dict[str, Any] = validation.validate(NAME, suites, validation.facts(store))["facts"]
-    return (
-        f"{counted['clips']} clips of {len(source.cameras)} cameras, {counted['frames']} frames, "
-        f"{counted['pairs']} pairs, {counted['bad']} clips left out"
-    )
 
 
 @flow(name=NAME)
@@ -81,9 +69,20 @@ def rlbench() -> str:
             rate = f"; {count} episodes in {seconds:.0f} s, {60 * count / seconds:.1f} a minute"
             writer.finish(source.attributes())
         files.write_text(built, "")
-    summary = validate(folder / f"{NAME}.zarr", source, settings.max_bad)
+    checks = functools.partial(suites, source=source, max_bad=settings.max_bad)
+    counted = staging.validate(NAME, folder / f"{NAME}.zarr", checks)
     staging.publish(NAME, folder, config.data_root)
-    return summary + rate
+    return (
+        f"{counted['clips']} clips of {len(source.cameras)} cameras, {counted['frames']} frames, "
+        f"{counted['pairs']} pairs, {counted['bad']} clips left out{rate}"
+    )
+
+
+def suites(store: Store, source: Source, max_bad: float) -> list[Suite]:
+    """What must hold of the store of a source's demonstrations."""
+    from prelar.data.demonstration_suites import demonstration_suites
+
+    return demonstration_suites(store, source, max_bad=max_bad)
 
 
 def find(settings: Rlbench) -> Source:

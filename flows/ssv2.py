@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 import argparse
+import functools
 import hashlib
 import time
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from prefect import flow, task
 from prefect.cache_policies import NO_CACHE
 from prefect.task_runners import ThreadPoolTaskRunner
 from tqdm import tqdm
 
-from flows import runtime, staging, tracking
+from flows import dask_runner, runtime, staging, tracking
 from prelar import files
 from prelar.config import Ssv2, load_config
 from prelar.data import download, ingest
@@ -23,6 +25,9 @@ from prelar.data.labels import Labels, read_labels
 from prelar.data.store import Store, StoreWriter
 from prelar.data.video import Decoder
 from prelar.names import checked_config
+
+if TYPE_CHECKING:
+    from prelar.data.validation import Suite
 
 NAME = "ssv2"
 PARTS = f"{NAME}-parts-"
@@ -47,24 +52,6 @@ def decode(desk: str, number: int) -> int:
     return number
 
 
-@task(name="validate", cache_policy=NO_CACHE)
-def validate(path: Path, labels: Path | None, min_frames: int, max_bad: float) -> str:
-    """Validate the staged store, against its labels if there are any; returns the summary in a line."""
-    from prelar.data import validation
-
-    store = Store.open(path)
-    suites = validation.store_suites(store, min_frames=min_frames, max_bad=max_bad)
-    if labels is not None:
-        known = read_labels(labels)
-        splits = {identity: label.split for identity, label in known.clips.items()}
-        suites.append(validation.labels_suite(store, splits, known.names))
-    counted: dict[str, Any] = validation.validate(NAME, suites, validation.facts(store))["facts"]
-    return (
-        f"{counted['clips']} clips, {counted['clips_of_25']} of them of 25 frames or more; "
-        f"{counted['frames']} frames, {counted['pairs']} pairs, {counted['bad']} bad clips"
-    )
-
-
 @flow(name=NAME)
 def ssv2() -> str:
     """Fetch, read as a stream, decode, store, index, validate and publish; returns a summary in a line.
@@ -87,9 +74,25 @@ def ssv2() -> str:
             name = ingest.OWN if source.parts else ingest.NAME
             writer.finish(ingest.attributes(writer, decoder.version, settings.min_frames, name))
         files.write_text(built, "")
-    summary = validate(folder / f"{NAME}.zarr", source.labels, settings.min_frames, settings.max_bad)
+    named = known if source.labels is not None else None
+    checks = functools.partial(suites, known=named, min_frames=settings.min_frames, max_bad=settings.max_bad)
+    counted = staging.validate(NAME, folder / f"{NAME}.zarr", checks)
     staging.publish(NAME, folder, config.data_root, keep=(PARTS,))
-    return summary
+    return (
+        f"{counted['clips']} clips, {counted['clips_of_25']} of them of 25 frames or more; "
+        f"{counted['frames']} frames, {counted['pairs']} pairs, {counted['bad']} bad clips"
+    )
+
+
+def suites(store: Store, known: Labels | None, min_frames: int, max_bad: float) -> list[Suite]:
+    """What must hold of the store, and of its index against the labels if there are any."""
+    from prelar.data import validation
+
+    found = validation.store_suites(store, min_frames=min_frames, max_bad=max_bad)
+    if known is not None:
+        splits = {identity: label.split for identity, label in known.clips.items()}
+        found.append(validation.labels_suite(store, splits, known.names))
+    return found
 
 
 def find(settings: Ssv2, decoder: Decoder) -> tuple[Source, Labels]:
@@ -121,17 +124,33 @@ def fill(writer: StoreWriter, source: Source, known: Labels, decoder: Decoder, s
     No more batches than workers are under way or wait to be appended: so much a crash loses at most.
     """
 
-    def work(batch: list[Member]) -> list[Ingested]:
-        return ingest.ingest(decoder, batch, known, settings.min_frames)
-
-    _desks[NAME] = desk = staging.Desk(work)
     total, unit = (source.size, "B") if source.size else (len(source.clips or source.parts), "clip")
     with tqdm(desc="ingest", total=total, unit=unit, unit_scale=True, disable=None) as bar:
         members = ingest.after_committed(source.members(bar.update), writer)
         batches = ingest.batches(members, settings.batch)
-        for done in desk.in_order(batches, lambda number: decode.submit(NAME, number), settings.workers):
+        way = dask_runner.decoded if settings.runner == "dask" else decoded
+        for done in way(batches, decoder, known, settings):
             ingest.append(writer, done)
             bar.set_postfix(clips=writer.count, frames=writer.frames, refresh=False)
+
+
+def decoded(
+    batches: Iterator[list[Member]], decoder: Decoder, known: Labels, settings: Ssv2
+) -> Iterator[list[Ingested]]:
+    """The batches' results in order, from threads of this process."""
+
+    def work(batch: list[Member]) -> list[Ingested]:
+        return ingest.ingest(decoder, batch, known, settings.min_frames)
+
+    _desks[NAME] = desk = staging.Desk(work)
+    return desk.in_order(batches, lambda number: decode.submit(NAME, number), settings.workers)
+
+
+def task_runner(settings: Ssv2) -> Any:
+    """Prefect's task runner that params.yaml names."""
+    if settings.runner == "dask":
+        return dask_runner.task_runner(settings.dask, settings.workers)
+    return ThreadPoolTaskRunner(max_workers=settings.workers)
 
 
 def _arguments() -> None:
@@ -143,10 +162,9 @@ def _arguments() -> None:
 def main() -> None:
     """Run the flow with the settings of params.yaml."""
     _arguments()
-    begun, workers = time.time(), checked_config().ssv2.workers
+    begun, settings = time.time(), checked_config().ssv2
     with staging.surroundings(NAME):
-        pool: Any = ThreadPoolTaskRunner(max_workers=workers)
-        print(f"{staging.target(NAME)}: {ssv2.with_options(task_runner=pool)()}")
+        print(f"{staging.target(NAME)}: {ssv2.with_options(task_runner=task_runner(settings))()}")
         tracking.record(NAME, begun)
 
 

@@ -6,11 +6,16 @@ import collections
 import contextlib
 import errno
 import itertools
+import json
 import threading
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import Any, Generic, Protocol, TypeVar
+from typing import TYPE_CHECKING, Any, Generic, Protocol, TypeVar
 
+from prefect import task
+from prefect.artifacts import create_markdown_artifact
+from prefect.cache_policies import NO_CACHE
+from prefect.context import TaskRunContext
 from tqdm import tqdm
 
 from flows import runtime
@@ -19,7 +24,11 @@ from prelar.data import remote
 from prelar.data.store import Store, index_path
 from prelar.errors import UserError
 
+if TYPE_CHECKING:
+    from prelar.data.validation import Suite
+
 LOCAL = "data"
+Facts = dict[str, Any]
 
 Batch = TypeVar("Batch")
 Result = TypeVar("Result")
@@ -55,20 +64,35 @@ class Desk(Generic[Batch, Result]):
         self, batches: Iterable[Batch], submit: Callable[[int], Future], ahead: int
     ) -> Iterator[Result]:
         """Results in the order of the batches, while at most `ahead` batches are under way or wait."""
-        flight: collections.deque[tuple[int, Future]] = collections.deque()
-        for number, batch in enumerate(batches):
-            if len(flight) == ahead:
-                yield self._land(*flight.popleft())
+
+        def start(number: int, batch: Batch) -> Callable[[], Result]:
             with self._lock:
                 self._waiting[number] = batch
-            flight.append((number, submit(number)))
-        while flight:
-            yield self._land(*flight.popleft())
+            future = submit(number)
+            return lambda: self._land(number, future)
+
+        return in_order(batches, start, ahead)
 
     def _land(self, number: int, future: Future) -> Result:
         future.result()
         with self._lock:
             return self._done.pop(number)
+
+
+def in_order(
+    batches: Iterable[Batch], start: Callable[[int, Batch], Callable[[], Result]], ahead: int
+) -> Iterator[Result]:
+    """Results in the order of the batches, of which at most `ahead` are under way or wait.
+
+    `start` sets a batch going and returns what waits for its result.
+    """
+    flight: collections.deque[Callable[[], Result]] = collections.deque()
+    for number, batch in enumerate(batches):
+        if len(flight) == ahead:
+            yield flight.popleft()()
+        flight.append(start(number, batch))
+    while flight:
+        yield flight.popleft()()
 
 
 def target(name: str) -> Path:
@@ -86,6 +110,34 @@ def surroundings(name: str) -> Iterator[None]:
             if error.errno not in (errno.ENOSPC, errno.EDQUOT):
                 raise
             raise UserError("the disk is full; make room and run again, the work so far is kept") from None
+
+
+@task(name="validate", cache_policy=NO_CACHE)
+def validate(name: str, path: Path, suites: Callable[[Store], Sequence[Suite]]) -> Facts:
+    """Validate a staged store, show the result in Prefect, and return the store's facts.
+
+    Raises `UserError` with the reasons where a check fails.
+    """
+    from prelar.data import validation
+
+    store = Store.open(path)
+    summary = validation.REPORTS / name / "summary.json"
+    summary.unlink(missing_ok=True)
+    try:
+        counted: Facts = validation.validate(name, suites(store), validation.facts(store))["facts"]
+    finally:
+        if summary.is_file():
+            _show(name, validation.as_markdown(json.loads(summary.read_text(encoding="utf-8"))))
+    return counted
+
+
+def _show(name: str, markdown: str) -> None:
+    """Make the result of a validation an artifact; a server that does not take it spoils nothing."""
+    if TaskRunContext.get() is not None:
+        with contextlib.suppress(Exception):
+            create_markdown_artifact(
+                key=f"validation-{name}", description=f"The store {name}", markdown=markdown
+            )
 
 
 def clear_leftovers(name: str) -> None:

@@ -76,6 +76,8 @@ class Ssv2(_Frozen):
     max_bad: Share
     batch: Count
     workers: Count
+    runner: Literal["local", "dask"]
+    dask: Text | None
     ffmpeg: Text | None
 
     _places = field_validator("source", "labels", "ffmpeg")(_found_anywhere)

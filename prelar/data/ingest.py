@@ -143,6 +143,12 @@ def _weight(member: Member) -> int:
     return int((member.part.seconds or 0.0) * FASTEST) * store.FRAMES.item_bytes
 
 
+def labels_of(known: Labels, members: Iterable[Member]) -> Labels:
+    """The part of the labels that concerns the given members."""
+    clips = {member.id: known.clips[member.id] for member in members if member.id in known.clips}
+    return dataclasses.replace(known, clips=clips)
+
+
 def after_committed(members: Iterator[Member], writer: StoreWriter) -> Iterator[Member]:
     """The members that the staged store lacks. Raises `UserError` where it holds clips of other files."""
     for row in itertools.islice(writer.rows(), writer.count):

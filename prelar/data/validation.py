@@ -306,6 +306,26 @@ def validate(
     return summary
 
 
+def as_markdown(summary: dict[str, Any]) -> str:
+    """A summary as `validate` returns it, as a page of Markdown tables: the facts, and every check."""
+    verdict = "passed" if summary["success"] else "failed"
+    lines = [f"# {summary['name']}: validation {verdict}", "", "| fact | value |", "|---|---|"]
+    for key, value in summary["facts"].items():
+        shown = ", ".join(f"{k}: {v}" for k, v in value.items()) if isinstance(value, dict) else value
+        lines.append(f"| {key.replace('_', ' ')} | {_cell(shown)} |")
+    for suite in summary["suites"]:
+        about = f"{suite['about']}; rows: {suite['rows']}"
+        lines += ["", f"## {suite['name']}", "", about, "", "| result | check | found |", "|---|---|---|"]
+        for check in suite["checks"]:
+            result = "passed" if check["success"] else "**failed**"
+            lines.append(f"| {result} | {_cell(check['says'])} | {_cell(check['detail'])} |")
+    return "\n".join(lines) + "\n"
+
+
+def _cell(value: Any) -> str:
+    return str(value).replace("|", "\\|").replace("\n", " ")
+
+
 def _run(suite: Suite) -> list[Outcome]:
     """Great Expectations' verdict on each check of a suite, in the order of the checks."""
     os.environ["GX_ANALYTICS_ENABLED"] = "false"

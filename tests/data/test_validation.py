@@ -14,6 +14,7 @@ import pytest
 from prelar.data.store import Store, StoreWriter
 from prelar.data.validation import (
     Suite,
+    as_markdown,
     each_between,
     facts,
     labels_suite,
@@ -66,6 +67,17 @@ def test_a_good_store_passes_and_the_page_asks_no_other_host(tmp_path: Path) -> 
     assert "passed" in page
     assert "no pair crosses the border of a clip" in page
     assert not re.search(r"https?:|<script|<link|src=|@import|url\(", page)
+
+
+def test_the_summary_as_markdown_names_facts_and_every_check(tmp_path: Path) -> None:
+    summary = run(build(tmp_path / "x.zarr"), tmp_path / "reports")
+    text = as_markdown(summary)
+    assert text.startswith("# x: validation passed\n")
+    assert "| splits | train: 2, validation: 1 |" in text
+    checks = [check for suite in summary["suites"] for check in suite["checks"]]
+    assert text.count("| passed | ") == len(checks) > 10
+    checks[0].update(success=False, says="a|b", detail="two\nlines")
+    assert "| **failed** | a\\|b | two lines |" in as_markdown({**summary, "success": False})
 
 
 @pytest.mark.parametrize(

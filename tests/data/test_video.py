@@ -3,8 +3,12 @@
 from __future__ import annotations
 
 import io
+import os
 import shutil
+import signal
 import subprocess
+import time
+from collections.abc import Sequence
 from pathlib import Path
 
 import av
@@ -14,6 +18,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from prelar.data import video
+from prelar.data.store import Frames
 from prelar.data.video import SCALE, Decoder, command, stream, troubles
 from prelar.errors import UserError
 from tests import archives
@@ -204,6 +209,48 @@ def test_too_large_pictures_are_refused(decoder: Decoder, monkeypatch: pytest.Mo
     (clip,) = decoder.decode([archives.clip(width=320, height=240)])
     assert clip.frames is None
     assert clip.reason
+
+
+@pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGTERM])
+def test_a_killed_ffmpeg_is_not_the_clips_fault(
+    decoder: Decoder, monkeypatch: pytest.MonkeyPatch, how: signal.Signals
+) -> None:
+    wait = video._wait
+
+    def kill_first(process: subprocess.Popen[bytes]) -> int:
+        time.sleep(0.05)
+        process.send_signal(how)
+        return wait(process)
+
+    long = archives.clip(frames=600, width=320, height=240)
+    with monkeypatch.context() as context, pytest.raises(RuntimeError, match="ffmpeg was killed"):
+        context.setattr(video, "_wait", kill_first)
+        decoder.decode([long, long])
+    assert [len(clip.frames) for clip in decoder.decode([long, long]) if clip.frames is not None] == [
+        600,
+        600,
+    ]
+
+
+def test_what_the_header_does_not_tell_is_found_out(
+    decoder: Decoder, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[bool] = []
+    run = decoder._run
+
+    def header_fails(clips: Sequence[bytes], thorough: bool = False) -> tuple[list[Frames], str, int]:
+        asked.append(thorough)
+        return (
+            run(clips, thorough) if thorough else ([video._frames(os.memfd_create("x"))] * len(clips), "", 1)
+        )
+
+    (plain,) = decoder.decode([archives.clip()])
+    monkeypatch.setattr(decoder, "_run", header_fails)
+    (found,) = decoder.decode([archives.clip()])
+    assert asked == [False, True]
+    assert plain.frames is not None and found.frames is not None
+    assert (plain.frames == found.frames).all()
+    assert (plain.width, plain.height, plain.fps) == (found.width, found.height, found.fps)
 
 
 def test_no_files_stay_open(decoder: Decoder) -> None:

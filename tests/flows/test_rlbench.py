@@ -1,5 +1,6 @@
 """The rlbench flow: every source into one store, the same bytes however it ran or was interrupted."""
 
+import functools
 import hashlib
 import shutil
 import subprocess
@@ -7,12 +8,13 @@ import sys
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import psutil
 import pytest
 
-from flows import rlbench
+from flows import rlbench, staging
 from prelar.config import load_config
 from prelar.data import apv_npz
 from prelar.data.demonstrations import Metaworld, Source, staging_key
@@ -93,9 +95,14 @@ def test_store_is_the_source_in_order(tmp_path: Path, recorded: apv_npz.ApvNpz, 
     actions = store.array("actions")[clip["start"] : clip["start"] + clip["frames"]]
     assert np.array_equal(actions[:-1], raw["action"][:-1]) and not actions[-1].any()
     assert store.attrs["source"] == {"name": "apv_npz"} and "actions[t]" in store.attrs["alignment"]
-    assert rlbench.validate.fn(tmp_path / "x.zarr", recorded, 0.1).startswith("26 clips of 2 cameras, ")
+
+    def validated(max_bad: float) -> dict[str, Any]:
+        checks = functools.partial(rlbench.suites, source=recorded, max_bad=max_bad)
+        return staging.validate.fn("rlbench", tmp_path / "x.zarr", checks)
+
+    assert (validated(0.1)["clips"], validated(0.1)["bad"]) == (26, 2)
     with pytest.raises(UserError, match=r"at most 1\.00% of the clips are bad"):
-        rlbench.validate.fn(tmp_path / "x.zarr", recorded, 0.01)
+        validated(0.01)
 
 
 def test_bytes_do_not_depend_on_workers_batches_or_interruption(

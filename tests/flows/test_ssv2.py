@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
+import json
 import os
 import random
 import shutil
 import signal
+import sqlite3
 import subprocess
 import sys
 import time
@@ -115,6 +118,13 @@ def servers_of(pid: int) -> list[str]:
     return found
 
 
+def artifacts() -> list[str]:
+    """The validation artifacts that Prefect holds, oldest first."""
+    with contextlib.closing(sqlite3.connect(".prefect/prefect.db")) as base:
+        found = base.execute("SELECT data FROM artifact WHERE key = 'validation-ssv2' ORDER BY created")
+        return [json.loads(data) for (data,) in found]
+
+
 def test_killed_refused_continued(here: Path) -> None:
     """One story in three runs: kill -9 in the middle, too many bad clips, and then whole.
 
@@ -152,6 +162,12 @@ def test_killed_refused_continued(here: Path) -> None:
     assert tree(here / "data") == wanted
     assert [path.name for path in files.STAGING.iterdir()] != []
     assert all(path.name.startswith("ssv2-parts-") for path in files.STAGING.iterdir())
+    shown = artifacts()
+    assert [text.splitlines()[0] for text in shown] == [
+        "# ssv2: validation failed",
+        "# ssv2: validation passed",
+    ]
+    assert all("| clips | 46 |" in text and "at most" in text for text in shown)
     assert "hush" not in out + err
     for path in (path for folder in (".prefect", "reports") for path in Path(folder).rglob("*")):
         assert not path.is_file() or b"hush" not in path.read_bytes(), path
@@ -161,7 +177,7 @@ def test_what_was_valid_once_is_validated_again(here: Path, monkeypatch: pytest.
     """Killed after its validation, the flow is run again with stricter settings."""
     pool = ThreadPoolExecutor(2)
     monkeypatch.setattr(ssv2.decode, "submit", lambda desk, number: pool.submit(ssv2.decode.fn, desk, number))
-    monkeypatch.setattr(ssv2, "validate", ssv2.validate.fn)
+    monkeypatch.setattr(staging, "validate", staging.validate.fn)
     with monkeypatch.context() as context, pytest.raises(InterruptedError):
         context.setattr(staging, "publish", interrupt)
         ssv2.ssv2.fn()
