@@ -132,7 +132,11 @@ def test_killed_refused_continued(here: Path) -> None:
     """
     wanted = undisturbed(here / "data/sample", here / "work")
     parts = {path.name: path.read_bytes() for path in (here / "data/sample").iterdir()}
-    secret = {"PRELAR_HTTP_HEADERS": "X-Key: hush", "PREFECT_API_URL": "http://127.0.0.1:9/api"}
+    secret = {
+        "PRELAR_HTTP_HEADERS": "X-Key: hush",
+        "PREFECT_API_URL": "http://127.0.0.1:9/api",
+        "PREFECT_HOME": str(here / ".prefect"),
+    }
     with serve(parts, Behaviour(breaks=2, after=30_000, needs=("X-Key", "hush"))) as server:
         change(source=[f"{server.url}/{name}?token=hush" for name in parts], max_bad=0.0)
         process = start(**secret)
