@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 
 import numpy as np
@@ -37,7 +36,9 @@ def build(path: Path) -> int:
     for number in range(-(-total // layout.shard)):
         shard = layout.file(path / "frames", number)
         shard.parent.mkdir(parents=True)
-        shard.touch()
-        os.truncate(shard, layout.shard_bytes(min(layout.shard, total - number * layout.shard)))
+        held = min(layout.shard, total - number * layout.shard)
+        with shard.open("wb") as handle:
+            handle.seek(layout.shard_bytes(held) - layout.tail_bytes)
+            handle.write(layout.tail(held))
     store._write_json(path / "zarr.json", {"attributes": {"schema": store.SCHEMA, "index_sha256": digest}})
     return total
