@@ -25,6 +25,7 @@ repro: check ## run the pipeline of dvc.yaml at the scale of params.yaml
 	@echo "The report: $(CURDIR)/reports/index.html"
 
 test: lint ## run all checks and tests
+	@sh tools/browser.sh
 	@python -m pytest
 
 test-long: $(READY) ## run what takes longer: kill storms and learning runs

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from pathlib import Path
+import os
 from typing import Any
 
 from prefect import flow, get_run_logger, task
@@ -12,11 +12,11 @@ from prefect.cache_policies import NO_CACHE
 
 from flows import forms
 from flows.dvc_command import busy, dvc, overrides
+from flows.runtime import PAGES, PAGES_URL
 from prelar.config import load_config
 from prelar.errors import UserError
 from prelar.files import write_text
 
-PAGES = Path("reports/experiments")
 NAMED = "Ran experiment(s):"
 Params = forms.one_of_each()
 UNCHANGED = Params()
@@ -62,10 +62,11 @@ def publish_result(experiment: str, changes: dict[str, Any], *, whole: bool) -> 
 
         metrics = json.loads(dvc.api.read("metrics.json", rev=experiment))
         page = PAGES / f"{experiment}.html"
+        place = os.environ.get(PAGES_URL) or PAGES.absolute().as_uri()
         write_text(page, dvc.api.read("reports/index.html", rev=experiment))
         parts += [
             table("metric", {name: f"{value:.4g}" for name, value in sorted(metrics.items())}),
-            f"Report: [{page}]({page.absolute().as_uri()})",
+            f"Report: [{page}]({place}/{page.name})",
         ]
     parts.append(f"Take it into the workspace: `dvc exp apply {experiment}`")
     create_markdown_artifact("\n\n".join(parts), key="result", description=f"Experiment {experiment}")

@@ -24,6 +24,8 @@ from prelar.errors import UserError, run_main
 
 HOME = Path(".prefect")
 API = "PREFECT_API_URL"
+PAGES = Path("reports/experiments")
+PAGES_URL = "PRELAR_PAGES_URL"
 PATIENCE = 180
 GRACE = 30
 LOOPBACK = ("127.0.0.1", "localhost")

@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 import argparse
+import functools
 import os
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from typing import TYPE_CHECKING, Any, cast
 
 from flows import runtime
+from flows.runtime import PAGES, PAGES_URL
 from prelar.errors import UserError, run_main
 from prelar.names import checked_config
 
@@ -31,7 +35,8 @@ def main() -> None:
     checked_config()
     with _server(given.host, given.port) as url:
         os.environ |= {runtime.API: f"{url}/api", "PREFECT_LOGGING_LEVEL": "INFO"}
-        _serve(url)
+        with _pages(given.host):
+            _serve(url)
 
 
 @contextmanager
@@ -57,6 +62,25 @@ def _server(host: str, port: int) -> Iterator[str]:
     finally:
         process.terminate()
         process.wait()
+
+
+@contextmanager
+def _pages(host: str) -> Iterator[None]:
+    """Serve the pages of experiments, which a browser would not open from the disk out of the UI."""
+    PAGES.mkdir(parents=True, exist_ok=True)
+    with ThreadingHTTPServer((host, 0), functools.partial(_Page, directory=str(PAGES))) as server:
+        shown = "127.0.0.1" if host in ANYWHERE else host
+        os.environ[PAGES_URL] = f"http://{shown}:{server.server_port}"
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        try:
+            yield
+        finally:
+            server.shutdown()
+
+
+class _Page(SimpleHTTPRequestHandler):
+    def log_message(self, format: str, *args: Any) -> None:
+        """Print no line per request."""
 
 
 def _serve(url: str) -> None:

@@ -19,6 +19,7 @@ from typing import Any
 import httpx
 import pytest
 
+from tests.browser import browser_page, picture, read_artifact, run_from_form
 from tests.conftest import Project
 from tests.docs import blocks, commands
 
@@ -121,7 +122,7 @@ def test_a_bad_value_stops_before_anything_runs(project: Project) -> None:
     assert "beta_a = -1.0" in done.stderr and "Traceback" not in done.stderr
 
 
-@pytest.fixture
+@pytest.fixture(scope="module")
 def ui(project: Project) -> Iterator[str]:
     """The API of `make ui`, once it knows the deployments."""
     with socket.create_server(("127.0.0.1", 0)) as free:
@@ -160,23 +161,40 @@ def told(method: str, url: str, **content: Any) -> httpx.Response:
     return answer
 
 
-def test_the_ui_runs_an_experiment_beside_the_workspace(project: Project, ui: str) -> None:
+def test_a_browser_runs_an_experiment_beside_the_workspace(project: Project, ui: str) -> None:
     params = (project.root / "params.yaml").read_text(encoding="utf-8")
     deployment = told("GET", f"{ui}/deployments/name/pipeline/pipeline").json()
-    starting = f"{ui}/deployments/{deployment['id']}/create_flow_run"
-    chosen = {"parameters": {"params": {"beta_a": 0.3}}, "state": {"type": "SCHEDULED"}}
-    refused = told("POST", starting, json=chosen | {"parameters": {"params": {"beta_a": -1}}})
+    refused = told(
+        "POST",
+        f"{ui}/deployments/{deployment['id']}/create_flow_run",
+        json={"parameters": {"params": {"beta_a": -1}}, "state": {"type": "SCHEDULED"}},
+    )
     assert 400 <= refused.status_code < 500 and "beta_a" in refused.text
-    started = told("POST", starting, json=chosen)
-    assert started.is_success, started.text
-    run = started.json()
-    ended = ("COMPLETED", "FAILED", "CRASHED", "CANCELLED")
-    wait_for(lambda: told("GET", f"{ui}/flow_runs/{run['id']}").json()["state"]["type"] in ended, 300)
-    state = told("GET", f"{ui}/flow_runs/{run['id']}").json()["state"]
-    assert state["type"] == "COMPLETED", state["message"]
-    found = {"artifacts": {"flow_run_id": {"any_": [run["id"]]}, "key": {"any_": ["result"]}}}
-    (artifact,) = told("POST", f"{ui}/artifacts/filter", json=found).json()
-    assert "| beta_a | 0.3 |" in artifact["data"] and "| success_rate |" in artifact["data"]
-    (page,) = (project.root / "reports/experiments").glob("*.html")
-    assert "<video" in page.read_text(encoding="utf-8")
+    with browser_page() as (page, hosts):
+        run_from_form(page, ui.removesuffix("/api"), "pipeline", "smaller-beta-a", {"beta_a": "0.3"})
+        state = page.get_by_text(re.compile("^(Completed|Failed|Crashed|Cancelled)$")).first
+        state.wait_for(timeout=400_000)
+        picture(page, "ended")
+        assert state.inner_text() == "Completed"
+        told_of, links = read_artifact(page, "result")
+        assert re.search(r"beta_a\s+0\.3", told_of) and "success_rate" in told_of
+        (name,) = [text for text in links if text.startswith("reports/experiments/")]
+        assert hosts == {ui.split("/")[2]}
+        page.goto(links[name])
+        page.locator("video").first.wait_for(state="attached")
+    assert "<video" in (project.root / name).read_text(encoding="utf-8")
     assert (project.root / "params.yaml").read_text(encoding="utf-8") == params
+
+
+def test_the_deployments_wait_for_each_other_and_start_nothing_by_themselves(ui: str) -> None:
+    held = told("POST", f"{ui}/deployments/filter", json={}).json()
+    assert {one["name"] for one in held} == {"pipeline", "experiments", "ssv2", "rlbench"}
+    for one in held:
+        assert one["description"] and one["tags"] and one["global_concurrency_limit"]["limit"] == 1
+        assert not any(schedule["active"] for schedule in one["schedules"])
+        checked = told(
+            "POST",
+            f"{ui}/deployments/{one['id']}/create_flow_run",
+            json={"parameters": {}, "state": {"type": "CANCELLED"}},
+        )
+        assert checked.is_success, "its defaults are valid"

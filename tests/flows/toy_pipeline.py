@@ -23,7 +23,8 @@ time.sleep(float(os.environ.get("TOY_SECONDS", "0.2")))
 if name in os.environ.get("TOY_BROKEN", "").split():
     sys.exit("broken on purpose")
 params = YAML(typ="safe").load(pathlib.Path("params.yaml"))
-made = {"success_rate": 0.5, "prediction_error": 0.1} | {key: params[key] for key in keys.split(",")}
+figures = {"success_rate": 0.5, "prediction_error": 0.1}
+made = figures if name == "evaluate" else {key: params[key] for key in keys.split(",")}
 for out in outs:
     path = pathlib.Path(out)
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -42,6 +43,7 @@ STAGES = {
         "params": ["method", "seed"],
         "metrics": [{"metrics.json": {"cache": False}}],
     },
+    "report": {"deps": ["metrics.json"], "params": ["method"], "outs": ["reports/index.html"]},
 }
 
 
@@ -90,7 +92,7 @@ def make_toy(folder: Path) -> Toy:
         stages[name] = {"cmd": f"exec python stage.py {name} {keys} {' '.join(outs)}", **stage}
         stages[name]["deps"] = ["stage.py", *stage.get("deps", [])]
     YAML().dump({"stages": stages}, toy.root / "dvc.yaml")
-    (toy.root / ".gitignore").write_text("/data\n/.prefect\n", encoding="utf-8")
+    (toy.root / ".gitignore").write_text("/data\n/reports\n/.prefect\n", encoding="utf-8")
     for words in (
         ("git", "init", "-q", "-b", "main"),
         ("git", "config", "user.email", "tests@localhost"),

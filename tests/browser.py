@@ -1,0 +1,72 @@
+"""A headless Chromium of the distribution's, and where its screenshots go."""
+
+from __future__ import annotations
+
+import contextlib
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from playwright.sync_api import Page, sync_playwright
+
+from tests.conftest import ROOT
+
+NAMES = ("chromium", "chromium-browser", "google-chrome")
+PICTURES = ROOT / "tests/output/ui"
+PATIENCE_MS = 120_000
+
+
+@contextlib.contextmanager
+def browser_page() -> Iterator[tuple[Page, set[str]]]:
+    """An empty page, and the hosts that it asked for anything so far."""
+    found = next((path for name in NAMES if (path := shutil.which(name))), None)
+    if found is None:
+        pytest.fail(
+            f"none of {', '.join(NAMES)} found; install one: sudo apt-get install chromium", pytrace=False
+        )
+    with sync_playwright() as playwright:
+        browser = playwright.chromium.launch(executable_path=found, args=["--no-sandbox"])
+        page = browser.new_page(viewport={"width": 1280, "height": 1400})
+        page.set_default_timeout(PATIENCE_MS)
+        hosts: set[str] = set()
+        page.on(
+            "request", lambda request: hosts.add(request.url.split("/")[2]) if "//" in request.url else None
+        )
+        try:
+            yield page, hosts
+        finally:
+            picture(page, "last")
+            browser.close()
+
+
+def picture(page: Page, name: str) -> None:
+    """Keep a screenshot among the tests' output."""
+    PICTURES.mkdir(parents=True, exist_ok=True)
+    page.screenshot(path=Path(PICTURES, f"{name}.png"))
+
+
+def run_from_form(page: Page, ui: str, deployment: str, run: str, changes: dict[str, str]) -> None:
+    """Fill a deployment's form in the Prefect UI, submit it, and go to the page of the run."""
+    page.goto(f"{ui}/deployments")
+    page.get_by_role("link", name=deployment, exact=True).first.click()
+    page.get_by_role("button", name="Run", exact=True).first.click()
+    page.get_by_text("Custom run").first.click()
+    for label, value in {
+        "Run Name": run,
+        **{f"{key} (Optional)": text for key, text in changes.items()},
+    }.items():
+        page.locator(f"xpath=//label[normalize-space()='{label}']/following::input[1]").fill(value)
+    picture(page, f"{run}-form")
+    page.get_by_role("button", name="Submit", exact=True).last.click()
+    page.get_by_role("link", name=run, exact=True).first.click()
+
+
+def read_artifact(page: Page, key: str) -> tuple[str, dict[str, str]]:
+    """The text of the artifact page of a run, whose own page is open, and its links by their texts."""
+    page.get_by_text("Artifacts", exact=True).first.click()
+    page.get_by_role("link").filter(has_text=key).last.click()
+    page.locator("table").last.wait_for()
+    picture(page, f"artifact-{key}")
+    links = {link.inner_text(): str(link.get_attribute("href")) for link in page.get_by_role("link").all()}
+    return page.locator("body").inner_text(), links
