@@ -2,9 +2,10 @@
 SHELL := /bin/sh
 export PATH := $(CURDIR)/.venv/bin:$(PATH)
 READY := .venv/.ready
+NOISE := (data|flows|prelar|reports)/.*|.*[.]yaml|metrics[.]json|Created
 
 .DEFAULT_GOAL := help
-.PHONY: help setup repro test test-long test-live lint format bench bench-learning ui check lock params clean rlbench-setup
+.PHONY: help setup repro test test-long test-live lint format bench bench-learning ui show check lock params clean rlbench-setup
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## /{printf "  make %-14s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -51,6 +52,9 @@ bench-learning: $(READY) ## show that the agent learns: three seeds against chan
 
 ui: $(READY) ## serve the flows in the Prefect UI on this machine
 	@python -m flows.serve
+
+show: $(READY) ## compare experiments: what differs between them, and what came out
+	@dvc exp show --only-changed --drop '$(NOISE)'
 
 lock: $(READY) ## resolve pyproject.toml into requirements.lock anew
 	@python tools/lock.py

@@ -5,10 +5,12 @@ Changes go through DVC's command line. States are read through its package, as o
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import subprocess
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,6 +20,8 @@ from prelar.errors import UserError
 
 EXPERIMENTS = "refs/exps"
 LOST_AFTER = 60.0
+GENTLE = 6.0
+PATIENCE = 25.0
 
 
 @dataclass(frozen=True)
@@ -31,15 +35,15 @@ class Entry:
 
 def results() -> set[str]:
     """The names of the finished experiments that Git knows."""
-    listed = _git("for-each-ref", "--format=%(refname)", f"{EXPERIMENTS}/*/*/*").splitlines()
+    listed = git("for-each-ref", "--format=%(refname)", f"{EXPERIMENTS}/*/*/*").splitlines()
     return {ref.rsplit("/", 1)[-1] for ref in listed}
 
 
 def metrics(name: str) -> dict[str, float]:
     """The metrics of a finished experiment; none where its pipeline left none."""
-    (ref, *_) = _git("for-each-ref", "--format=%(refname)", f"{EXPERIMENTS}/*/*/{name}").splitlines()
+    (ref, *_) = git("for-each-ref", "--format=%(refname)", f"{EXPERIMENTS}/*/*/{name}").splitlines()
     try:
-        found: dict[str, float] = json.loads(_git("show", f"{ref}:metrics.json"))
+        found: dict[str, float] = json.loads(git("show", f"{ref}:metrics.json"))
     except subprocess.CalledProcessError:
         return {}
     return found
@@ -49,14 +53,15 @@ def state_of_code() -> str:
     """The commit and what the workspace changes about it, params and results apart."""
     others = [f":(top,exclude){path}" for path in ("params.yaml", "dvc.lock", "metrics.json")]
     try:
-        return _git("rev-parse", "HEAD") + _git("diff", "HEAD", "--", ":/", *others)
+        return git("rev-parse", "HEAD") + git("diff", "HEAD", "--", ":/", *others)
     except subprocess.CalledProcessError as error:
         raise UserError(
             f"no commit to experiment on ({error.stderr.strip()}); commit the project first"
         ) from None
 
 
-def _git(*words: str) -> str:
+def git(*words: str) -> str:
+    """What Git prints. Raises `CalledProcessError`."""
     return subprocess.run(["git", *words], check=True, capture_output=True, text=True).stdout
 
 
@@ -66,6 +71,10 @@ class Queue:
     def __init__(self, workers: int) -> None:
         self._workers = workers
         self._gone: dict[str, float] = {}
+
+    def results(self) -> set[str]:
+        """The names of the finished experiments."""
+        return results()
 
     def put(self, name: str, changes: dict[str, Any]) -> None:
         """Queue an experiment under a name; what failed under it before makes room."""
@@ -105,23 +114,33 @@ class Queue:
         for name, since in self._gone.items():
             if now - since > LOST_AFTER:
                 self._gone[name] = now
-                _try("queue", "kill", name)
+                _ask(lambda queue, lost=name: queue.kill([lost]))
 
     def withdraw(self, names: set[str]) -> None:
-        """Take experiments out of the queue, and end those that run."""
-        entries = self.entries()
-        if queued := [name for name in names if name in entries and entries[name].state == "queued"]:
-            _try("queue", "remove", *queued)
-        if running := [name for name in names if name in entries and entries[name].state == "running"]:
-            _try("queue", "kill", *running)
+        """Take experiments out of the queue, and end those that run: interrupted first, then killed.
+
+        Whoever cancels a flow waits half a minute for it, so its package is asked, not its slow commands.
+        """
+        begun = time.monotonic()
+        while (passed := time.monotonic() - begun) < PATIENCE:
+            entries = {name: entry.state for name, entry in self.entries().items() if name in names}
+            queued = [name for name, state in entries.items() if state == "queued"]
+            running = [name for name, state in entries.items() if state == "running"]
+            if not queued and not running:
+                return
+            _ask(lambda queue, some=queued: queue.remove(some))
+            if running:
+                _ask(lambda queue, some=running: queue.kill(some, force=passed > GENTLE))
+                time.sleep(1)
 
 
-def _try(*words: str) -> None:
-    """Run a DVC command that may come too late."""
-    try:
-        dvc(*words)
-    except UserError:
-        return
+def _ask(what: Callable[[Any], object]) -> None:
+    """Ask the queue for something that may come too late."""
+    from dvc.exceptions import DvcException
+    from dvc.repo import Repo
+
+    with Repo() as repo, contextlib.suppress(DvcException):
+        what(repo.experiments.celery_queue)
 
 
 def _lives(pid: int | None) -> bool:

@@ -8,7 +8,7 @@ import re
 import threading
 import time
 from pathlib import Path
-from typing import Annotated, Any, cast
+from typing import Annotated, Any, Literal, cast
 from uuid import UUID
 
 from prefect import flow, get_run_logger, task
@@ -19,11 +19,13 @@ from pydantic import Field
 
 from flows import dvc_queue, forms, runtime, sweep
 from flows.dvc_queue import Entry, Queue
+from flows.pool import Pool
 from prelar import files
 from prelar.config import PARAMS, read_yaml
 from prelar.errors import UserError
 from prelar.names import checked_config
 
+Place = Literal["queue", "pool"]
 Grid = forms.several_of_each()
 UNCHANGED = Grid()
 PACE = 1.0
@@ -94,6 +96,7 @@ def experiments(
     grid: Grid = UNCHANGED,  # type: ignore[valid-type]
     more: list[dict[str, list[Any]]] | None = None,
     workers: Annotated[int, Field(ge=1, le=64)] = 2,
+    place: Place = "queue",
 ) -> dict[str, str]:
     """Run what a sweep lacks, as DVC experiments; returns the state of each.
 
@@ -102,12 +105,13 @@ def experiments(
         grid: Values for the keys of params.yaml; every combination is an experiment. A key here takes the
             place of the preset's. What is left empty stays as params.yaml has it.
         more: Several grids at once, of any keys, such as scales.smoke.pretrain.steps.
-        workers: Experiments at once.
+        workers: Experiments at once in DVC's queue.
+        place: Where they run: in DVC's queue on this machine, or with the workers of the pool on any.
     """
     state = dvc_queue.state_of_code()
     wanted = sweep.plan(grids(preset, grid.model_dump(), more), state)  # type: ignore[attr-defined]
     with files.exclusive("experiments"):
-        return Sweep(wanted, Queue(workers), state).run()
+        return Sweep(wanted, Pool() if place == "pool" else Queue(workers), state).run()
 
 
 def grids(
@@ -121,7 +125,7 @@ def grids(
 class Sweep:
     """One run of a sweep: lets experiments into the queue, follows them and shows the whole."""
 
-    def __init__(self, wanted: list[sweep.Experiment], queue: Queue, state: str) -> None:
+    def __init__(self, wanted: list[sweep.Experiment], queue: Queue | Pool, state: str) -> None:
         self._wanted = {experiment.name: experiment for experiment in wanted}
         self._queue = queue
         self._before = (state, read_yaml(PARAMS))
@@ -135,7 +139,7 @@ class Sweep:
 
     def run(self) -> dict[str, str]:
         """Work until every experiment has ended. Raises `UserError` where one failed or was not started."""
-        for name in dvc_queue.results() & self._wanted.keys():
+        for name in self._queue.results() & self._wanted.keys():
             self._end(name, "done")
         self._enter(self._queue.entries())
         shown = Shown(self._wanted)
@@ -292,6 +296,7 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--list", action="store_true", help="list the presets and exit")
     parser.add_argument("--dry-run", action="store_true", help="list the experiments and exit")
     parser.add_argument("--workers", type=int, default=2, help="experiments at once (default: %(default)s)")
+    parser.add_argument("--pool", action="store_true", help="let workers run them (python -m flows.pool)")
     parser.epilog = "A sweep that is started again runs only what has no result yet."
     return parser.parse_args()
 
@@ -314,11 +319,11 @@ def main() -> None:
     if given.dry_run:
         print("\n".join(experiment.name for experiment in wanted))
         return
-    if not {experiment.name for experiment in wanted} - dvc_queue.results():
+    if not given.pool and not {experiment.name for experiment in wanted} - dvc_queue.results():
         print(f"nothing to do: all {len(wanted)} experiments have a result")
         return
     with runtime.server():
-        experiments(more=merged, workers=given.workers)
+        experiments(more=merged, workers=given.workers, place="pool" if given.pool else "queue")
 
 
 if __name__ == "__main__":

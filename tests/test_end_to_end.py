@@ -113,6 +113,18 @@ def test_the_examples_of_the_docs_run(project: Project) -> None:
     assert len(examples) > 2
 
 
+def test_experiments_are_compared_without_noise(project: Project) -> None:
+    noise = re.search("^NOISE := (.*)$", (project.root / "Makefile").read_text(encoding="utf-8"), re.M)
+    assert noise
+    shown = project.run("dvc", "exp", "show", "--only-changed", "--drop", noise[1], "--csv").stdout
+    columns = shown.splitlines()[0].split(",")
+    assert "beta_a" in columns and "prediction_error" in columns
+    assert not any("/" in column or "scales" in column or column == "Created" for column in columns), columns
+    name = next(row.split(",")[0] for row in shown.splitlines() if ",0.01" in row)
+    project.run("dvc", "plots", "diff", name, "--out", "plots")
+    assert "<html" in (project.root / "plots/index.html").read_text(encoding="utf-8")
+
+
 def test_a_bad_value_stops_before_anything_runs(project: Project) -> None:
     kept = (project.root / "params.yaml").read_text(encoding="utf-8")
     project.edit(beta_a=-1.0)
@@ -131,7 +143,7 @@ def ui(project: Project) -> Iterator[str]:
     command = [sys.executable, "-m", "flows.serve", "--port", str(port)]
     with subprocess.Popen(command, cwd=project.root, env=project.surroundings) as process:
         try:
-            wait_for(lambda: answered(f"{url}/deployments/name/pipeline/pipeline"), 180)
+            wait_for(lambda: answered(f"{url}/deployments/name/store-rlbench/rlbench"), 180)
             yield url
         finally:
             process.terminate()

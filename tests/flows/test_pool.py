@@ -1,0 +1,71 @@
+"""A sweep whose experiments run in two clones of the project, which share a remote."""
+
+from __future__ import annotations
+
+import socket
+import subprocess
+import sys
+from contextlib import ExitStack
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from tests.flows.test_experiments import SWEEP, finished, until
+from tests.flows.test_serve import answers
+from tests.flows.toy_pipeline import Toy, make_toy
+
+pytestmark = pytest.mark.long
+
+
+def clone(toy: Toy, folder: Path) -> Toy:
+    toy.command("git", "clone", "-q", str(toy.root), str(folder))
+    copy = replace(toy, root=folder)
+    for key in ("user.email", "user.name"):
+        copy.command("git", "config", key, "worker@localhost")
+    return copy
+
+
+def test_two_workers_share_a_sweep(tmp_path: Path) -> None:
+    toy = make_toy(tmp_path)
+    clones = [clone(toy, tmp_path / name) for name in ("one", "two")]
+    for place in (toy, *clones):
+        place.command("dvc", "remote", "add", "--local", "-d", "shared", str(tmp_path / "remote"))
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        port = free.getsockname()[1]
+    url = f"http://127.0.0.1:{port}/api"
+    with ExitStack() as stack:
+
+        def start(place: Toy, *words: str) -> None:
+            process = subprocess.Popen(
+                [sys.executable, "-m", *words],
+                cwd=place.root,
+                env=place.surroundings(PREFECT_API_URL=url, TOY_SECONDS="2"),
+            )
+            stack.callback(process.wait)
+            stack.callback(process.terminate)
+
+        start(toy, "flows.serve", "--port", str(port))
+        until(lambda: answers(f"{url}/deployments/name/pipeline/pipeline"), "the server")
+        for place in clones:
+            start(place, "flows.pool", "--name", place.root.name)
+        done = toy.sweep("--pool", *SWEEP, check=False, PREFECT_API_URL=url)
+        assert done.returncode == 0, done.stdout + done.stderr
+        again = toy.sweep("--pool", *SWEEP, check=False, PREFECT_API_URL=url)
+        assert again.returncode == 0, again.stdout + again.stderr
+    assert len(finished(toy)) == 4
+    ran = {stage: toy.ran(stage) for stage in ("ssv2", "pretrain", "finetune")}
+    assert ran == {"ssv2": 1, "pretrain": 2, "finetune": 4}
+    name = finished(toy)[0]
+    toy.command("dvc", "exp", "pull", ".", name)
+    toy.command("dvc", "exp", "apply", name)
+    assert (toy.root / "data/pretrain").exists()
+
+
+def test_a_worker_says_what_it_lacks(tmp_path: Path) -> None:
+    toy = make_toy(tmp_path)
+    lacking = toy.command(sys.executable, "-m", "flows.pool", check=False)
+    assert lacking.returncode == 2 and lacking.stderr.startswith("error: PREFECT_API_URL = not set")
+    (toy.root / "stage.py").write_text("print('changed')\n", encoding="utf-8")
+    refused = toy.sweep("--pool", "seed=1", check=False)
+    assert refused.returncode == 2 and "not committed" in refused.stderr
