@@ -10,7 +10,6 @@ import json
 import os
 import subprocess
 import time
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -114,7 +113,7 @@ class Queue:
         for name, since in self._gone.items():
             if now - since > LOST_AFTER:
                 self._gone[name] = now
-                _ask(lambda queue, lost=name: queue.kill([lost]))
+                _ask("kill", [name])
 
     def withdraw(self, names: set[str]) -> None:
         """Take experiments out of the queue, and end those that run: interrupted first, then killed.
@@ -128,19 +127,19 @@ class Queue:
             running = [name for name, state in entries.items() if state == "running"]
             if not queued and not running:
                 return
-            _ask(lambda queue, some=queued: queue.remove(some))
+            _ask("remove", queued)
             if running:
-                _ask(lambda queue, some=running: queue.kill(some, force=passed > GENTLE))
+                _ask("kill", running, force=passed > GENTLE)
                 time.sleep(1)
 
 
-def _ask(what: Callable[[Any], object]) -> None:
-    """Ask the queue for something that may come too late."""
+def _ask(what: str, names: list[str], **options: bool) -> None:
+    """Ask the queue to remove or kill entries, which may come too late."""
     from dvc.exceptions import DvcException
     from dvc.repo import Repo
 
     with Repo() as repo, contextlib.suppress(DvcException):
-        what(repo.experiments.celery_queue)
+        getattr(repo.experiments.celery_queue, what)(names, **options)
 
 
 def _lives(pid: int | None) -> bool:
