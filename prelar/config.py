@@ -241,6 +241,8 @@ class Config(_Frozen):
     device: Literal["auto", "cpu", "cuda"]
     devices: Count
     precision: Literal["fp32", "bf16"]
+    compile: Literal["auto", "always", "never"]
+    deterministic: bool
     threads: Count
     data_root: Text
     sample: Sample

@@ -75,7 +75,12 @@ def run(config: Config) -> None:
     """
     check_origin(PRETRAIN, load_config(PRETRAIN).get("model", {}), method=config.method)
     check_origin(FINETUNE, load_config(FINETUNE), method=config.method, task=config.task)
-    fabric = set_up(device=config.device, precision=config.precision, threads=config.threads)
+    fabric = set_up(
+        device=config.device,
+        precision=config.precision,
+        threads=config.threads,
+        deterministic=config.deterministic,
+    )
     store = Store.open(config.store)
     folder = REPORT.with_name(f".{REPORT.name}.partial")
     remove(folder)

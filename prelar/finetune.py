@@ -29,7 +29,7 @@ from prelar.control.learner import Learner
 from prelar.control.replay import Replay
 from prelar.control.rollout import RandomPolicy, play_episodes, summarise
 from prelar.errors import UserError
-from prelar.loop import Hook, Scalars, set_up, train
+from prelar.loop import Hook, Scalars, compiles, set_up, summary, train
 from prelar.methods import build_finetune, load_pretrained, loads
 from prelar.model.world_model import WorldModel
 from prelar.sim import ACTION_DIM, Simulator
@@ -60,6 +60,8 @@ PARAMS = (
     "context_augment",
     "device",
     "precision",
+    "compile",
+    "deterministic",
     "threads",
 )
 SIZES = ("cnn_depth", "hidden", "deter", "stoch", "discrete", "action_dim", "context_frame")
@@ -68,9 +70,13 @@ SIZES = ("cnn_depth", "hidden", "deter", "stoch", "discrete", "action_dim", "con
 def run(cfg: Config) -> None:
     """Fine-tune as params.yaml says: `data/pretrain` to `data/finetune`, logs to `reports/finetune`."""
     preset = cfg.finetune
-    fabric = set_up(device=cfg.device, precision=cfg.precision, threads=cfg.threads)
+    fabric = set_up(
+        device=cfg.device, precision=cfg.precision, threads=cfg.threads, deterministic=cfg.deterministic
+    )
     torch.manual_seed(cfg.seed)
     model = load_model(cfg)
+    if compiles(cfg.compile, fabric.device):
+        model.compile_training(dynamic=False)
     params = {name: getattr(cfg, name) for name in PARAMS} | {"finetune": preset.model_dump()}
     snapshots = Snapshots(resume_key("finetune", params=params, inputs=[PRETRAINED], code=CODE))
 
@@ -101,6 +107,7 @@ def run(cfg: Config) -> None:
     }
     save_parts(OUTPUT, model.state() | {name: part.state_dict() for name, part in agent.items()}, config)
     snapshots.remove()
+    print(summary(LOGS), end="")
     print(f"finetune: {cfg.method}, {preset.env_steps} steps of {cfg.task} -> {OUTPUT}, {LOGS}", flush=True)
 
 

@@ -67,21 +67,31 @@ class Hook:
     run: Callable[[int], Scalars | None]
 
 
-def set_up(*, device: str, precision: str, threads: int, devices: int | None = None) -> Fabric:
+def set_up(
+    *, device: str, precision: str, threads: int, deterministic: bool = False, devices: int | None = None
+) -> Fabric:
     """Settle device, precision, CPU threads and determinism for this process, and return its Fabric.
 
     `device` is auto, cpu or cuda; `precision` is fp32 or bf16 (mixed); `devices` counts the processes that
-    take the steps together, None being a stage of one. On a CPU only deterministic algorithms are allowed.
-    Raises `UserError` where the device is not there.
+    take the steps together, None being a stage of one. On a CPU, and where `deterministic` asks for it, only
+    deterministic algorithms are allowed. Raises `UserError` where the device is not there.
     """
     if device == "cuda" and not torch.cuda.is_available():
         raise UserError("device = cuda: no CUDA device answers; set device to cpu or auto")
     accelerator = "cuda" if device != "cpu" and torch.cuda.is_available() else "cpu"
-    torch.use_deterministic_algorithms(accelerator == "cpu")
+    deterministic = deterministic or accelerator == "cpu"
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # without it cuBLAS is not deterministic
+    torch.backends.cudnn.benchmark = not deterministic
+    torch.use_deterministic_algorithms(deterministic)
     torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
     fabric = launch(accelerator=accelerator, precision=PRECISIONS[precision], devices=devices)
     torch.set_num_threads(threads)
     return fabric
+
+
+def compiles(choice: str, device: torch.device) -> bool:
+    """Whether training steps are compiled: `choice` is auto (on a GPU), always or never."""
+    return choice == "always" or (choice == "auto" and device.type == "cuda")
 
 
 def adam(groups: Iterable[Tensor] | Iterable[dict[str, Any]], lr: float) -> Adam:
@@ -147,6 +157,22 @@ class MetricLog:
         """Write every file anew, whatever became of it on the disk."""
         for name, text in self._texts.items():
             write_text(self.folder / name, text)
+
+
+def summary(folder: Path) -> str:
+    """The newest value of everything in a run's log, for a screen: a line each, indented."""
+    rows: list[tuple[str, float]] = []
+
+    def collect(name: str, value: Any) -> None:
+        if isinstance(value, dict):
+            for key, inner in value.items():
+                collect(f"{name}/{key}" if name else key, inner)
+        elif name != "step":
+            rows.append((name, float(value)))
+
+    collect("", json.loads((folder / SUMMARY).read_text(encoding="utf-8")))
+    width = max((len(name) for name, _ in rows), default=0)
+    return "".join(f"  {name:<{width}}  {value:.4g}\n" for name, value in rows)
 
 
 class Averages:

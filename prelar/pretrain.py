@@ -16,10 +16,10 @@ from torch import Tensor
 
 from prelar.checkpoint import Snapshots, resume_key, save_parts
 from prelar.config import Config
-from prelar.data.batches import Prefetch, SegmentSampler
+from prelar.data.batches import Batch, Prefetch, SegmentSampler
 from prelar.data.store import Store
 from prelar.errors import UserError
-from prelar.loop import Hook, Scalars, adam, descend, set_up, train
+from prelar.loop import Hook, Scalars, adam, compiles, descend, set_up, summary, train
 from prelar.media import side_by_side, write_mp4
 from prelar.methods import build_pretrain, find_method
 from prelar.model.images import denormalise, first_steps, normalise
@@ -59,6 +59,8 @@ FLAT = (
     "device",
     "devices",
     "precision",
+    "compile",
+    "deterministic",
     "threads",
 )
 KEY_CLIPS = 64
@@ -74,13 +76,20 @@ def run(cfg: Config) -> None:
     store is missing or its clips are too short, and where a loss is not finite.
     """
     store = Store.open(cfg.store)
-    fabric = set_up(device=cfg.device, precision=cfg.precision, threads=cfg.threads, devices=cfg.devices)
+    fabric = set_up(
+        device=cfg.device,
+        precision=cfg.precision,
+        threads=cfg.threads,
+        deterministic=cfg.deterministic,
+        devices=cfg.devices,
+    )
     snapshots = Snapshots(run_key(cfg, store, fabric.world_size))
     model = _train(cfg, store, snapshots, fabric)
     if not fabric.is_global_zero:
         return
     save_parts(OUTPUT, model.state(), {"stage": "pretrain", "model": model.spec, "step": _steps(cfg)})
     snapshots.remove()
+    print(summary(REPORT), end="")
     print(f"pretrain: {cfg.method}, {_steps(cfg)} steps on {store.path} -> {OUTPUT}, {REPORT}", flush=True)
 
 
@@ -126,6 +135,8 @@ def _train(cfg: Config, store: Store, snapshots: Snapshots, fabric: Fabric) -> W
     """Train the model, or finish its training, with log and videos."""
     preset = cfg.pretrain
     model = build(cfg).train().to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+    if compiles(cfg.compile, fabric.device):
+        model.compile_training(dynamic=False)
     optimizer = adam(model.parameters(), preset.lr)
     module, wrapped = fabric.setup(model, optimizer)
     module.mark_forward_method("pretrain_losses")
@@ -141,7 +152,15 @@ def _train(cfg: Config, store: Store, snapshots: Snapshots, fabric: Fabric) -> W
     watched = frames.to(fabric.device)
     processes = Processes(fabric)
 
-    with Prefetch(sampler.at) as batches:
+    def fetch(index: int) -> Batch:
+        batch = sampler.at(index)
+        return (
+            batch
+            if fabric.device.type == "cpu"
+            else {name: part.pin_memory() for name, part in batch.items()}
+        )
+
+    with Prefetch(fetch) as batches:
 
         def step(index: int) -> Scalars:
             batch = batches.at(index)
@@ -156,7 +175,8 @@ def _train(cfg: Config, store: Store, snapshots: Snapshots, fabric: Fabric) -> W
             return processes.mean(scalars)
 
         def watch(done: int) -> Scalars:
-            return {f"{split}/prediction_error": show(model, watched, VIDEO)}
+            with torch.compiler.set_stance("force_eager"):
+                return {f"{split}/prediction_error": show(model, watched, VIDEO)}
 
         train(
             step,

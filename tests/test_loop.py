@@ -20,7 +20,18 @@ from prelar import loop
 from prelar.checkpoint import Snapshots, load_parts
 from prelar.errors import UserError
 from prelar.files import remove
-from prelar.loop import Averages, Hook, Interrupts, MetricLog, adam, descend, seed_step, set_up, train
+from prelar.loop import (
+    Averages,
+    Hook,
+    Interrupts,
+    MetricLog,
+    adam,
+    descend,
+    seed_step,
+    set_up,
+    summary,
+    train,
+)
 from tests import toy
 
 PROCESSES = multiprocessing.get_context("forkserver")
@@ -235,6 +246,14 @@ def test_the_log_of_an_earlier_run_is_gone(tmp_path: Path) -> None:
     small_run(tmp_path)
     assert json.loads((tmp_path / "log/metrics.json").read_text()) == {"step": 4}
     assert not (tmp_path / "log/plots/metrics/old.tsv").exists()
+
+
+def test_the_summary_has_the_newest_value_of_everything(tmp_path: Path) -> None:
+    log = MetricLog(tmp_path / "log")
+    log.log(1, {"loss/kl": 3.0, "norm": 9.0})
+    log.log(2, {"loss/kl": 1.23456})
+    log.log(3, {"norm": 1e-7})
+    assert summary(tmp_path / "log") == "  loss/kl  1.235\n  norm     1e-07\n"
 
 
 def texts(folder: Path) -> dict[str, str]:

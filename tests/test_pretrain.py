@@ -169,6 +169,15 @@ def test_a_killed_run_ends_as_it_would_have(
     assert outputs(folder) == undisturbed
 
 
+def test_the_video_is_there_while_training_goes_on(tmp_path: Path, data: Path) -> None:
+    folder = tmp_path / "run"
+    cfg = config(scales={"smoke": {"pretrain": {"video_every": 1}}})
+    assert run(folder, data, cfg, kill_at=2) == -signal.SIGKILL
+    assert next(imageio_ffmpeg.read_frames(str(folder / "reports/pretrain/open_loop.mp4")))["duration"] > 0
+    error = folder / "reports/pretrain/plots/metrics/validation/prediction_error.tsv"
+    assert [row.split("\t")[0] for row in error.read_text().splitlines()] == ["step", "1", "2"]
+
+
 def command(folder: Path) -> subprocess.Popen[str]:
     surroundings = {**os.environ, "PYTHONPATH": str(ROOT)}
     return subprocess.Popen(

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import math
 import os
 import signal
 import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import psutil
@@ -15,8 +17,9 @@ import pytest
 import torch
 import torch.distributed as dist
 
+from prelar.checkpoint import Snapshots
 from prelar.errors import UserError
-from prelar.loop import set_up
+from prelar.loop import Hook, Scalars, set_up, train
 from tests.conftest import ROOT
 from tests.test_pretrain import command, data, outputs, project
 
@@ -123,3 +126,30 @@ def test_what_cannot_be_started_is_told_in_one_line(monkeypatch: pytest.MonkeyPa
         patch.setenv("LOCAL_WORLD_SIZE", "2")
         set_up(device="cpu", **settings)
     torch.use_deterministic_algorithms(True)
+
+
+def test_processes_after_the_first_write_and_tell_nothing(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """The first one tells of a loss that is not finite; the others see the same one and leave."""
+    second: Any = SimpleNamespace(device=torch.device("cpu"), world_size=1, is_global_zero=False)
+
+    def step(index: int) -> Scalars:
+        return {"loss/fit": math.nan if index == 4 else 1.0}
+
+    with pytest.raises(SystemExit) as left:
+        train(
+            step,
+            name="small",
+            steps=6,
+            seed=0,
+            state={},
+            snapshots=Snapshots("small", root=tmp_path / "resume"),
+            snapshot_every=2,
+            log_folder=tmp_path / "log",
+            log_every=2,
+            hooks=[Hook(1, lambda done: pytest.fail("a hook ran"))],
+            fabric=second,
+        )
+    assert left.value.code == 0
+    assert list(tmp_path.iterdir()) == [] and capfd.readouterr() == ("", "")

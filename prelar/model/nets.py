@@ -123,11 +123,11 @@ class ResidualLayer(nn.Module):
 
     def forward(self, x: Tensor, training: bool, branch: Tensor | None = None) -> Tensor:
         """(N, inputs, H, W) -> (N, outputs, H, W); `branch`, where given, feeds the convs instead of `x`."""
-        y = F.relu(self.norm1(self.conv1(x if branch is None else branch), training))
+        y = F.relu(self.norm1(self.conv1(x if branch is None else branch), training), inplace=True)
         y = self.norm2(self.conv2(y), training)
         if self.skip is not None and self.skip_norm is not None:
             x = self.skip_norm(self.skip(x), training)
-        return F.relu(x + y)
+        return F.relu(x + y, inplace=True)
 
 
 class ResNet(nn.Module):
@@ -215,7 +215,7 @@ class AttentiveLayer(nn.Module):
     def forward(self, x: Tensor, context: Tensor, training: bool) -> Tensor:
         """x (B·T, inputs, H, W), context (B, inputs, H, W) -> (B·T, outputs, H, W)."""
         found = self.norm(self.attention(x, context, training), training)
-        out: Tensor = self.residual(x, training, branch=F.relu(x + found))
+        out: Tensor = self.residual(x, training, branch=F.relu(x + found, inplace=True))
         return out
 
 

@@ -128,6 +128,13 @@ class WorldModel(nn.Module):
         assert losses.keys() == self.weights.keys(), (sorted(losses), sorted(self.weights))
         return torch.stack([self.weights[name] * value for name, value in losses.items()]).sum()
 
+    def compile_training(self, **options: Any) -> None:
+        """Compile what the losses spend their time in. The `options` are those of `torch.compile`."""
+        for part in (self.encoder, self.decoder, self.action):
+            part.compile(**options)
+        observe: Any = torch.compile(self.dynamics.observe, **options)
+        self.dynamics.observe = observe  # type: ignore[method-assign]
+
     # --- Losses ---
 
     def pretrain_losses(self, images: Tensor, is_first: Tensor) -> tuple[Losses, Outputs]:

@@ -358,3 +358,35 @@ def test_every_tensor_is_made_on_the_models_device(method: str) -> None:
     state = model.act_state(None, images[:, 0], action[:, 0], is_first[:, 0])
     assert state["deter"].device.type == "meta"
     assert model.open_loop(images, is_first, 2, action).shape == images.shape
+
+
+def _pass(model: WorldModel) -> dict[str, Tensor]:
+    """Losses and gradients of one pass, and batch statistics after it."""
+    torch.manual_seed(2)
+    images, _, _, is_first = batch()
+    losses, _ = model.pretrain_losses(images, is_first)
+    model.total(losses).backward()
+    gradients = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
+    return losses | gradients | dict(model.named_buffers())
+
+
+@pytest.mark.parametrize(
+    ("method", "backend"),
+    [
+        ("prelar", "aot_eager"),
+        pytest.param("contextwm", "aot_eager", marks=pytest.mark.long),
+        pytest.param("prelar", "inductor", marks=pytest.mark.long),
+        pytest.param("contextwm", "inductor", marks=pytest.mark.long),
+    ],
+)
+def test_compiled_training_finds_the_same(method: str, backend: str) -> None:
+    torch.manual_seed(1)
+    plain, compiled = pretrain(method), pretrain(method)
+    compiled.load_state_dict(plain.state_dict())
+    compiled.compile_training(backend=backend, dynamic=False)
+    assert compiled.state_dict().keys() == plain.state_dict().keys()
+    expected, found = _pass(plain), _pass(compiled)
+    torch._dynamo.reset()
+    assert found.keys() == expected.keys()
+    for name in expected:
+        torch.testing.assert_close(found[name], expected[name], rtol=1e-3, atol=1e-4, msg=name)
