@@ -7,6 +7,7 @@ import os
 import shutil
 import signal
 import subprocess
+import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -22,6 +23,7 @@ from prelar.data.store import Frames
 from prelar.data.video import SCALE, Decoder, command, stream, troubles
 from prelar.errors import UserError
 from tests import archives
+from tests.conftest import ROOT
 
 
 @pytest.fixture(scope="module")
@@ -230,6 +232,32 @@ def test_a_killed_ffmpeg_is_not_the_clips_fault(
         600,
         600,
     ]
+
+
+def test_ffmpeg_ends_although_its_parent_was_killed(tmp_path: Path) -> None:
+    (tmp_path / "clip").write_bytes(archives.clip(frames=600, width=320, height=240))
+    code = "import sys, pathlib; from prelar.data.video import Decoder; "
+    code += "Decoder().decode([pathlib.Path(sys.argv[1]).read_bytes()] * 8)"
+    parent = subprocess.Popen([sys.executable, "-c", code, str(tmp_path / "clip")], cwd=ROOT)
+    listed = Path(f"/proc/{parent.pid}/task/{parent.pid}/children")
+    left: list[int] = []
+    while not left:
+        assert parent.poll() is None
+        left = [pid for pid in map(int, listed.read_text().split()) if decodes(pid)]
+    parent.kill()
+    parent.wait()
+    end = time.monotonic() + 120
+    while any(decodes(pid) for pid in left):
+        assert time.monotonic() < end, "ffmpeg lives on"
+        time.sleep(0.05)
+
+
+def decodes(pid: int) -> bool:
+    """Whether a process is an ffmpeg at work on clips."""
+    try:
+        return b"rawvideo" in Path(f"/proc/{pid}/cmdline").read_bytes()
+    except OSError:
+        return False
 
 
 def test_what_the_header_does_not_tell_is_found_out(

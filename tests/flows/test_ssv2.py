@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import json
 import os
 import random
@@ -289,6 +290,41 @@ def test_killed_at_many_operations_and_still_the_same_bytes(
     here: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     assert storm(here, 0, monkeypatch) >= 20
+
+
+def fill_up(folder: Path) -> None:
+    """Run on a disk of 1 MB that grows by as much whenever it was full, until a run ends by itself."""
+    os.chdir(folder)
+    source = ingest.folder_source(folder / "source", None)
+    clips = decoded(source)
+    mount = ["mount", "-t", "tmpfs", "none", "data", "-o"]
+    subprocess.run([*mount, "size=1m"], check=True)
+    for size in range(2, 60):
+        before = commits()
+        try:
+            work_once(source, clips)
+            break
+        except OSError as error:
+            assert error.errno == errno.ENOSPC
+        assert commits() >= before
+        subprocess.run([*mount, f"remount,size={size}m"], check=True)
+    assert size > 8
+    assert list(files.STAGING.iterdir()) == []
+    assert tree(folder / "data") == undisturbed(folder / "source", folder / "work")
+
+
+def test_a_disk_that_was_full_again_and_again_and_still_the_same_bytes(here: Path) -> None:
+    """On a file system of its own, which only this test's processes see."""
+    Path("data/sample").rename("source")
+    ways = (["unshare", "--mount"], ["unshare", "--map-root-user", "--mount"])
+    alone = [way for way in ways if subprocess.run([*way, "true"], capture_output=True).returncode == 0]
+    assert alone, "no file system can be mounted here"
+    code = f"import pathlib; from tests.flows.test_ssv2 import fill_up; fill_up(pathlib.Path({str(here)!r}))"
+    surroundings = {**os.environ, "PYTHONPATH": str(ROOT)}
+    done = subprocess.run(
+        [*alone[0], sys.executable, "-c", code], env=surroundings, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
 
 
 def test_killed_while_publishing_loses_no_work(here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
