@@ -15,6 +15,8 @@ class Behaviour:
     """What the server does wrong; counters run down to good behaviour."""
 
     breaks: int = 0
+    stalls: int = 0
+    stalled: threading.Event = dataclasses.field(default_factory=threading.Event)
     after: int = 1000
     errors: int = 0
     status: int = 503
@@ -114,6 +116,13 @@ def _send(handler: http.server.BaseHTTPRequestHandler, content: bytes, wrong: Be
         handler.send_header("Connection", "close")
         handler.close_connection = True
     handler.end_headers()
+    if wrong.stalls > 0:
+        wrong.stalls -= 1
+        handler.wfile.write(body[: wrong.after])
+        handler.wfile.flush()
+        wrong.stalled.wait(60)
+        handler.close_connection = True
+        return
     if wrong.breaks > 0:
         wrong.breaks -= 1
         handler.wfile.write(body[: wrong.after])

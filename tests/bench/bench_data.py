@@ -10,6 +10,8 @@ processes, the Prefect server apart, for few and for many clips.
 from __future__ import annotations
 
 import concurrent.futures
+import functools
+import itertools
 import os
 import shutil
 import statistics
@@ -19,8 +21,11 @@ import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
+import zarr
+import zarr.codecs
 from PIL import Image
 from prefect import flow
 from prefect.task_runners import ThreadPoolTaskRunner
@@ -52,6 +57,7 @@ def run() -> dict[str, float]:
         made = make_clips()
         figures = decoding(folder, made)
         figures |= reading(folder)
+        figures |= tradeoff(folder, made)
         figures |= opening(folder / "full.zarr")
         figures |= memory(folder / "memory")
     return figures
@@ -198,6 +204,44 @@ def reading(folder: Path, clips: int = 600, length: int = 45) -> dict[str, float
         )
         / store.num_frames,
     }
+
+
+def tradeoff(folder: Path, made: dict[str, bytes]) -> dict[str, float]:
+    """Bytes a frame, frames written and segments read a second for chunks and codecs, all by zarr-python.
+
+    The store keeps chunks of 32 frames uncompressed: the table shows what a codec would save, and what it
+    costs to read. Its own writer and reader are measured above.
+    """
+    clips = Decoder().decode(list(made.values())[:DISTINCT])
+    frames = np.concatenate([clip.frames for clip in clips if clip.frames is not None])
+    codecs: dict[str, Any] = {
+        "none": None,
+        "zstd": zarr.codecs.ZstdCodec(level=1),
+        "blosc-lz4": zarr.codecs.BloscCodec(cname="lz4", clevel=5),
+    }
+    figures = {}
+    print(f"{'chunk':>8} {'codec':>10} {'bytes/frame':>12} {'written/s':>10} {'segments/s':>11}")
+    for chunk, (name, codec) in itertools.product((8, 32, 128), codecs.items()):
+        path = folder / f"trade-{chunk}-{name}"
+        array = zarr.create_array(
+            path, shape=frames.shape, dtype="uint8", chunks=(chunk, *FRAME),
+            shards=(-(-len(frames) // chunk) * chunk, *FRAME), compressors=codec,
+        )  # fmt: skip
+        written = len(frames) / _seconds(functools.partial(array.__setitem__, slice(None), frames))
+        size = sum(part.stat().st_size for part in path.rglob("*") if part.is_file()) / len(frames)
+        begins = np.random.default_rng(0).integers(0, len(frames) - LENGTH, 50)
+        read = functools.partial(_read_each, array, begins)
+        rate = len(begins) / statistics.median(_seconds(read) for _ in range(REPEATS))
+        print(f"{chunk:>8} {name:>10} {size:>12,.0f} {written:>10,.0f} {rate:>11,.0f}", flush=True)
+        figures[f"zarr_{chunk}_{name}_bytes_per_frame"] = size
+        figures[f"zarr_{chunk}_{name}_segments_per_s"] = rate
+        shutil.rmtree(path)
+    return figures
+
+
+def _read_each(array: zarr.Array[Any], begins: np.ndarray) -> None:
+    for begin in begins.tolist():
+        array[begin : begin + LENGTH]
 
 
 def _segments_per_second(way: Callable[[int], object]) -> float:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import os
 from pathlib import Path
@@ -51,6 +52,15 @@ def test_a_break_is_continued_where_it_was(tmp_path: Path) -> None:
         assert get(f"{server.url}/x", tmp_path, progress=seen.append) == DATA
         assert ranges(server.requests) == [None, "bytes=10000-", "bytes=20000-", "bytes=30000-"]
     assert sum(seen) == len(DATA)
+
+
+def test_a_server_that_falls_silent_is_asked_again_where_it_was(tmp_path: Path) -> None:
+    silent = Behaviour(stalls=2, after=10_000)
+    with serve({"x": DATA}, silent) as server:
+        (path,) = fetch([f"{server.url}/x"], tmp_path, patience=dataclasses.replace(QUICK, silence=1.0))
+        assert path.read_bytes() == DATA
+        assert ranges(server.requests) == [None, "bytes=10000-", "bytes=20000-"]
+        silent.stalled.set()
 
 
 def test_a_stopped_download_is_continued_by_the_next_run(
