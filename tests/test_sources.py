@@ -1,0 +1,94 @@
+"""Every source of demonstrations into one store, validated, and pre-trained on: small, but the whole way."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from flows import rlbench
+from prelar import gl, pretrain
+from prelar.checkpoint import load_parts
+from prelar.data.rlbench_folder import CAMERAS
+from prelar.data.store import Store, StoreWriter
+from tests.data import test_rlbench_folder as folders
+from tests.rlbench_standin import STANDINS, surround
+from tests.test_pretrain import config
+
+EPISODES, LENGTH = 2, 8
+Settings = dict[str, Any]
+
+
+def metaworld(tmp_path: Path, request: pytest.FixtureRequest) -> Settings:
+    """Scripted experts."""
+    gl.ensure()
+    return {"source": "metaworld", "tasks": ["reach"], "cameras": ["corner", "topview"]}
+
+
+def live(tmp_path: Path, request: pytest.FixtureRequest) -> Settings:
+    """Live demos, from the stand-in for RLBench."""
+    monkeypatch: pytest.MonkeyPatch = request.getfixturevalue("monkeypatch")
+    for name, value in surround(tmp_path / "standin").items():
+        if value is None:
+            monkeypatch.delenv(name, raising=False)
+        else:
+            monkeypatch.setenv(name, value)
+    monkeypatch.syspath_prepend(str(STANDINS))
+    return {"source": "rlbench", "tasks": ["push_button"], "cameras": ["front", "wrist"], "variations": 1}
+
+
+def rlbench_folder(tmp_path: Path, request: pytest.FixtureRequest) -> Settings:
+    """RLBench's own folders."""
+    classes = request.getfixturevalue("rlbench_classes")
+    for episode in range(EPISODES):
+        place = tmp_path / f"recorded/push_button/variation0/episodes/episode{episode}"
+        folders.write_episode(place, folders.demo(classes, length=LENGTH), length=LENGTH)
+    return {"source": "rlbench_folder", "path": str(tmp_path / "recorded")}
+
+
+def apv_npz(tmp_path: Path, request: pytest.FixtureRequest) -> Settings:
+    """APV's episode files."""
+    (tmp_path / "recorded").mkdir()
+    random = np.random.default_rng(0)
+    for episode in range(EPISODES):
+        action = random.normal(size=(LENGTH, 8)).astype(np.float32)
+        for camera in CAMERAS:
+            np.savez(
+                tmp_path / f"recorded/push_button-v0-e{episode}-{camera}-{LENGTH}.npz",
+                image=random.integers(0, 256, (LENGTH, 64, 64, 3), np.uint8),
+                action=action,
+            )
+    return {"source": "apv_npz", "path": str(tmp_path / "recorded")}
+
+
+rlbench_classes = folders.rlbench
+
+
+@pytest.mark.parametrize("prepare", [metaworld, live, rlbench_folder, apv_npz])
+def test_source_becomes_a_store_that_is_pretrained_on(
+    prepare: Callable[[Path, pytest.FixtureRequest], Settings],
+    tmp_path: Path,
+    request: pytest.FixtureRequest,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    chosen = prepare(tmp_path, request)
+    monkeypatch.chdir(tmp_path)
+    cfg = config(dataset="rlbench", rlbench={"episodes": EPISODES, "workers": 1, **chosen})
+    source = rlbench.find(cfg.rlbench)
+    jobs = source.jobs()
+    with ThreadPoolExecutor(1) as pool:
+        monkeypatch.setattr(
+            rlbench.collect, "submit", lambda desk, number: pool.submit(rlbench._desks[desk].work, number)
+        )
+        with StoreWriter(Path("data/rlbench.zarr"), arrays=source.arrays) as writer:
+            assert rlbench.fill(writer, source, jobs, 1) == len(jobs) == EPISODES
+            writer.finish(source.attributes())
+    rlbench.validate.fn(Path("data/rlbench.zarr"), source, 0.0)
+    store = Store.open(Path("data/rlbench.zarr"))
+    assert store.num_clips == EPISODES * len(source.cameras) and store.has("actions")
+    pretrain.run(cfg)
+    assert load_parts(pretrain.OUTPUT)[0]
