@@ -27,7 +27,7 @@ repro: check ## run the pipeline of dvc.yaml at the scale of params.yaml
 
 test: lint ## run all checks and tests
 	@sh tools/browser.sh
-	@python -m pytest
+	@python -m pytest --cov=prelar.model --cov-report=term-missing:skip-covered --cov-fail-under=95
 
 test-long: $(READY) ## run what takes longer: kill storms and learning runs
 	@python -m pytest -m long
