@@ -203,12 +203,13 @@ def finetuning(cfg: Config, fabric: Fabric, plain: bool) -> Step:
         spell_out(model)
     shape = (sizes.batch, sizes.length)
     random = np.random.default_rng(0)
-    batch = {
+    arrays = {
         "image": random.integers(0, 256, (*shape, 64, 64, 3), dtype=np.uint8),
         "action": random.uniform(-1, 1, (*shape, ROBOT)).astype(np.float32),
         "reward": random.uniform(0, 1, shape).astype(np.float32),
         "is_first": first_steps(*shape).numpy(),
     }
+    batch = {name: torch.from_numpy(value) for name, value in arrays.items()}
 
     def update() -> object:
         metrics = learner.update(batch, 1)
