@@ -16,7 +16,7 @@ from prefect.task_runners import ThreadPoolTaskRunner
 from tqdm import tqdm
 
 from flows import dask_runner, runtime, staging, tracking
-from prelar import files
+from prelar import files, space
 from prelar.config import Ssv2, load_config
 from prelar.data import download, ingest
 from prelar.data.archive import Member
@@ -31,6 +31,8 @@ if TYPE_CHECKING:
 
 NAME = "ssv2"
 PARTS = f"{NAME}-parts-"
+SLOW_FPS = 12
+"""Frames a second of a video that takes little room."""
 
 
 _desks: dict[str, staging.Desk[list[Member], list[Ingested]]] = {}
@@ -69,6 +71,8 @@ def ssv2() -> str:
     built = folder / "built"
     if not built.is_file():
         with StoreWriter(folder / f"{NAME}.zarr") as writer:
+            needed = expected_bytes(source, known, settings.clip_seconds) - writer.frames * space.FRAME_BYTES
+            space.require(folder, needed, "the rest of the store")
             fill(writer, source, known, decoder, settings)
             ingest.append_missing(writer, known)
             name = ingest.OWN if source.parts else ingest.NAME
@@ -116,6 +120,14 @@ def find_archive(source: str | list[str], labels: str | None) -> Source:
     paths = fetch(wanted)
     named = paths[len(source)] if len(wanted) > len(source) else Path(labels) if labels else None
     return ingest.files_source(paths[: len(source)], named)
+
+
+def expected_bytes(source: Source, known: Labels, clip_seconds: float) -> int:
+    """About how many bytes the frames of a source take, rather too few than too many."""
+    if source.parts:
+        return int(len(source.parts) * clip_seconds * SLOW_FPS) * space.FRAME_BYTES
+    clips = min(len(source.clips), len(known.clips)) if source.clips else len(known.clips)
+    return space.archive_bytes(clips, source.size or None)
 
 
 def fill(writer: StoreWriter, source: Source, known: Labels, decoder: Decoder, settings: Ssv2) -> None:

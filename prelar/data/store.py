@@ -590,10 +590,7 @@ class Store:
         if published is not None and published.folder is not None:
             place = _Folder(published.folder)
         attrs = _parsed(place, "zarr.json").get("attributes", {})
-        if attrs.get("schema") != SCHEMA:
-            raise UserError(
-                f"{place}: schema {attrs.get('schema')}, expected {SCHEMA}; build the store again"
-            )
+        _check_schema(place, attrs.get("schema"))
         readers = {name: _open_array(place, name) for name in place.arrays()}
         missing = {"frames", "clip_start", "clip_length", "pairs"} - set(readers)
         if missing:
@@ -672,6 +669,21 @@ def _parsed(place: _Place, name: str) -> dict[str, Any]:
     if not isinstance(content, dict):
         raise UserError(f"{place}/{name}: not an object; build the store again")
     return content
+
+
+def _check_schema(place: _Place, schema: object) -> None:
+    """Raise `UserError` where a store is of another schema than the one known here."""
+    if schema == SCHEMA:
+        return
+    if not isinstance(schema, int):
+        raise UserError(f"{place}: schema {schema}, so not a store; build the store again")
+    if schema > SCHEMA:
+        raise UserError(
+            f"{place}: schema {schema} is newer than {SCHEMA}, the newest known here; update prelar"
+        )
+    raise UserError(
+        f"{place}: schema {schema} is older than {SCHEMA}; build the store again with this prelar"
+    )
 
 
 def _open_array(place: _Place, name: str) -> _Reader:

@@ -397,6 +397,15 @@ def test_help_tells_where_the_settings_are(
     assert "params.yaml" in capsys.readouterr().out
 
 
+def test_a_disk_that_is_clearly_too_small_ends_it_before_anything_is_decoded(
+    here: Path, never_reached: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(ssv2.space, "free_bytes", lambda path: 1000)
+    with pytest.raises(UserError, match="1 kB free, but the rest of the store takes about"):
+        ssv2.ssv2.fn()
+    assert not Path("data/ssv2.zarr").exists()
+
+
 def test_labels_and_parts_are_found(here: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(ssv2, "fetch", ssv2.fetch.fn)
     folder = Path("data/sample")
