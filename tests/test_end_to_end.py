@@ -92,6 +92,7 @@ def test_queued_experiments_run_and_are_shown(project: Project) -> None:
     assert "success_rate" in columns and "prediction_error" in columns
 
 
+@pytest.mark.long
 def test_the_commands_of_the_docs_run(project: Project) -> None:
     project.run("git", "checkout", "-q", "params.yaml")
     done = set()
@@ -106,6 +107,7 @@ def test_the_commands_of_the_docs_run(project: Project) -> None:
     assert origins == ["make repro", "make setup\n.venv/bin/dvc exp run -S beta_a=0.1"]
 
 
+@pytest.mark.long
 def test_the_examples_of_the_docs_run(project: Project) -> None:
     examples = [block.text for block in blocks() if block.language == "python" and block.page != "README.md"]
     for example in examples:

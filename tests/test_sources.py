@@ -13,6 +13,7 @@ import pytest
 from flows import rlbench
 from prelar import gl, pretrain
 from prelar.checkpoint import load_parts
+from prelar.data import validation
 from prelar.data.rlbench_folder import CAMERAS
 from prelar.data.store import Store, StoreWriter
 from tests.data import test_rlbench_folder as folders
@@ -87,8 +88,8 @@ def test_source_becomes_a_store_that_is_pretrained_on(
         with StoreWriter(Path("data/rlbench.zarr"), arrays=source.arrays) as writer:
             assert rlbench.fill(writer, source, jobs, 1) == len(jobs) == EPISODES
             writer.finish(source.attributes())
-    rlbench.validate.fn(Path("data/rlbench.zarr"), source, 0.0)
     store = Store.open(Path("data/rlbench.zarr"))
+    validation.validate("rlbench", rlbench.suites(store, source, 0.0), validation.facts(store))
     assert store.num_clips == EPISODES * len(source.cameras) and store.has("actions")
     pretrain.run(cfg)
     assert load_parts(pretrain.OUTPUT)[0]

@@ -319,12 +319,15 @@ def test_a_disk_that_was_full_again_and_again_and_still_the_same_bytes(here: Pat
     ways = (["unshare", "--mount"], ["unshare", "--map-root-user", "--mount"])
     alone = [way for way in ways if subprocess.run([*way, "true"], capture_output=True).returncode == 0]
     assert alone, "no file system can be mounted here"
-    code = f"import pathlib; from tests.flows.test_ssv2 import fill_up; fill_up(pathlib.Path({str(here)!r}))"
+    code = (
+        "import os, pathlib; from tests.flows.test_ssv2 import fill_up; "
+        f"fill_up(pathlib.Path({str(here)!r})); print('the same bytes', flush=True); os._exit(0)"
+    )
     surroundings = {**os.environ, "PYTHONPATH": str(ROOT)}
     done = subprocess.run(
         [*alone[0], sys.executable, "-c", code], env=surroundings, capture_output=True, text=True
     )
-    assert done.returncode == 0, done.stderr
+    assert done.stdout == "the same bytes\n", done.stderr
 
 
 def test_killed_while_publishing_loses_no_work(here: Path, monkeypatch: pytest.MonkeyPatch) -> None:

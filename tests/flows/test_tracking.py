@@ -64,6 +64,7 @@ def test_own_videos_become_a_store_by_hand_and_leave_a_clean_status(project: Pro
     (project.root / "params.yaml").write_text(kept, encoding="utf-8")
 
 
+@pytest.mark.long
 def test_repro_checkout_and_a_queued_experiment_copy_no_store(project: Project) -> None:
     """The cache and all workspaces share one file, made for the first time or again."""
     project.run("dvc", "repro", "ssv2")
