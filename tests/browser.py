@@ -60,6 +60,7 @@ def run_from_form(page: Page, ui: str, deployment: str, run: str, changes: dict[
     picture(page, f"{run}-form")
     page.get_by_role("button", name="Submit", exact=True).last.click()
     page.get_by_role("link", name=run, exact=True).first.click()
+    page.wait_for_url("**/runs/flow-run/**")
 
 
 def read_artifact(page: Page, key: str) -> tuple[str, dict[str, str]]:

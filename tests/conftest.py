@@ -110,7 +110,8 @@ class Project:
     @property
     def surroundings(self) -> dict[str, str]:
         """The environment of a user who has activated the project's."""
-        kept = {key: value for key, value in os.environ.items() if key != "PYTHONDONTWRITEBYTECODE"}
+        gone = ("PYTHONDONTWRITEBYTECODE", "PREFECT_HOME", "PREFECT_API_URL")
+        kept = {key: value for key, value in os.environ.items() if key not in gone}
         return kept | {"PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"}
 
     def run(
