@@ -29,6 +29,7 @@ def finished(toy: Toy) -> list[str]:
     return [ref.rsplit("/", 1)[-1] for ref in refs]
 
 
+@pytest.mark.long
 def test_a_sweep_survives_its_killing_and_shares_its_pretraining(tmp_path: Path) -> None:
     toy = make_toy(tmp_path)
     notes = toy.root / "stage.py"
