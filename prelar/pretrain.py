@@ -134,7 +134,7 @@ def build(cfg: Config) -> WorldModel:
 def _train(cfg: Config, store: Store, snapshots: Snapshots, fabric: Fabric) -> WorldModel:
     """Train the model, or finish its training, with log and videos."""
     preset = cfg.pretrain
-    model = build(cfg).train().to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+    model = build(cfg).train()
     if compiles(cfg.compile, fabric.device):
         model.compile_training(dynamic=False)
     optimizer = adam(model.parameters(), preset.lr)

@@ -89,10 +89,13 @@ class Actor(nn.Module):
 
 @dataclass(frozen=True)
 class Dream:
-    """An imagined rollout over H steps from N states. feature (H + 1, N, F), action (H, N, A)."""
+    """An imagined rollout over H steps from N states.
+
+    feature (H + 1, N, F), policy: the distributions (H, N, A) that the actions were drawn from.
+    """
 
     feature: Tensor
-    action: Tensor
+    policy: TruncatedNormal
 
 
 class Behaviour(nn.Module):
@@ -130,13 +133,13 @@ class Behaviour(nn.Module):
         on which the policy acts.
         """
         state = start
-        features, actions = [model.feature(state)], []
+        features, policies = [model.feature(state)], []
         for _ in range(self.horizon):
-            action = self.actor(features[-1].detach()).sample()
-            state = model.imagine_step(state, action)
+            policies.append(self.actor(features[-1].detach()))
+            state = model.imagine_step(state, policies[-1].sample())
             features.append(model.feature(state))
-            actions.append(action)
-        return Dream(torch.stack(features), torch.stack(actions))
+        mean, std = (torch.stack([getattr(one, name) for one in policies]) for name in ("mean", "std"))
+        return Dream(torch.stack(features), TruncatedNormal(mean, std))
 
     def losses(self, model: Imaginable, start: State) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
         """Loss of the actor, loss of the critic, and metrics (detached scalars), from start states (N, …)."""
@@ -144,7 +147,7 @@ class Behaviour(nn.Module):
         reward = model.predict_reward(dream.feature).float()
         value = self.slow_critic(dream.feature).squeeze(-1).float()
         target = lambda_return(reward[:-1], value[:-1], value[-1], discount=self.discount, lam=self.lam)
-        entropy = self.actor(dream.feature[:-2].detach()).entropy()
+        entropy = dream.policy.entropy()[:-1]
         estimate = self.critic(dream.feature[:-1].detach()).squeeze(-1).float()
         metrics = {
             "imagined_reward": reward.mean(),

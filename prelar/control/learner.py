@@ -93,9 +93,9 @@ class Learner:
             actor_norm = descend(self.fabric, self._wrapped_behaviour, self._actor_optimizer, actor_loss)
         critic_norm = descend(self.fabric, self._wrapped_behaviour, self._critic_optimizer, critic_loss)
         self.behaviour.refresh(number)
-        metrics = {f"behaviour/{name}": value for name, value in found.items()}
         losses = {"loss/actor": actor_loss.detach(), "loss/critic": critic_loss.detach()}
-        return metrics | losses | {"norm/actor": actor_norm, "norm/critic": critic_norm}
+        metrics = {f"behaviour/{name}": value for name, value in found.items()}
+        return losses | metrics | {"norm/actor": actor_norm, "norm/critic": critic_norm}
 
     def stateful(self) -> dict[str, Stateful]:
         """Everything that updates change, by name, for the loop's snapshots."""

@@ -65,6 +65,7 @@ class ResNetDecoder(nn.Module):
     def forward(self, feature: Tensor, context: Context, training: bool = False) -> Tensor:
         """feature (B, …, F), context of B sequences -> images (B, …, 3, 64, 64), in float32."""
         x = self.stem(feature.flatten(0, -2)).unflatten(-1, (self.width, 4, 4))
+        x = x.contiguous(memory_format=torch.channels_last)
         for stage in range(len(self.stages)):
             x = self._layers(F.interpolate(x, scale_factor=2, mode="nearest"), stage, context, training)
         images: Tensor = self.out(x)

@@ -46,7 +46,8 @@ class WorldModel(nn.Module):
 
     `weights` holds the weight of each loss by name. `held` names the submodules whose learning rate is 0 in
     the first updates of fine-tuning. `bonus_source` names what the exploration bonus looks at: "embed",
-    "lower" (the action-free feature) or None. `spec` holds the keywords that built the model.
+    "lower" (the action-free feature) or None. `spec` holds the keywords that built the model. Weights of
+    convolutions lie channels-last, as frames do, which spares their copies.
     """
 
     def __init__(
@@ -72,6 +73,7 @@ class WorldModel(nn.Module):
         self.held = held
         self.bonus_source = bonus_source
         self.spec = dict(spec)
+        self.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
 
     # --- Sizes and parts ---
 

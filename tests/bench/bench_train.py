@@ -20,12 +20,14 @@ import torch
 from lightning_fabric import Fabric
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.profiler import ProfilerActivity, profile
 from torch.utils.flop_counter import FlopCounterMode
 
 from prelar import pretrain
 from prelar.config import Config, load_config
 from prelar.control.behaviour import Behaviour
-from prelar.control.learner import Learner
+from prelar.control.bonus import Bonus
+from prelar.control.learner import Learner, frozen
 from prelar.finetune import make_bonus
 from prelar.loop import ADAM_EPS, CLIP_NORM, WEIGHT_DECAY, adam, descend, set_up
 from prelar.methods import build_finetune
@@ -38,6 +40,17 @@ from tests.conftest import ROOT
 PAIRS = 5
 SECONDS = 1.0
 ROBOT = 4
+KINDS = {
+    "convolutions, backward": ("convolution_backward",),
+    "convolutions, forward": ("mkldnn_convolution", "_convolution"),
+    "batch norm": ("native_batch_norm", "native_batch_norm_backward"),
+    "matrix products": ("mm", "addmm", "bmm", "baddbmm", "addmv", "mv"),
+    "Adam and gradient norms": ("_fused_adam_", "_foreach_norm", "linalg_vector_norm", "_foreach_mul_"),
+    "random numbers": ("exponential_", "uniform_", "normal_", "random_"),
+    "nearest neighbours of the bonus": ("_cdist_forward", "topk"),
+    "copies": ("copy_", "cat", "_to_copy"),
+}
+"""Kinds of operations by name, for `shares`; what is in none of them is the rest."""
 MATRIX = {"cpu": (1024, torch.float32), "cuda": (8192, torch.bfloat16)}
 
 Step = Callable[[], object]
@@ -58,7 +71,11 @@ def run(scale: str | None = None) -> dict[str, float]:
         ("pretrain", pretraining, cfg.pretrain),
         ("update", finetuning, cfg.finetune),
     ):
-        found = compare(name, make(cfg, ours, False), make(cfg, plain, True), device)
+        step = make(cfg, ours, False)
+        found = compare(name, step, make(cfg, plain, True), device)
+        if device == "cpu":
+            told = (f"{kind} {share:.0%}" for kind, share in shares(step).items())
+            print("  " + ", ".join(told), flush=True)
         frames = sizes.batch * sizes.length  # type: ignore[attr-defined]
         figures |= found | {
             f"{name}_frames_per_s": frames / found[f"{name}_ms"] * 1e3,
@@ -115,6 +132,18 @@ def _peak(step: Step, device: str) -> float:
     return torch.cuda.max_memory_allocated() / 1e6
 
 
+def shares(step: Step) -> dict[str, float]:
+    """Where the time of a step on a CPU goes: the share of each of `KINDS` in the time of all operations."""
+    times = dict.fromkeys((*KINDS, "the rest"), 0.0)
+    with profile(activities=[ProfilerActivity.CPU]) as found:
+        step()
+    for event in found.key_averages():
+        name = event.key.removeprefix("aten::")
+        kind = next((kind for kind, names in KINDS.items() if name in names), "the rest")
+        times[kind] += event.self_cpu_time_total
+    return {kind: spent / sum(times.values()) for kind, spent in times.items()}
+
+
 def matrix_rate(device: str) -> float:
     """Operations a second of a product of two square matrices, the best of several readings."""
     size, kind = MATRIX[device]
@@ -153,7 +182,6 @@ def pretraining(cfg: Config, fabric: Fabric, plain: bool) -> Step:
         spell_out(model)
         optimizer = plain_adam(model)
     else:
-        model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
         optimizer = adam(model.parameters(), sizes.lr)
         frames = frames.pin_memory() if fabric.device.type == "cuda" else frames
     module, wrapped = fabric.setup(model, optimizer)
@@ -166,13 +194,8 @@ def pretraining(cfg: Config, fabric: Fabric, plain: bool) -> Step:
         return descend(fabric, module, wrapped, model.total(losses))
 
     def as_written() -> object:
-        images = frames.to(fabric.device).float().permute(0, 1, 4, 2, 3).contiguous() / 255 - 0.5
-        losses, _ = module.pretrain_losses(images, is_first.to(fabric.device))
-        loss = model.total(losses)
-        optimizer.zero_grad()
-        loss.backward()
-        nn.utils.clip_grad_norm_(model.parameters(), CLIP_NORM)
-        optimizer.step()
+        losses, _ = module.pretrain_losses(plain_images(frames, fabric), is_first.to(fabric.device))
+        plain_descent(model, optimizer, model.total(losses))
         return [value.item() for value in losses.values()]
 
     return as_written if plain else ours
@@ -198,9 +221,6 @@ def finetuning(cfg: Config, fabric: Fabric, plain: bool) -> Step:
     )
     bonus = make_bonus(model, 1.0, seed=0, device=fabric.device)
     rates: dict[str, Any] = {name: getattr(sizes, name) for name in ("lr", "actor_lr", "critic_lr")}
-    learner = Learner(fabric, model, behaviour, bonus, hold=0, **rates)
-    if plain:
-        spell_out(model)
     shape = (sizes.batch, sizes.length)
     random = np.random.default_rng(0)
     arrays = {
@@ -210,22 +230,61 @@ def finetuning(cfg: Config, fabric: Fabric, plain: bool) -> Step:
         "is_first": first_steps(*shape).numpy(),
     }
     batch = {name: torch.from_numpy(value) for name, value in arrays.items()}
-
-    def update() -> object:
-        metrics = learner.update(batch, 1)
-        return [value.item() for value in metrics.values()] if plain else metrics
-
-    return update
+    if plain:
+        return plain_update(fabric, model, behaviour, bonus, batch)
+    learner = Learner(fabric, model, behaviour, bonus, hold=0, **rates)
+    return lambda: learner.update(batch, 1)
 
 
-def plain_adam(model: WorldModel) -> torch.optim.Adam:
+def plain_update(
+    fabric: Fabric, model: WorldModel, behaviour: Behaviour, bonus: Bonus | None, batch: dict[str, Tensor]
+) -> Step:
+    """A fine-tuning update as the papers write it."""
+    spell_out(model)
+    model.to(fabric.device).train()
+    behaviour.to(fabric.device)
+    parts = (model, behaviour.actor, behaviour.critic)
+    optimizers = [plain_adam(part) for part in parts]
+
+    def as_written() -> object:
+        data = {name: value.to(fabric.device) for name, value in batch.items()}
+        images = plain_images(data["image"], fabric)
+        losses, outputs = model.finetune_losses(
+            images, data["action"], data["reward"], data["is_first"], bonus=bonus
+        )
+        model_loss = model.total(losses)
+        plain_descent(model, optimizers[0], model_loss)
+        with frozen(model):
+            actor_loss, critic_loss, _ = behaviour.losses(model, model.start(outputs["post"]))
+            plain_descent(behaviour.actor, optimizers[1], actor_loss)
+        plain_descent(behaviour.critic, optimizers[2], critic_loss)
+        return [value.item() for value in (*losses.values(), actor_loss, critic_loss)]
+
+    return as_written
+
+
+def plain_images(frames: Tensor, fabric: Fabric) -> Tensor:
+    """Frames uint8 (B, T, 64, 64, 3) as contiguous images."""
+    return frames.to(fabric.device).float().permute(0, 1, 4, 2, 3).contiguous() / 255 - 0.5
+
+
+def plain_descent(module: nn.Module, optimizer: torch.optim.Optimizer, loss: Tensor) -> None:
+    """One clipped step."""
+    optimizer.zero_grad()
+    loss.backward()
+    nn.utils.clip_grad_norm_(module.parameters(), CLIP_NORM)
+    optimizer.step()
+
+
+def plain_adam(model: nn.Module) -> torch.optim.Adam:
     """Adam as torch has it where nothing is asked for."""
     return torch.optim.Adam(model.parameters(), lr=1e-4, eps=ADAM_EPS, weight_decay=WEIGHT_DECAY)
 
 
 def spell_out(model: WorldModel) -> None:
-    """Let a model's RSSM compute every time step by itself."""
+    """Let a model's RSSM compute every time step by itself, and its weights lie as torch makes them."""
     assert type(model.dynamics) is RSSM
+    model.to(memory_format=torch.contiguous_format)  # type: ignore[call-overload]
     model.dynamics.__class__ = StepwiseRSSM
 
 
