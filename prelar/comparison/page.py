@@ -9,15 +9,14 @@ from pathlib import Path
 from typing import Any
 
 from jinja2 import FileSystemLoader
-from markupsafe import Markup
 
+from prelar.comparison.curves import OFFLINE, PREDICTION, PRETRAINING, RETURN, SUCCESS, charts, interval
 from prelar.comparison.published import STEPS, Published, comparable, published
 from prelar.comparison.revisions import Run, find_runs
 from prelar.comparison.statistics import Estimate
 from prelar.comparison.variants import Variant, aggregate, at_step, differences, essential, group
 from prelar.files import write_text
-from prelar.report.charts import Figure, trend
-from prelar.report.figures import DASHES, Series, line_chart, number
+from prelar.report.figures import Series, number
 from prelar.report.page import TEMPLATES as SHARED
 from prelar.report.page import environment
 from prelar.report.privacy import presentable
@@ -25,7 +24,6 @@ from prelar.report.provenance import commands
 
 PAGE = Path("reports/compare.html")
 TEMPLATES = Path(__file__).parent / "templates"
-CHARTS = (("success", "Success rate", (0.0, 1.0)), ("return", "Return", None))
 METRICS = {
     "success_rate": "Success",
     "return": "Return",
@@ -33,7 +31,6 @@ METRICS = {
     "prediction_error_policy": "Prediction error, own episodes",
     "probe_r2": "Probe R²",
 }
-TABLE_ROWS = 12
 
 
 @dataclass(frozen=True)
@@ -71,8 +68,10 @@ def render(runs: Sequence[Run]) -> str:
             "repeats": repeats,
             "tasks": sorted({task for variant in variants for task in variant.tasks}),
             "smoke": any(run.params.get("scale") == "smoke" for run in runs),
-            "charts": [chart for kind in CHARTS for chart in learning_charts(variants, theirs, *kind)],
-            "prediction": prediction_chart(variants),
+            "learning": charts(variants, SUCCESS, as_series(theirs)) + charts(variants, RETURN),
+            "pretraining": [chart for kind in PRETRAINING for chart in charts(variants, kind)],
+            "offline": [chart for kind in OFFLINE for chart in charts(variants, kind)],
+            "prediction": charts(variants, PREDICTION),
             "efficiency": efficiency(variants, theirs),
             "refusal": refusal,
             "theirs": theirs,
@@ -85,7 +84,7 @@ def render(runs: Sequence[Run]) -> str:
     return text
 
 
-# --- Learning curves ----------------------------------------------------------------------------------------
+# --- Published results --------------------------------------------------------------------------------------
 
 
 def held_against(variants: Sequence[Variant]) -> tuple[str | None, list[Published]]:
@@ -99,82 +98,9 @@ def held_against(variants: Sequence[Variant]) -> tuple[str | None, list[Publishe
     return refusal, [] if refusal else published(tasks)
 
 
-def learning_charts(
-    variants: Sequence[Variant],
-    theirs: Sequence[Published],
-    kind: str,
-    title: str,
-    limits: tuple[float, float] | None,
-) -> list[Figure]:
-    """Charts of a curve, so many that each has lines that can be told apart."""
-    found = [(variant, *aggregate(variant, kind)) for variant in variants]
-    drawn = [item for item in found if item[1]]
-    behind = [Series(f"{p.label} (published)", STEPS, p.success) for p in theirs] if kind == "success" else []
-    figures = []
-    for part, begin in enumerate(range(0, len(drawn), len(DASHES))):
-        chosen = drawn[begin : begin + len(DASHES)]
-        chart = line_chart(
-            [_series(variant, steps, estimates) for variant, steps, estimates in chosen],
-            identifier=f"{kind}-{part}",
-            title=f"{title} while fine-tuning",
-            description=" ".join(
-                trend(variant.label, steps, [e.iqm for e in estimates], "environment steps")
-                for variant, steps, estimates in chosen
-            ),
-            x_label="environment steps",
-            y_label=f"{title.lower()}, interquartile mean",
-            y_range=limits,
-            behind=behind,
-        )
-        rows = [row for item in chosen for row in _curve_rows(*item)]
-        figures.append(Figure(Markup(chart), title, ("Setting", "Steps", "IQM", "95%", "Mean"), tuple(rows)))
-    return figures
-
-
-def _series(variant: Variant, steps: list[float], estimates: list[Estimate]) -> Series:
-    low = [e.low for e in estimates if e.low is not None]
-    high = [e.high for e in estimates if e.high is not None]
-    bounds = (low, high) if len(low) == len(steps) else (None, None)
-    return Series(variant.label, steps, [e.iqm for e in estimates], *bounds)
-
-
-def _curve_rows(variant: Variant, steps: list[float], estimates: list[Estimate]) -> list[tuple[str, ...]]:
-    count = min(TABLE_ROWS, len(steps))
-    picks = sorted({round(i * (len(steps) - 1) / max(count - 1, 1)) for i in range(count)})
-    return [
-        (variant.label, number(steps[i]), number(e.iqm), interval(e), number(e.mean))
-        for i in picks
-        for e in [estimates[i]]
-    ]
-
-
-def interval(estimate: Estimate, scale: float = 1) -> str:
-    """The interval's ends, an en dash between them; a dash where there is none."""
-    if estimate.low is None or estimate.high is None:
-        return "–"
-    return f"{number(scale * estimate.low)} – {number(scale * estimate.high)}"
-
-
-def prediction_chart(variants: Sequence[Variant]) -> Figure | None:
-    """Open-loop prediction error of each variant, the mean of its runs, for as many as one chart shows."""
-    lines = []
-    for variant in variants:
-        curves = [run.prediction for run in variant.runs if run.prediction]
-        if curves and all(curve[0] == curves[0][0] for curve in curves):
-            means = [sum(values) / len(curves) for values in zip(*(c[1] for c in curves), strict=True)]
-            lines.append(Series(variant.label, curves[0][0], means))
-    if not lines or len(lines) > len(DASHES):
-        return None
-    chart = line_chart(
-        lines,
-        identifier="prediction",
-        title="Open-loop prediction error on held-out clips",
-        description=" ".join(trend(s.label, list(s.x), list(s.y), "frames ahead") for s in lines),
-        x_label="frames ahead",
-        y_label="mean squared error",
-    )
-    rows = [(s.label, number(a), number(b)) for s in lines for a, b in zip(s.x, s.y, strict=True)]
-    return Figure(Markup(chart), "", ("Setting", "Frames ahead", "Mean squared error"), tuple(rows))
+def as_series(theirs: Sequence[Published]) -> list[Series]:
+    """Published success rates as lines of a chart."""
+    return [Series(f"{found.label} (published)", STEPS, found.success) for found in theirs]
 
 
 # --- Tables -------------------------------------------------------------------------------------------------

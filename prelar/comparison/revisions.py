@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import fnmatch
 import json
+import math
 import re
 import subprocess
 from collections.abc import Callable, Mapping, Sequence
@@ -16,14 +17,28 @@ from ruamel.yaml.error import YAMLError
 
 from prelar.errors import UserError
 from prelar.report.provenance import WRITTEN_BY_RUNS, flatten
+from prelar.report.sections import pretraining, task
 from prelar.tables import parse_tsv
 
 WORKSPACE = "workspace"
 PARAMS = "params.yaml"
 METRICS = "metrics.json"
 LOCK = "dvc.lock"
-CURVES = "reports/finetune/plots/metrics/eval"
 EVALUATE = "reports/evaluate"
+CURVES: Mapping[str, tuple[str, str]] = {
+    **{name: (f"{task.CURVES}/{name}.tsv", name) for name in ("success", "return")},
+    **{
+        f"pretrain_{name}": (f"{pretraining.CURVES}/{loss.place}/{name}.tsv", name)
+        for name, loss in pretraining.LOSSES.items()
+    },
+    **{
+        f"offline_{start}_{error}": (f"{EVALUATE}/offline_{start}.tsv", error)
+        for start in ("pretrained", "scratch")
+        for error in ("error", "reward_error")
+    },
+    "prediction": (f"{EVALUATE}/prediction.tsv", "model"),
+}
+"""Each curve's file, and the column that is drawn against its steps."""
 PICTURES = ("open_loop.mp4", "open_loop_poster.png", "action_swap.png")
 _ABSENT = object()
 EXPERIMENT = re.compile(r"refs/exps/([0-9a-f]{2})/([0-9a-f]{38})/(.+)")
@@ -45,9 +60,8 @@ class Run:
         params: dotted key → value of params.yaml at that revision.
         changed: those of `params` that are not so in the baseline's params.yaml.
         inputs: path → hash of what the stages made, as dvc.lock has them.
-        metrics: the figures of metrics.json.
-        curves: "success" and "return" against environment steps, as far as they were logged.
-        prediction: error of the open-loop prediction against frames ahead, where it was measured.
+        metrics: the figures of the evaluation.
+        curves: name as in `CURVES` → steps and values, as far as they were measured.
         media: pictures and videos of the evaluation by file name.
     """
 
@@ -60,7 +74,6 @@ class Run:
     inputs: Mapping[str, str]
     metrics: Mapping[str, float]
     curves: Mapping[str, Curve]
-    prediction: Curve | None
     media: Mapping[str, bytes]
 
 
@@ -128,12 +141,13 @@ def _parse(name: str, commit: str | None, baseline: str | None, root: Path, read
         )
     before = _git(root, "show", f"{baseline}:./{PARAMS}") if baseline else None
     try:
-        figures, flat = json.loads(metrics), _flat(params)
+        figures = json.loads(read(f"{EVALUATE}/{METRICS}") or b"{}") | json.loads(metrics)
+        flat = _flat(params)
         known = _flat((before or "").encode())
         inputs = _inputs(read(LOCK) or b"")
     except (ValueError, YAMLError, AttributeError):
         raise UserError(f"{name}: its {METRICS}, {PARAMS} or {LOCK} cannot be read; run it again") from None
-    curves = {kind: _curve(read, f"{CURVES}/{kind}.tsv", kind) for kind in ("success", "return")}
+    curves = {name: _curve(read, *place) for name, place in CURVES.items()}
     pictures = {file: read(f"{EVALUATE}/{file}") for file in PICTURES}
     return Run(
         name=name,
@@ -146,8 +160,7 @@ def _parse(name: str, commit: str | None, baseline: str | None, root: Path, read
         else {},
         inputs=inputs,
         metrics={key: float(value) for key, value in figures.items() if isinstance(value, int | float)},
-        curves={kind: curve for kind, curve in curves.items() if curve},
-        prediction=_curve(read, f"{EVALUATE}/prediction.tsv", "model"),
+        curves={name: curve for name, curve in curves.items() if curve[0]},
         media={file: content for file, content in pictures.items() if content},
     )
 
@@ -169,12 +182,12 @@ def _flat(text: bytes) -> dict[str, Any]:
     return flatten(YAML(typ="safe", pure=True).load(text) or {})
 
 
-def _curve(read: Read, path: str, column: str) -> Curve | None:
+def _curve(read: Read, path: str, column: str) -> Curve:
     content = read(path)
     table = parse_tsv(content.decode("utf-8"), Path(path)) if content else {}
-    if not table.get("step") or column not in table:
-        return None
-    return tuple(table["step"]), tuple(table[column])
+    points = zip(table.get("step", ()), table.get(column, ()), strict=False)
+    finite = [point for point in points if all(map(math.isfinite, point))]
+    return tuple(step for step, _ in finite), tuple(value for _, value in finite)
 
 
 def _workspace_reader(root: Path) -> Read:

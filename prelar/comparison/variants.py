@@ -16,6 +16,7 @@ from prelar.report.privacy import presentable
 WITHIN = ("task", "seed")
 MACHINE = ("device", "threads", "data_root", "ssv2.workers", "rlbench.workers", "ssv2.batch", "ssv2.ffmpeg")
 DATASETS = ("ssv2", "rlbench")
+POINTS = 100
 NAMES = {"dreamerv2": "DreamerV2", "apv": "APV", "contextwm": "ContextWM", "prelar": "PreLAR"}
 
 
@@ -133,8 +134,10 @@ def common_steps(runs: Sequence[Run], kind: str) -> list[float]:
 
 
 def aggregate(variant: Variant, kind: str) -> tuple[list[float], list[Estimate]]:
-    """The curve of a variant: the steps that all its runs have, and the aggregate at each."""
+    """The curve of a variant: steps that all its runs have, `POINTS` at most, and the aggregate at each."""
     steps = common_steps(variant.runs, kind)
+    if len(steps) > POINTS:
+        steps = [steps[round(i * (len(steps) - 1) / (POINTS - 1))] for i in range(POINTS)]
     if not steps:
         return [], []
     scores = [np.array([_values(run.curves[kind], steps) for run in runs]) for runs in variant.tasks.values()]

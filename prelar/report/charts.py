@@ -52,8 +52,3 @@ def trend(name: str, steps: list[float], values: list[float], unit: str) -> str:
     return (
         f"{name}: from {first} to {last} {unit}; lowest {number(min(values))}, highest {number(max(values))}."
     )
-
-
-def lower(title: str) -> str:
-    """A title as it stands within a sentence."""
-    return title[0].lower() + title[1:]

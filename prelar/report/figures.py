@@ -47,7 +47,8 @@ MAX_MARKED = 40
 class Series:
     """One line: equally many x and y, x ascending. Points that are not finite are left out.
 
-    `low` and `high`, one for each point, bound a band around the line.
+    `low` and `high`, one for each point, bound a band around the line. `style` is that of the line, 0 to 5;
+    by default lines of a chart are numbered.
     """
 
     label: str
@@ -55,6 +56,7 @@ class Series:
     y: Sequence[float]
     low: Sequence[float] | None = None
     high: Sequence[float] | None = None
+    style: int | None = None
 
 
 def number(value: float) -> str:
@@ -150,7 +152,8 @@ def line_chart(
     """
     if not 1 <= len(series) <= len(DASHES) or len(behind) > len(SHAPES):
         raise ValueError(f"{len(series)} lines; a chart shows 1 to {len(DASHES)}")
-    lines = [(style, False, thin(s.x, s.y)) for style, s in enumerate(series)]
+    styles = [index if s.style is None else s.style for index, s in enumerate(series)]
+    lines = [(style, False, thin(s.x, s.y)) for style, s in zip(styles, series, strict=True)]
     lines += [(style, True, thin(s.x, s.y)) for style, s in enumerate(behind)]
     if not any(len(x) for _, _, (x, _) in lines):
         raise ValueError(f"{title}: no finite point")
@@ -161,7 +164,7 @@ def line_chart(
     x_scale = _Scale(*_x_limits(all_x), LEFT, WIDTH - RIGHT)
     y_limits = y_range or (_log_limits(all_y) if log else _y_limits(all_y))
     y_scale = _Scale(*y_limits, HEIGHT - BOTTOM, TOP, log=log)
-    entries = [(s.label, style, False) for style, s in enumerate(series)]
+    entries = [(s.label, style, False) for style, s in zip(styles, series, strict=True)]
     entries += [(s.label, style, True) for style, s in enumerate(behind)]
     legend, height = _legend(entries) if len(entries) > 1 else ([], HEIGHT)
     body = [
@@ -170,7 +173,7 @@ def line_chart(
         f'<desc id="{identifier}-d">{escape(description)}</desc>',
         *_axes(x_scale, y_scale, x_label, y_label + (" (log)" if log else "")),
     ]
-    body += [_band(s, x_scale, y_scale, style) for style, s in enumerate(series)]
+    body += [_band(s, x_scale, y_scale, style) for style, s in zip(styles, series, strict=True)]
     for style, other, (x, y) in reversed(lines):
         body += _line(x, y, x_scale, y_scale, style, other)
     return "\n".join([*filter(None, body), *legend, "</svg>"])

@@ -84,11 +84,11 @@ class Results:
 
     @functools.cached_property
     def metrics(self) -> dict[str, Any]:
-        """The figures of metrics.json. Raises `UserError` where nothing was evaluated yet."""
-        found = read_json(self.root / METRICS)
-        if found is None:
+        """All figures of the evaluation. Raises `UserError` where nothing was evaluated yet."""
+        chief = read_json(self.root / METRICS)
+        if chief is None:
             raise UserError(f"{self.root / METRICS}: no such file; run `dvc repro evaluate` first")
-        return dict(found)
+        return {**(read_json(self.folder / METRICS.name) or {}), **chief}
 
     @functools.cached_property
     def summary(self) -> dict[str, Any]:

@@ -16,6 +16,9 @@ def make_run(name: str, success: list[float], *, every: int = 10_000, **changed:
     """A run whose evaluations gave `success`, the first one after `every` steps; `__` in keys is a dot."""
     changes = {key.replace("__", "."): value for key, value in changed.items()}
     steps = tuple(float(every * (k + 1)) for k in range(len(success)))
+    curves = {"prediction": ((1.0, 2.0), (0.1, 0.2))} | (
+        {"success": (steps, tuple(success))} if success else {}
+    )
     return Run(
         name=name,
         commit="c" * 40,
@@ -25,7 +28,6 @@ def make_run(name: str, success: list[float], *, every: int = 10_000, **changed:
         changed=changes,
         inputs={"data/pretrain": "aa.dir"},
         metrics={"success_rate": success[-1] if success else 0.0, "return": 12.5},
-        curves={"success": (steps, tuple(success))} if success else {},
-        prediction=((1.0, 2.0), (0.1, 0.2)),
+        curves=curves,
         media={},
     )

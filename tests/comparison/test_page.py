@@ -58,7 +58,7 @@ def test_one_seed_has_no_interval_and_smoke_no_published_results() -> None:
 
 def test_real_runs_stand_before_published_ones() -> None:
     text = page.render(real_runs())
-    assert "n = 12: 6 tasks, 2 seeds each" in text and text.count('class="band') == 2
+    assert "n = 12: 6 tasks, 2 seeds each" in text and text.count('class="band') == 4
     assert "APV on RLBench (published)" in text and "PreLAR without its action loss (published)" in text
     assert "mean 58.2%" in text and "not ours" in text and "Seo et al., ICML 2022" in text
     (row,) = re.findall(r"<tr><th scope=\"row\">DreamerV2</th>.*?</tr>", text)
@@ -82,8 +82,30 @@ def test_many_settings_take_several_charts() -> None:
     assert page.render(runs).count('id="success-') == 4
 
 
+def test_losses_and_fits_lie_over_one_another_and_a_setting_keeps_its_line() -> None:
+    updates, first = (10.0, 20.0), make_run("a", [0.1])
+    scratch = {"offline_scratch_error": (updates, (0.5, 0.4))}
+    fitted = [
+        scratch | {"pretrain_kl": (updates, (9.0, k)), "offline_pretrained_error": (updates, (0.4, 0.1 * k))}
+        for k in (1, 2)
+    ]
+    runs = [
+        replace(first, curves={}),
+        *(replace(make_run("b", [0.1], beta_a=0.1 * k), curves=fitted[k]) for k in range(2)),
+    ]
+    text = page.render(runs)
+    (kl,) = [chart for chart in text.split("<svg")[1:] if 'id="pretrain-kl-0-t"' in chart]
+    (error,) = [chart for chart in text.split("<svg")[1:] if 'id="offline-pretrained-error-0-t"' in chart]
+    for chart in (kl, error):
+        assert 'class="line s1"' in chart and 'class="line s2"' in chart and 'class="line s0"' not in chart
+    assert error.split("</svg>")[0].count(">from scratch</text>") == 1 and "nats" in kl
+    runs[2] = replace(runs[2], curves=fitted[1] | {"offline_scratch_error": (updates, (0.5, 0.3))})
+    assert "PreLAR, beta_a = 0.1, from scratch</text>" in page.render(runs)
+
+
 def test_runs_without_curves_say_so() -> None:
-    text = page.render([make_run("a", [])])
+    text = page.render([replace(make_run("a", []), curves={})])
+    assert text.count("No curves: no run") == 2 and "No chart" in text
     assert "No learning curves" in text and "no common step" in text and "No step at which" in text
 
 

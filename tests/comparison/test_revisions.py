@@ -19,7 +19,7 @@ stages:
     cmd: python make.py
     deps: [make.py]
     params: [seed, beta_a]
-    outs: [reports/finetune, reports/evaluate]
+    outs: [reports/pretrain, reports/finetune, reports/evaluate]
     metrics:
       - metrics.json: {cache: false}
 """
@@ -30,9 +30,13 @@ params = dict(line.split(": ") for line in lines)
 curves = pathlib.Path("reports/finetune/plots/metrics/eval")
 curves.mkdir(parents=True)
 (curves / "success.tsv").write_text(f"step\\tsuccess\\n500\\t0\\n1000\\t{params['beta_a']}\\n")
+losses = pathlib.Path("reports/pretrain/plots/metrics/loss")
+losses.mkdir(parents=True)
+(losses / "kl.tsv").write_text("step\\tkl\\n10\\t3\\n20\\t\\n")
 evaluate = pathlib.Path("reports/evaluate")
 evaluate.mkdir(parents=True)
 (evaluate / "prediction.tsv").write_text("step\\tmodel\\tcopy\\n1\\t0.5\\t0.75\\n")
+(evaluate / "offline_scratch.tsv").write_text("step\\terror\\n5\\t0.125\\n")
 (evaluate / "open_loop.mp4").write_bytes(b"film")
 pathlib.Path("metrics.json").write_text(json.dumps({"success_rate": float(params["beta_a"])}))
 """
@@ -77,8 +81,13 @@ def test_every_kind_of_revision_is_read_in_place(project: Path) -> None:
     low = runs["low"]
     assert (low.baseline, low.modified, low.changed) == (head, (), {"beta_a": 0.25})
     assert low.commit == list_experiments(project)["low"][0] != head
-    assert low.curves == {"success": ((500.0, 1000.0), (0.0, 0.25))}
-    assert low.prediction == ((1.0,), (0.5,)) and low.media == {"open_loop.mp4": b"film"}
+    assert low.curves == {
+        "success": ((500.0, 1000.0), (0.0, 0.25)),
+        "pretrain_kl": ((10.0,), (3.0,)),
+        "offline_scratch_error": ((5.0,), (0.125,)),
+        "prediction": ((1.0,), (0.5,)),
+    }
+    assert low.media == {"open_loop.mp4": b"film"}
     assert low.inputs.keys() >= {"reports/evaluate", "reports/finetune"}
     assert (runs["start"].baseline, runs["start"].changed) == (head, {})
     assert runs[WORKSPACE].commit is None and runs[WORKSPACE].baseline == head

@@ -19,6 +19,7 @@ def section(results: Results) -> Section:
             {**preview, "source": data_uri(results.folder / "previews" / preview["file"])}
             for preview in (dataset or {}).get("previews", [])
         ],
-        "validation": documents.relative_to(PAGE.parent).as_posix(),
+        "validation": read_json(results.root / results.config.store.with_suffix(".json")),
+        "documents": documents.relative_to(PAGE.parent).as_posix(),
     }
     return Section("data", "Data", values)

@@ -2,30 +2,48 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from pathlib import Path
 
-from prelar.report.charts import Curve, Figure, figure, lower, read_curve, trend
+from prelar.report.charts import Curve, Figure, figure, read_curve, trend
 from prelar.report.figures import Series, line_chart
 from prelar.report.results import Results, Section
 
 CURVES = Path("reports/pretrain/plots/metrics")
+
+
+@dataclass(frozen=True)
+class Loss:
+    """What pre-training logs: how it is called, its unit, what it is, and the folder that it is logged to."""
+
+    title: str
+    unit: str
+    caption: str
+    place: str = "loss"
+
+
 LOSSES = {
-    "image": (
+    "image": Loss(
         "Reconstruction",
+        "squared error / 2, summed over an image",
         "Squared error of the decoded frame, halved and summed over pixels and channels.",
     ),
-    "kl": (
-        "Dynamics KL",
-        "Posterior against prior of the state, in nats: what the dynamics failed to foresee.",
+    "kl": Loss(
+        "Dynamics KL", "nats", "Posterior against prior of the state: what the dynamics failed to foresee."
     ),
-    "action_kl": ("Action KL", "Latent action against N(0, I), in nats: what the action carries."),
-    "consistency": (
+    "action_kl": Loss("Action KL", "nats", "Latent action against N(0, I): what the action carries."),
+    "consistency": Loss(
         "Consistency",
+        "loss",
         "Disagreement between the orders of action distances and state distances.",
     ),
-    "lower_kl": ("Dynamics KL, lower", "Posterior against prior of the action-free states, in nats."),
-    "total": ("Total", "The weighted sum that is minimised."),
-    "prediction_error": ("Prediction error", "Of the frames that the model does not see, while it learns."),
+    "total": Loss("Total", "weighted sum of the losses", "The weighted sum that is minimised."),
+    "prediction_error": Loss(
+        "Prediction error",
+        "mean squared error",
+        "Of the frames of held-out clips that the model does not see, while it learns; pixels in [0, 1].",
+        place="validation",
+    ),
 }
 
 
@@ -51,19 +69,19 @@ def loss_curves(folder: Path, prefix: str) -> dict[str, Figure]:
     ]
     figures = {}
     for name in order:
-        title, caption = LOSSES.get(name, (name.replace("_", " ").capitalize(), ""))
+        loss = LOSSES.get(name) or Loss(name.replace("_", " ").capitalize(), name.replace("_", " "), "")
         lines = dict(list(found[name].items())[:4])
         values = [v for _, y in lines.values() for v in y]
         log = min(values) > 0 and max(values) > 30 * min(values)
         chart = line_chart(
             [Series(place, *curve) for place, curve in lines.items()],
             identifier=f"{prefix}-{name.replace('_', '-')}",
-            title=f"{title} during pre-training",
+            title=f"{loss.title} during pre-training",
             description=" ".join(trend(place, *curve, "updates") for place, curve in lines.items()),
             x_label="updates",
-            y_label=lower(title),
+            y_label=loss.unit,
             log=log,
         )
-        headings = {title if len(lines) == 1 else place: curve for place, curve in lines.items()}
-        figures[name] = figure(chart, f"{title}. {caption}".strip(), "Updates", headings)
+        headings = {loss.title if len(lines) == 1 else place: curve for place, curve in lines.items()}
+        figures[name] = figure(chart, f"{loss.title}. {loss.caption}".strip(), "Updates", headings)
     return figures

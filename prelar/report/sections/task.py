@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from prelar.report.charts import Figure, figure, lower, read_curve, trend
+from prelar.report.charts import Figure, figure, read_curve, trend
 from prelar.report.figures import Series, line_chart
 from prelar.report.results import Results, Section
 from prelar.tables import read_tsv
@@ -27,8 +27,8 @@ def learning_curves(folder: Path) -> list[Figure]:
     `folder` holds `success.tsv` and `return.tsv`, the names under which fine-tuning logs them.
     """
     figures = []
-    for name, title, unit, limits in (
-        ("success", "Success rate", "share of evaluation episodes", (0.0, 1.0)),
+    for name, title, y_label, limits in (
+        ("success", "Success rate", "share of the evaluation episodes", (0.0, 1.0)),
         ("return", "Return", "mean of the evaluation episodes", None),
     ):
         path = folder / f"{name}.tsv"
@@ -41,10 +41,10 @@ def learning_curves(folder: Path) -> list[Figure]:
                 title=f"{title} during fine-tuning",
                 description=trend(title, steps, values, "environment steps"),
                 x_label="environment steps",
-                y_label=lower(title),
+                y_label=y_label,
                 y_range=limits,
             )
-            figures.append(figure(chart, f"{title}, {unit}.", "Environment steps", {title: curve}))
+            figures.append(figure(chart, f"{title}, {y_label}.", "Environment steps", {title: curve}))
     return figures
 
 
