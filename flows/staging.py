@@ -21,7 +21,7 @@ from tqdm import tqdm
 from flows import runtime
 from prelar import files
 from prelar.data import remote
-from prelar.data.store import Store, index_path
+from prelar.data.store import Store, checks_path, index_path
 from prelar.errors import UserError
 
 if TYPE_CHECKING:
@@ -116,7 +116,7 @@ def surroundings(name: str) -> Iterator[None]:
 def validate(name: str, path: Path, suites: Callable[[Store], Sequence[Suite]]) -> Facts:
     """Validate a staged store, show the result in Prefect, and return the store's facts.
 
-    Raises `UserError` with the reasons where a check fails.
+    What was found goes to a file beside the store. Raises `UserError` with the reasons where a check fails.
     """
     from prelar.data import validation
 
@@ -128,6 +128,7 @@ def validate(name: str, path: Path, suites: Callable[[Store], Sequence[Suite]]) 
     finally:
         if summary.is_file():
             _show(name, validation.as_markdown(json.loads(summary.read_text(encoding="utf-8"))))
+    files.write_text(checks_path(path), summary.read_text(encoding="utf-8"))
     return counted
 
 
@@ -146,23 +147,24 @@ def clear_leftovers(name: str) -> None:
 
 
 def publish(name: str, staging: Path, root: str = LOCAL, keep: tuple[str, ...] = ()) -> None:
-    """Bring the validated store and its index to their final names, and clear the flow's staging.
+    """Bring the validated store, its index and its checks to their final names; clear the flow's staging.
 
     Where `root` is elsewhere, the store is published there first, and a pointer to it takes the store's place
     in the project. Folders of staging whose names start with one of `keep` stay. What is staged keeps its
-    names until store and index are whole at their final ones, whoever removes those meanwhile: a run that is
+    names until all three are whole at their final ones, whoever removes those meanwhile: a run that is
     killed in between leaves everything to the next one. Raises `UserError` where the published store cannot
     be opened.
     """
     staged = staging / target(name).name
     twin = staging / "publish" / staged.name
-    files.link(index_path(staged), index_path(twin))
+    for part in (index_path, checks_path):
+        files.link(part(staged), part(twin))
     if root == LOCAL:
         files.link(staged, twin)
     else:
         files.remove(twin)
         remote.write_pointer(twin, _upload(root, staged))
-    for part in (index_path, Path):
+    for part in (index_path, checks_path, Path):
         files.publish(part(twin), part(target(name)))
     Store.open(target(name))
     left = [path for path in files.STAGING.glob(f"{name}-*") if not path.name.startswith(keep)]

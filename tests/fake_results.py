@@ -10,6 +10,7 @@ import numpy as np
 from PIL import Image
 
 from prelar.evaluation.panels import grid, write_png
+from prelar.files import write_text
 from prelar.media import enlarge, side_by_side, write_mp4
 from prelar.tables import write_tsv
 
@@ -36,7 +37,9 @@ def moving(length: int = 12, height: int = 64, width: int = 64) -> np.ndarray:
 def make_results(root: Path, *, pretrained: bool = True) -> None:
     """Write metrics.json and the folders under reports/ that the page is made from."""
     metrics = {k: v for k, v in METRICS.items() if pretrained or "policy" in k or "prediction" not in k}
-    (root / "metrics.json").write_text(json.dumps(metrics), encoding="utf-8")
+    chief = {name: value for name, value in metrics.items() if not name.endswith("_copy")}
+    (root / "metrics.json").write_text(json.dumps(chief), encoding="utf-8")
+    write_text(root / "reports/evaluate/metrics.json", json.dumps(metrics))
     curves = root / "reports/finetune/plots/metrics"
     steps = list(range(0, 1501, 250))
     write_tsv(curves / "eval/success.tsv", {"step": steps, "success": [0, 0, 0.2, 0.2, 0.6, 0.8, 0.8]})
@@ -48,6 +51,18 @@ def make_results(root: Path, *, pretrained: bool = True) -> None:
             values = [size * (0.02 + math.exp(-step / 300)) for step in updates]
             write_tsv(losses / f"{name}.tsv", {"step": updates, name: values})
     make_evaluation(root / "reports/evaluate", pretrained=pretrained)
+    make_checks(root / "data/ssv2.json")
+
+
+def make_checks(path: Path) -> None:
+    """Write what the validation of a store found."""
+    checks = [
+        {"says": "at most 1.00% of the clips are bad", "success": True, "detail": ""},
+        {"says": "no frame is black", "success": False, "detail": "3 <b>"},
+    ]
+    suite = {"name": "clips", "about": "The clips in the store", "rows": 77, "checks": checks}
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps({"name": "ssv2", "suites": [suite]}), encoding="utf-8")
 
 
 def make_probe(folder: Path) -> None:

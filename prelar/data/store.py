@@ -154,6 +154,11 @@ def index_path(store: Path) -> Path:
     return store.with_suffix(".parquet")
 
 
+def checks_path(store: Path) -> Path:
+    """Where the outcome of a store's validation lies: `data/x.zarr` has `data/x.json`."""
+    return store.with_suffix(".json")
+
+
 # --- Writing ------------------------------------------------------------------------------------------------
 
 

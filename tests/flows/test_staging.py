@@ -1,6 +1,7 @@
 """What flows share: batches land in order, publishing leaves whole things, trouble is told in one line."""
 
 import errno
+import json
 import os
 import random
 import time
@@ -86,6 +87,7 @@ def staged(name: str, key: str, frames: int) -> Path:
     with StoreWriter(folder / f"{name}.zarr") as writer:
         writer.append(np.zeros((frames, *FRAME), dtype=np.uint8), {"id": "1", "split": "train"})
         writer.finish({})
+    (folder / f"{name}.json").write_text(json.dumps({"frames": frames}), encoding="utf-8")
     return folder
 
 
@@ -98,10 +100,8 @@ def test_publishing_replaces_store_and_index_and_clears_staging() -> None:
         staging.publish("x", folder, keep=("x-parts-",))
         assert Store.open("data/x.zarr").num_frames == frames
         assert sorted(path.name for path in files.STAGING.iterdir()) == ["x-parts-1", "y-1"]
-    assert sorted(path.name for path in Path("data").iterdir() if path.suffix in (".zarr", ".parquet")) == [
-        "x.parquet",
-        "x.zarr",
-    ]
+        assert json.loads(Path("data/x.json").read_text(encoding="utf-8")) == {"frames": frames}
+    assert sorted(path.name for path in Path("data").glob("x.*")) == ["x.json", "x.parquet", "x.zarr"]
 
 
 def test_a_store_that_is_published_elsewhere_leaves_a_pointer() -> None:
@@ -119,7 +119,7 @@ def test_a_store_that_is_published_elsewhere_leaves_a_pointer() -> None:
     assert len(pointers) == 2
 
 
-@pytest.mark.parametrize("removed", [[], ["x.parquet"], ["x.zarr"], ["x.parquet", "x.zarr"]])
+@pytest.mark.parametrize("removed", [[], ["x.parquet"], ["x.zarr"], ["x.json", "x.parquet", "x.zarr"]])
 def test_publishing_goes_on_where_a_kill_ended_it(
     removed: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -131,7 +131,8 @@ def test_publishing_goes_on_where_a_kill_ended_it(
     for name in removed:
         files.remove(Path("data") / name)
     staging.publish("x", folder)
-    assert Store.open("data/x.zarr").num_frames == 2 and not folder.exists()
+    assert Store.open("data/x.zarr").num_frames == 2 and Path("data/x.json").is_file()
+    assert not folder.exists()
 
 
 def _interrupt(path: Path) -> None:
