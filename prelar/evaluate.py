@@ -1,7 +1,7 @@
 """The evaluation: how often the agent succeeds, how well models foresee, what it helped, what actions mean.
 
-Writes metrics.json (few numbers, for `dvc metrics` and `dvc exp show`) and reports/evaluate (tables for
-`dvc plots show`, videos, pictures, and what the report needs to know).
+Writes metrics.json (the `CHIEF` numbers, for `dvc metrics` and `dvc exp show`) and reports/evaluate (all
+numbers, tables for `dvc plots show`, videos, pictures, and what the report needs to know).
 """
 
 from __future__ import annotations
@@ -45,6 +45,7 @@ PRETRAIN = Path("data/pretrain")
 FINETUNE = Path("data/finetune")
 REPORT = Path("reports/evaluate")
 METRICS = Path("metrics.json")
+CHIEF = ("success_rate", "return", "prediction_error", "prediction_error_policy")
 SPLIT = "validation"
 SHOWN_EPISODES = 3
 KEPT_EPISODES = 10
@@ -104,8 +105,10 @@ def run(config: Config) -> None:
     write_png(folder / "contact_sheet.png", overview(store))
 
     _write_json(folder / "summary.json", found.summary)
+    metrics = {name: float(f"{value:.9g}") for name, value in found.metrics.items()}
+    _write_json(folder / METRICS.name, metrics)
     publish(folder, REPORT)
-    _write_json(METRICS, {name: float(f"{value:.9g}") for name, value in found.metrics.items()})
+    _write_json(METRICS, {name: metrics[name] for name in CHIEF if name in metrics})
     print(f"evaluate: {told(found.metrics)} -> {METRICS}, {REPORT}", flush=True)
 
 

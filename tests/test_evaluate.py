@@ -107,7 +107,7 @@ def test_evaluation_writes_metrics_tables_and_videos_twice_the_same(place: Path,
     make_checkpoints(method, "reach")
     config = configure(method=method)
     evaluate.run(config)
-    metrics = json.loads((place / "metrics.json").read_text())
+    metrics = json.loads((place / "reports/evaluate/metrics.json").read_text())
     errors = {
         "prediction_error",
         "prediction_error_copy",
@@ -117,6 +117,8 @@ def test_evaluation_writes_metrics_tables_and_videos_twice_the_same(place: Path,
     probed = {"probe_r2", "probe_r2_untrained"} if method == "prelar" else set()
     fitted = {f"offline_{error}_{start}" for error in ("error", "reward_error") for start in STARTS}
     assert metrics.keys() == {"success_rate", "return"} | errors | probed | fitted
+    chief = json.loads((place / "metrics.json").read_text())
+    assert chief == {name: metrics[name] for name in evaluate.CHIEF if name in metrics}
     assert all(0 < metrics[name] < 1 for name in errors)
     assert read_tsv(place / "reports/evaluate/prediction.tsv")["step"] == [1, 2, 3, 4]
     played = read_tsv(place / "reports/evaluate/episodes.tsv")
@@ -158,7 +160,7 @@ def test_a_method_without_pretraining_and_its_page(
     assert shown.out.startswith("evaluate: success 0%, return ") and shown.out.count("\n") == 1
     assert shown.out.endswith(" -> metrics.json, reports/evaluate\n")
     report.run(config)
-    metrics = json.loads((place / "metrics.json").read_text())
+    metrics = json.loads((place / "reports/evaluate/metrics.json").read_text())
     assert "prediction_error" not in metrics and metrics["prediction_error_policy"] > 0
     assert metrics["offline_error_scratch"] > 0 and "offline_error_pretrained" not in metrics
     assert "DreamerV2 has no pre-training" in (place / "reports/index.html").read_text()

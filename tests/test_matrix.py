@@ -93,7 +93,7 @@ def test_a_method_runs_through_every_stage(method: str, dataset: str) -> None:
     assert before["step"] == (STEPS if pretrains else 0)
     assert before["model"]["method"] == after["method"] == method
     assert after["updates"] == finetune.updates_after(16, cfg.finetune) > 0
-    metrics = json.loads(evaluate.METRICS.read_text(encoding="utf-8"))
+    metrics = json.loads((evaluate.REPORT / evaluate.METRICS.name).read_text(encoding="utf-8"))
     assert metrics["success_rate"] in (0, 1) and metrics["prediction_error_policy"] > 0
     assert ("prediction_error" in metrics) == pretrains
     assert ("probe_r2" in metrics) == (method == "prelar")
