@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from axe_playwright_python.sync_playwright import Axe
 from playwright.sync_api import Page, sync_playwright
 
 from tests.conftest import ROOT
@@ -40,10 +41,10 @@ def browser_page() -> Iterator[tuple[Page, set[str]]]:
             browser.close()
 
 
-def picture(page: Page, name: str) -> None:
-    """Keep a screenshot among the tests' output."""
+def picture(page: Page, name: str, *, whole: bool = False) -> None:
+    """Keep a screenshot of what is seen, or of the whole page, among the tests' output."""
     PICTURES.mkdir(parents=True, exist_ok=True)
-    page.screenshot(path=Path(PICTURES, f"{name}.png"))
+    page.screenshot(path=Path(PICTURES, f"{name}.png"), full_page=whole)
 
 
 def run_from_form(page: Page, ui: str, deployment: str, run: str, changes: dict[str, str]) -> None:
@@ -71,3 +72,9 @@ def read_artifact(page: Page, key: str) -> tuple[str, dict[str, str]]:
     picture(page, f"artifact-{key}")
     links = {link.inner_text(): str(link.get_attribute("href")) for link in page.get_by_role("link").all()}
     return page.locator("body").inner_text(), links
+
+
+def obstacles(page: Page) -> str:
+    """What axe finds that keeps somebody from reading a page, folds opened; empty where all is well."""
+    page.evaluate("document.querySelectorAll('details').forEach(fold => { fold.open = true })")
+    return str(Axe().run(page).generate_report()).removeprefix("Found 0 accessibility violations:\n")

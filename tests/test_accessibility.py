@@ -1,0 +1,54 @@
+"""The pages in a browser: axe finds no obstacle, and nothing is wider than the window."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Literal
+
+import pytest
+
+from prelar.comparison import page as comparison
+from prelar.config import load_config
+from prelar.files import write_text
+from prelar.report import page as report
+from tests.browser import browser_page, obstacles, picture
+from tests.comparison.runs import make_run
+from tests.conftest import ROOT
+from tests.fake_results import make_results
+
+UPDATES = (10.0, 20.0, 30.0)
+
+
+def write_pages(folder: Path) -> list[Path]:
+    """The page of one run, and one that compares settings, of one seed and of two."""
+    make_results(folder)
+    report.run(load_config(ROOT / "params.yaml"), folder)
+    media = {path.name: path.read_bytes() for path in (folder / "reports/evaluate").glob("open_loop*")}
+    runs = []
+    for number, (beta_a, seed) in enumerate(((1.0, 0), (0.1, 0), (0.1, 1))):
+        run = make_run(f"run-{number}", [0.1, 0.2 * beta_a, 0.3 + 0.1 * seed], beta_a=beta_a, seed=seed)
+        curves = {
+            "pretrain_kl": (UPDATES, (90.0 + seed, 9.0, beta_a)),
+            "offline_pretrained_error": (UPDATES, (0.5, 0.1 + 0.01 * seed, 0.05)),
+            "offline_scratch_error": (UPDATES, (0.6, 0.3, 0.1 * beta_a)),
+        }
+        runs.append(replace(run, curves={**run.curves, **curves}, media=media))
+    compared = folder / "reports/compare.html"
+    write_text(compared, comparison.render(runs))
+    return [folder / report.PAGE, compared]
+
+
+@pytest.mark.parametrize(("scheme", "width"), [("light", 390), ("dark", 1280)])
+def test_the_pages_are_open_to_everybody(
+    tmp_path: Path, scheme: Literal["light", "dark"], width: int
+) -> None:
+    with browser_page() as (page, hosts):
+        page.emulate_media(color_scheme=scheme)
+        page.set_viewport_size({"width": width, "height": 900})
+        for path in write_pages(tmp_path):
+            page.goto(path.as_uri())
+            picture(page, f"{path.stem}-{scheme}-{width}", whole=True)
+            assert obstacles(page) == ""
+            assert page.evaluate("document.scrollingElement.scrollWidth") <= width
+        assert hosts == {""}
