@@ -18,6 +18,7 @@ from prefect.futures import PrefectFuture
 from pydantic import Field
 
 from flows import dvc_queue, forms, runtime, sweep
+from flows.dvc_command import Log
 from flows.dvc_queue import Entry, Queue
 from flows.pool import Pool
 from prelar import files
@@ -33,23 +34,6 @@ RESTART = 30.0
 COLUMNS = ("success_rate", "prediction_error")
 ENDED = ("done", "failed")
 STAGE = re.compile(r"[Ss]tage '(\w+)'")
-
-
-class Log:
-    """The output of one experiment, read as it grows."""
-
-    def __init__(self) -> None:
-        self._read = 0
-
-    def fresh(self, path: Path) -> list[str]:
-        """The whole lines that are new since the last call."""
-        if not path.is_file():
-            return []
-        with path.open("rb") as handle:
-            handle.seek(self._read)
-            whole, newline, _ = handle.read().rpartition(b"\n")
-        self._read += len(whole) + len(newline)
-        return [line for line in re.split(r"[\r\n]+", whole.decode(errors="replace")) if line.strip()]
 
 
 class Board:

@@ -8,21 +8,24 @@ from __future__ import annotations
 import hashlib
 import json
 import re
-import socket
-import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
 
-import httpx
 import pytest
 
 from tests.browser import browser_page, picture, read_artifact, run_from_form
 from tests.conftest import Project
 from tests.docs import blocks, commands
+from tests.serving import create_run, serving, told
 
+FLOWS = {
+    "pipeline": "pipeline",
+    "experiments": "experiments",
+    "ssv2": "store-ssv2",
+    "rlbench": "store-rlbench",
+}
 DATA_STAGES = ("sample", "ssv2", "rlbench")
 
 
@@ -138,51 +141,14 @@ def test_a_bad_value_stops_before_anything_runs(project: Project) -> None:
 
 @pytest.fixture(scope="module")
 def ui(project: Project) -> Iterator[str]:
-    """The API of `make ui`, once it knows the deployments."""
-    with socket.create_server(("127.0.0.1", 0)) as free:
-        port = free.getsockname()[1]
-    url = f"http://127.0.0.1:{port}/api"
-    command = [sys.executable, "-m", "flows.serve", "--port", str(port)]
-    with subprocess.Popen(command, cwd=project.root, env=project.surroundings) as process:
-        try:
-            wait_for(lambda: answered(f"{url}/deployments/name/store-rlbench/rlbench"), 180)
-            yield url
-        finally:
-            process.terminate()
-
-
-def answered(url: str) -> bool:
-    try:
-        return httpx.get(url).status_code == 200
-    except httpx.HTTPError:
-        return False
-
-
-def wait_for(reached: Callable[[], bool], seconds: float) -> None:
-    deadline = time.monotonic() + seconds
-    while not reached():
-        assert time.monotonic() < deadline, "not reached in time"
-        time.sleep(1)
-
-
-def told(method: str, url: str, **content: Any) -> httpx.Response:
-    """An answer of the server; a busy one, whose data base is locked for a moment, is asked again."""
-    for _ in range(30):
-        answer = httpx.request(method, url, timeout=60, **content)
-        if answer.status_code < 500:
-            break
-        time.sleep(1)
-    return answer
+    """The API of `make ui`."""
+    with serving(project.root, project.surroundings) as url:
+        yield url
 
 
 def test_a_browser_runs_an_experiment_beside_the_workspace(project: Project, ui: str) -> None:
     params = (project.root / "params.yaml").read_text(encoding="utf-8")
-    deployment = told("GET", f"{ui}/deployments/name/pipeline/pipeline").json()
-    refused = told(
-        "POST",
-        f"{ui}/deployments/{deployment['id']}/create_flow_run",
-        json={"parameters": {"params": {"beta_a": -1}}, "state": {"type": "SCHEDULED"}},
-    )
+    refused = create_run(ui, "pipeline/pipeline", params={"beta_a": -1})
     assert 400 <= refused.status_code < 500 and "beta_a" in refused.text
     with browser_page() as (page, hosts):
         run_from_form(page, ui.removesuffix("/api"), "pipeline", "smaller-beta-a", {"beta_a": "0.3"})
@@ -202,13 +168,9 @@ def test_a_browser_runs_an_experiment_beside_the_workspace(project: Project, ui:
 
 def test_the_deployments_wait_for_each_other_and_start_nothing_by_themselves(ui: str) -> None:
     held = told("POST", f"{ui}/deployments/filter", json={}).json()
-    assert {one["name"] for one in held} == {"pipeline", "experiments", "ssv2", "rlbench"}
+    assert {one["name"] for one in held} == FLOWS.keys()
     for one in held:
         assert one["description"] and one["tags"] and one["global_concurrency_limit"]["limit"] == 1
         assert not any(schedule["active"] for schedule in one["schedules"])
-        checked = told(
-            "POST",
-            f"{ui}/deployments/{one['id']}/create_flow_run",
-            json={"parameters": {}, "state": {"type": "CANCELLED"}},
-        )
-        assert checked.is_success, "its defaults are valid"
+        checked = create_run(ui, f"{FLOWS[one['name']]}/{one['name']}", state="CANCELLED")
+        assert checked.is_success, f"its defaults are valid: {checked.text}"

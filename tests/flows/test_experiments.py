@@ -6,22 +6,14 @@ import csv
 import io
 import subprocess
 import sys
-import time
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
 from tests.flows.toy_pipeline import Toy, make_toy
+from tests.serving import until
 
 SWEEP = ("beta_a=0.1,1", "task=reach,dial-turn")
-
-
-def until(reached: Callable[[], object], what: str) -> None:
-    deadline = time.monotonic() + 240
-    while not reached():
-        assert time.monotonic() < deadline, what
-        time.sleep(0.2)
 
 
 def finished(toy: Toy) -> list[str]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import socket
 import subprocess
 import sys
 from contextlib import ExitStack
@@ -11,9 +10,9 @@ from pathlib import Path
 
 import pytest
 
-from tests.flows.test_experiments import SWEEP, finished, until
-from tests.flows.test_serve import answers
+from tests.flows.test_experiments import SWEEP, finished
 from tests.flows.toy_pipeline import Toy, make_toy
+from tests.serving import serving
 
 pytestmark = pytest.mark.long
 
@@ -31,24 +30,15 @@ def test_two_workers_share_a_sweep(tmp_path: Path) -> None:
     clones = [clone(toy, tmp_path / name) for name in ("one", "two")]
     for place in (toy, *clones):
         place.command("dvc", "remote", "add", "--local", "-d", "shared", str(tmp_path / "remote"))
-    with socket.create_server(("127.0.0.1", 0)) as free:
-        port = free.getsockname()[1]
-    url = f"http://127.0.0.1:{port}/api"
-    with ExitStack() as stack:
-
-        def start(place: Toy, *words: str) -> None:
+    with serving(toy.root, toy.surroundings()) as url, ExitStack() as stack:
+        for place in clones:
             process = subprocess.Popen(
-                [sys.executable, "-m", *words],
+                [sys.executable, "-m", "flows.pool", "--name", place.root.name],
                 cwd=place.root,
                 env=place.surroundings(PREFECT_API_URL=url, TOY_SECONDS="2"),
             )
             stack.callback(process.wait)
             stack.callback(process.terminate)
-
-        start(toy, "flows.serve", "--port", str(port))
-        until(lambda: answers(f"{url}/deployments/name/pipeline/pipeline"), "the server")
-        for place in clones:
-            start(place, "flows.pool", "--name", place.root.name)
         done = toy.sweep("--pool", *SWEEP, check=False, PREFECT_API_URL=url)
         assert done.returncode == 0, done.stdout + done.stderr
         again = toy.sweep("--pool", *SWEEP, check=False, PREFECT_API_URL=url)

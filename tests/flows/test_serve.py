@@ -2,48 +2,24 @@
 
 from __future__ import annotations
 
-import socket
-import subprocess
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 
-import httpx
 import psutil
 import pytest
 
-from tests.flows.test_experiments import until
 from tests.flows.toy_pipeline import Toy, make_toy
+from tests.serving import cancel, serving, start_run, until
+
+pytestmark = pytest.mark.long
 
 
 @pytest.fixture
 def served(tmp_path: Path) -> Iterator[tuple[Toy, str]]:
     """A project whose stages take minutes, and the API of its UI."""
     toy = make_toy(tmp_path)
-    with socket.create_server(("127.0.0.1", 0)) as free:
-        port = free.getsockname()[1]
-    words = [sys.executable, "-m", "flows.serve", "--port", str(port)]
-    url = f"http://127.0.0.1:{port}/api"
-    with subprocess.Popen(words, cwd=toy.root, env=toy.surroundings(TOY_SECONDS="600")) as process:
-        try:
-            until(lambda: answers(f"{url}/deployments/name/store-rlbench/rlbench"), "the UI's deployments")
-            yield toy, url
-        finally:
-            process.terminate()
-
-
-def answers(url: str) -> bool:
-    try:
-        return httpx.get(url, timeout=30).status_code == 200
-    except httpx.HTTPError:
-        return False
-
-
-def started(url: str, deployment: str, **parameters: object) -> str:
-    held = httpx.get(f"{url}/deployments/name/{deployment}", timeout=60).json()
-    chosen = {"parameters": parameters, "state": {"type": "SCHEDULED"}}
-    run = httpx.post(f"{url}/deployments/{held['id']}/create_flow_run", json=chosen, timeout=60).json()
-    return str(run["id"])
+    with serving(toy.root, toy.surroundings(TOY_SECONDS="600")) as url:
+        yield toy, url
 
 
 def workers(toy: Toy) -> list[str]:
@@ -60,16 +36,21 @@ def workers(toy: Toy) -> list[str]:
     return found
 
 
-@pytest.mark.long
-def test_cancelling_a_run_ends_dvc_and_its_stage(served: tuple[Toy, str]) -> None:
+@pytest.mark.parametrize(
+    ("deployment", "parameters"),
+    [
+        ("pipeline/pipeline", {"params": {"seed": 1}}),
+        ("experiments/experiments", {"grid": {"seed": [1, 2]}, "workers": 1}),
+    ],
+)
+def test_cancelling_a_run_ends_dvc_and_its_stage(
+    served: tuple[Toy, str], deployment: str, parameters: dict[str, object]
+) -> None:
     toy, url = served
-    run = started(url, "pipeline/pipeline", params={"seed": 1})
+    run = start_run(url, deployment, **parameters)
     until(lambda: toy.ran("ssv2") and workers(toy), "a stage that runs")
-    cancelling = {"state": {"type": "CANCELLING"}}
-    httpx.post(f"{url}/flow_runs/{run}/set_state", json=cancelling, timeout=60).raise_for_status()
+    cancel(url, run)
     until(lambda: not workers(toy), "the end of DVC and its stage")
-    until(
-        lambda: httpx.get(f"{url}/flow_runs/{run}", timeout=60).json()["state"]["type"] == "CANCELLED",
-        "a run that shows as cancelled",
-    )
+    status = toy.command("dvc", "queue", "status").stdout
+    assert not any(word in status for word in ("Running", "Queued")), status
     assert toy.command("git", "status", "--porcelain", "--untracked-files=no").stdout == ""

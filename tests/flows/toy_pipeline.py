@@ -14,8 +14,9 @@ from ruamel.yaml import YAML
 from tests.conftest import ROOT
 
 STAGE = """\
-import json, os, pathlib, sys, time
+import json, os, pathlib, signal, sys, time
 from ruamel.yaml import YAML
+signal.signal(signal.SIGINT, signal.SIG_DFL)  # also where the tests run in the background of a shell
 name, keys, *outs = sys.argv[1:]
 with open(os.environ["TOY_RUNS"], "a") as runs:
     runs.write(name + "\\n")
