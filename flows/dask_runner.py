@@ -40,7 +40,7 @@ class Parcel:
 def decode_parcel(
     number: int, parcel: Parcel, ffmpeg: str | None, version: str, known: Labels, min_frames: int
 ) -> Parcel:
-    """Decode the batch in a parcel, on a Dask worker. Raises `UserError` where its ffmpeg is another one."""
+    """Decode the portion in a parcel, on a Dask worker. Raises `UserError` where its ffmpeg is another."""
     decoder = Decoder(ffmpeg)
     if decoder.version != version:
         raise UserError(
@@ -50,14 +50,14 @@ def decode_parcel(
 
 
 def decoded(
-    batches: Iterator[list[Member]], decoder: Decoder, known: Labels, settings: Ssv2
+    portions: Iterator[list[Member]], decoder: Decoder, known: Labels, settings: Ssv2
 ) -> Iterator[list[Ingested]]:
-    """The batches' results in order."""
+    """The portions' results in order."""
 
-    def start(number: int, batch: list[Member]) -> Callable[[], list[Ingested]]:
-        wanted = ingest.labels_of(known, batch)
+    def start(number: int, portion: list[Member]) -> Callable[[], list[Ingested]]:
+        wanted = ingest.labels_of(known, portion)
         future: Any = decode_parcel.submit(
-            number, Parcel(batch), settings.ffmpeg, decoder.version, wanted, settings.min_frames
+            number, Parcel(portion), settings.ffmpeg, decoder.version, wanted, settings.min_frames
         )
 
         def land() -> list[Ingested]:
@@ -67,7 +67,7 @@ def decoded(
 
         return land
 
-    return staging.in_order(batches, start, settings.workers)
+    return staging.in_order(portions, start, staging.PORTIONS * settings.workers)
 
 
 def task_runner(address: str | None, workers: int) -> Any:

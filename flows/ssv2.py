@@ -49,7 +49,7 @@ def fetch(urls: list[str]) -> list[Path]:
 
 @task(name="decode", task_run_name="decode-{number}", cache_policy=NO_CACHE, retries=1)
 def decode(desk: str, number: int) -> int:
-    """Decode one batch of clips."""
+    """Decode one portion of a batch of clips."""
     _desks[desk].work(number)
     return number
 
@@ -133,29 +133,31 @@ def expected_bytes(source: Source, known: Labels, clip_seconds: float) -> int:
 def fill(writer: StoreWriter, source: Source, known: Labels, decoder: Decoder, settings: Ssv2) -> None:
     """Decode what the writer lacks, and append it in the source's order.
 
-    No more batches than workers are under way or wait to be appended: so much a crash loses at most.
+    No more batches than workers are under way or wait to be appended: so much a crash loses at most. Tasks
+    take them in portions, so that a worker finds its next portion ready when it is done with one.
     """
-
     total, unit = (source.size, "B") if source.size else (len(source.clips or source.parts), "clip")
     with tqdm(desc="ingest", total=total, unit=unit, unit_scale=True, disable=None) as bar:
         members = ingest.after_committed(source.members(bar.update), writer)
-        batches = ingest.batches(members, settings.batch)
+        portions = ingest.batches(members, -(-settings.batch // staging.PORTIONS))
         way = dask_runner.decoded if settings.runner == "dask" else decoded
-        for done in way(batches, decoder, known, settings):
+        for done in way(portions, decoder, known, settings):
             ingest.append(writer, done)
             bar.set_postfix(clips=writer.count, frames=writer.frames, refresh=False)
 
 
 def decoded(
-    batches: Iterator[list[Member]], decoder: Decoder, known: Labels, settings: Ssv2
+    portions: Iterator[list[Member]], decoder: Decoder, known: Labels, settings: Ssv2
 ) -> Iterator[list[Ingested]]:
-    """The batches' results in order, from threads of this process."""
+    """The portions' results in order, from threads of this process."""
 
-    def work(batch: list[Member]) -> list[Ingested]:
-        return ingest.ingest(decoder, batch, known, settings.min_frames)
+    def work(portion: list[Member]) -> list[Ingested]:
+        return ingest.ingest(decoder, portion, known, settings.min_frames)
 
     _desks[NAME] = desk = staging.Desk(work)
-    return desk.in_order(batches, lambda number: decode.submit(NAME, number), settings.workers)
+    return desk.in_order(
+        portions, lambda number: decode.submit(NAME, number), staging.PORTIONS * settings.workers
+    )
 
 
 def task_runner(settings: Ssv2) -> Any:

@@ -28,6 +28,8 @@ if TYPE_CHECKING:
     from prelar.data.validation import Suite
 
 LOCAL = "data"
+PORTIONS = 2
+"""Tasks that a worker's batch is divided into."""
 Facts = dict[str, Any]
 
 Batch = TypeVar("Batch")

@@ -24,7 +24,7 @@ from prelar.data.video import Decoder
 from prelar.errors import UserError
 
 NAME, OWN = "something-something-v2", "videos"
-MAX_BATCH_BYTES = 128 << 20
+MAX_BATCH_BYTES = 64 << 20
 FASTEST = 60  # frames a second that are allowed for when parts of videos are batched
 
 

@@ -1,28 +1,32 @@
 """Clips to frames: ffmpeg decodes and resizes, this module asks it and judges the answer.
 
-One ffmpeg process takes several clips as inputs and writes each to an output of its own, which costs less
-than a process a clip and keeps every clip's frames apart. Clips travel through anonymous files in memory:
-they can be sought in, nothing is left behind by a crash, and no clip's name reaches a command line. Frames
-are exactly the decoded ones in order: none is dropped or doubled for the sake of a frame rate. Bytes depend
-neither on the processor (`SCALE`) nor on which clips share a process. A clip's trouble is its own; a process
-that was killed from outside is not, and raises.
+Plain WebM clips, which is what Something-Something V2 has, are joined: one ffmpeg process decodes many, one
+after the other, and tells the time of every frame, which says whose it is. Everything else gets a process of
+its own. Clips travel through anonymous files in memory: they can be sought in, nothing is left behind by a
+crash, and no clip's name reaches a command line. Frames are exactly the decoded ones in order: none is
+dropped or doubled for the sake of a frame rate. Bytes depend neither on the processor (`SCALE`) nor on which
+clips share a process. A clip's trouble is its own; a process that was killed from outside is not, and raises.
 """
 
 from __future__ import annotations
 
 import contextlib
 import dataclasses
+import mmap
 import os
 import re
 import select
 import signal
 import subprocess
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 import ffmpeg
 import numpy as np
+import numpy.typing as npt
 
+from prelar.data import webm
 from prelar.data.store import FRAME, SIZE, Frames
 from prelar.errors import UserError
 from prelar.ffmpeg_binary import ffmpeg_binary
@@ -34,10 +38,12 @@ MAX_PIXELS = 4096 * 4096
 MAX_SECONDS = 600
 MAX_CPU_SECONDS = 300
 MAX_LOG = 1 << 20
-SHARED = 32
+JOINED = 64
+APART = 10_000  # seconds from the beginning of one joined clip to the next
+JOINS = 6  # the first ffmpeg that tells the time of every frame
 FORMATS = "matroska,webm,mov,mp4,avi"
 
-_STREAM = re.compile(r"^\[info\]\s+Stream #(\d+):\d+.*?: Video: (.*)$")
+_STREAM = re.compile(r"^\[info\]\s+Stream #0:\d+.*?: Video: (.*)$")
 _SIZE = re.compile(r"(?:^|, )(\d{1,5})x(\d{1,5})(?=[ ,]|$)")
 _DURATION = re.compile(r"(?:Duration: |time=)(\d+):(\d\d):(\d\d\.\d+)")
 _FPS = re.compile(r", ([\d.]+)(k?) fps")
@@ -89,32 +95,60 @@ class Decoder:
         if not found:
             raise UserError(f"ssv2.ffmpeg = {self.path}: is not ffmpeg; name another, or null")
         self.version = found[1].decode()
+        release = re.match(r"n?(\d+)\.", self.version)
+        self._joins = release is None or int(release[1]) >= JOINS
 
     def decode(self, clips: Sequence[bytes]) -> list[Clip]:
         """Decode clips, each given as the bytes of its file.
 
-        Where anything in a shared process goes wrong, its clips are decoded one by one, so that a bad clip
+        Where anything goes wrong with joined clips, halves of them are joined, and so on, so that a bad clip
         names its own trouble and its neighbours are as if it had not been there. Raises `RuntimeError`
         where ffmpeg was killed.
         """
-        usable = [content for content in clips if content]
-        groups = [usable[begin : begin + SHARED] for begin in range(0, len(usable), SHARED)]
-        each = (clip for group in groups for clip in self._together(group))
-        return [next(each) if content else Clip(None, "the file is empty") for content in clips]
+        headers = [webm.header(content) if self._joins else None for content in clips]
+        looks: dict[object, list[int]] = {}
+        for number, header in enumerate(headers):
+            if header and header.packets <= MAX_FRAMES:
+                looks.setdefault(header.look, []).append(number)
+        done: dict[int, Clip] = {}
+        for numbers in looks.values():
+            for begin in range(0, len(numbers), JOINED):
+                done |= self._joined({number: clips[number] for number in numbers[begin : begin + JOINED]})
+        return [
+            _described(done.get(number) or self._alone(content), header)
+            for number, (content, header) in enumerate(zip(clips, headers, strict=True))
+        ]
 
-    def _together(self, clips: Sequence[bytes]) -> list[Clip]:
-        done = self._attempt(clips) if len(clips) > 1 else None
-        return done if done is not None else [self._alone(content) for content in clips]
+    def _joined(self, clips: dict[int, bytes]) -> dict[int, Clip]:
+        """Plain clips of one look, by number; those that only go alone are left out."""
+        if len(clips) < 2:
+            return {}
+        frames = self._attempt(list(clips.values()))
+        if frames is not None:
+            return {number: Clip(part) for number, part in zip(clips, frames, strict=True)}
+        numbers = list(clips)
+        halves = numbers[: len(numbers) // 2], numbers[len(numbers) // 2 :]
+        first, second = (self._joined({number: clips[number] for number in half}) for half in halves)
+        return first | second
 
-    def _attempt(self, clips: Sequence[bytes]) -> list[Clip] | None:
-        """All clips in one process, or None if there was any trouble."""
-        try:
-            frames, log, status = self._run(clips)
-        except subprocess.TimeoutExpired:
+    def _attempt(self, clips: Sequence[bytes]) -> list[Frames] | None:
+        """The frames of each clip from one process, or None if there was any trouble."""
+        with _memory(len(clips) + 3) as (playlist, output, times, *inputs):
+            for handle, content in zip(inputs, clips, strict=True):
+                _write(handle, content)
+            _write(playlist, _playlist(inputs))
+            try:
+                words = joined_command(self.path, playlist, output, times, len(clips))
+                log, status = self._run(words, [playlist, output, times, *inputs])
+            except subprocess.TimeoutExpired:
+                return None
+            frames = _frames(output)
+            owners = _owners(os.pread(times, os.fstat(times).st_size, 0))
+        counts = np.bincount(owners, minlength=len(clips))
+        told = len(owners) == len(frames) and len(counts) == len(clips) and (np.diff(owners) >= 0).all()
+        if status or troubles(log) or not told or not counts.all() or counts.max() > MAX_FRAMES:
             return None
-        if status or troubles(log) or any(not 0 < len(part) <= MAX_FRAMES for part in frames):
-            return None
-        return [Clip(part, None, *stream(log, number)) for number, part in enumerate(frames)]
+        return np.split(frames, counts.cumsum()[:-1])
 
     def decode_part(self, part: Part) -> Clip:
         """Decode a part of a file. Parts that adjoin have every frame of the file once."""
@@ -143,6 +177,8 @@ class Decoder:
 
     def _alone(self, content: bytes | Part) -> Clip:
         """One clip by what its header tells, or, where that does not do, by what ffmpeg finds out."""
+        if content == b"":
+            return Clip(None, "the file is empty")
         if isinstance(content, bytes):
             clip = self._judged(content, thorough=False)
             if clip.frames is not None:
@@ -150,11 +186,18 @@ class Decoder:
         return self._judged(content, thorough=True)
 
     def _judged(self, content: bytes | Part, thorough: bool) -> Clip:
-        try:
-            (frames,), log, status = self._run([content], thorough)
-        except subprocess.TimeoutExpired:
-            return Clip(None, f"decoding took more than {MAX_SECONDS} s")
-        about = stream(log, 0)
+        with _memory(2) as (source, output), contextlib.ExitStack() as opened:
+            part = content if isinstance(content, Part) else None
+            if isinstance(content, bytes):
+                _write(source, content)
+            else:
+                source = opened.enter_context(content.path.open("rb")).fileno()
+            try:
+                log, status = self._run(command(self.path, source, output, part, thorough), [source, output])
+            except subprocess.TimeoutExpired:
+                return Clip(None, f"decoding took more than {MAX_SECONDS} s")
+            frames = _frames(output)
+        about = stream(log)
         trouble = troubles(log)
         if len(frames) > MAX_FRAMES:
             return Clip(None, f"more than {MAX_FRAMES} frames", *about)
@@ -164,22 +207,12 @@ class Decoder:
             return Clip(None, "no video frame", *about)
         return Clip(frames, None, *about)
 
-    def _run(self, clips: Sequence[bytes | Part], thorough: bool = False) -> tuple[list[Frames], str, int]:
-        """Frames of each clip, what ffmpeg said, and its exit status."""
-        parts = [clip if isinstance(clip, Part) else None for clip in clips]
-        inputs = [
-            os.open(part.path, os.O_RDONLY | os.O_CLOEXEC) if part else os.memfd_create("clip")
-            for part in parts
-        ]
-        outputs = [os.memfd_create(f"frames{number}") for number in range(len(clips))]
-        log = os.memfd_create("log")
-        try:
-            for handle, content in zip(inputs, clips, strict=True):
-                if isinstance(content, bytes):
-                    _write(handle, content)
+    def _run(self, words: list[str], handles: Sequence[int]) -> tuple[str, int]:
+        """What ffmpeg said, and its exit status; it is given the open files `handles`."""
+        with _memory(1) as (log,):
             with subprocess.Popen(
-                command(self.path, inputs, outputs, parts, thorough),
-                pass_fds=[*inputs, *outputs],
+                words,
+                pass_fds=handles,
                 stdin=subprocess.DEVNULL,
                 stdout=subprocess.DEVNULL,
                 stderr=log,
@@ -191,10 +224,7 @@ class Decoder:
                 raise RuntimeError(f"ffmpeg was killed (status {status})")
             if os.fstat(log).st_size > MAX_LOG:
                 said += f"\n[error] more than {MAX_LOG} bytes of messages"
-            return [_frames(handle) for handle in outputs], said, status
-        finally:
-            for handle in (*inputs, *outputs, log):
-                os.close(handle)
+            return said, status
 
 
 def probe(binary: str, handle: int, options: Sequence[str]) -> list[str]:
@@ -221,50 +251,67 @@ def _wait(process: subprocess.Popen[bytes]) -> int:
 
 
 def command(
-    binary: str,
-    inputs: Sequence[int],
-    outputs: Sequence[int],
-    parts: Sequence[Part | None] = (),
-    thorough: bool = False,
+    binary: str, source: int, output: int, part: Part | None = None, thorough: bool = False
 ) -> list[str]:
-    """The arguments that decode open file `inputs[i]` into raw RGB frames in open file `outputs[i]`.
-
-    Of a file that has one of `parts`, only that part is decoded.
+    """The arguments that decode open file `source`, or a part of it, into raw RGB frames in `output`.
 
     Only container formats that hold video are tried, so that a playlist posing as a clip opens nothing.
     Unless `thorough`, a clip's header is believed, which saves decoding its first frame twice.
     """
     header = {} if thorough else {"nofind_stream_info": None}
-    limit = ["-timelimit", str(MAX_CPU_SECONDS)]
-    streams = []
-    for source, target, part in zip(inputs, outputs, parts or [None] * len(inputs), strict=True):
-        opened = ffmpeg.input(
-            f"/proc/self/fd/{source}",
-            threads=1,
-            an=None,
-            sn=None,
-            dn=None,
-            format_whitelist=FORMATS,
-            protocol_whitelist="file",
-            max_pixels=MAX_PIXELS,
-            **_stretch(part),
-            **header,
-        )
-        written = ffmpeg.output(
-            opened["V:0"],
-            f"/proc/self/fd/{target}",
-            vf=SCALE,
-            pix_fmt="rgb24",
-            fps_mode="passthrough",
-            format="rawvideo",
-            **{"frames:v": MAX_FRAMES + 1},
-        )
-        streams.append(written)
-    merged = ffmpeg.merge_outputs(*streams).global_args(
-        "-nostdin", "-hide_banner", "-nostats", "-v", "level+info", "-filter_threads", "1", "-y", *limit
+    return _command(binary, source, output, {"format_whitelist": FORMATS, **_stretch(part), **header}, {})
+
+
+def joined_command(binary: str, playlist: int, output: int, times: int, clips: int) -> list[str]:
+    """The arguments that decode the clips of a playlist in turn; `times` gets a line a frame (`_owners`)."""
+    one_video = {"format": "concat", "safe": 0, "format_whitelist": f"concat,{FORMATS}"}
+    told = {"stats_enc_pre": f"/proc/self/fd/{times}", "stats_enc_pre_fmt": "{ptsi} {tbi}"}
+    return _command(binary, playlist, output, one_video, told, clips)
+
+
+def _command(
+    binary: str, source: int, output: int, reading: dict[str, Any], writing: dict[str, Any], clips: int = 1
+) -> list[str]:
+    """The filter chain itself ends in RGB: left to `pix_fmt`, frames after a change of size lose colours."""
+    opened = ffmpeg.input(
+        f"/proc/self/fd/{source}",
+        threads=1,
+        an=None,
+        sn=None,
+        dn=None,
+        protocol_whitelist="file",
+        max_pixels=MAX_PIXELS,
+        **reading,
     )
-    arguments: list[str] = merged.compile(cmd=binary)
+    written = opened["V:0"].output(
+        f"/proc/self/fd/{output}",
+        vf=f"{SCALE},format=rgb24",
+        pix_fmt="rgb24",
+        fps_mode="passthrough",
+        enc_time_base="1:1000000",
+        format="rawvideo",
+        **{"frames:v": clips * MAX_FRAMES + 1},
+        **writing,
+    )
+    limit = ["-filter_threads", "1", "-timelimit", str(MAX_CPU_SECONDS), "-y"]
+    arguments: list[str] = written.global_args(
+        "-nostdin", "-hide_banner", "-nostats", "-v", "level+info", *limit
+    ).compile(cmd=binary)
     return arguments
+
+
+def _playlist(inputs: Sequence[int]) -> bytes:
+    """The concat demuxer's list of open files, whose frames' times begin `APART` seconds apart."""
+    files = "".join(f"file /proc/self/fd/{handle}\nduration {APART}\n" for handle in inputs)
+    return f"ffconcat version 1.0\n{files}".encode()
+
+
+def _owners(times: bytes) -> npt.NDArray[np.int64]:
+    """Which clip of a playlist every frame is of, given lines of its time and the unit (`83 1/1000`)."""
+    words = times.replace(b"/", b" ").split()
+    ticks, numerator, denominator = np.array(words, dtype=np.int64).reshape(-1, 3).T
+    owners: npt.NDArray[np.int64] = ticks * numerator // (denominator * APART)
+    return owners
 
 
 def _stretch(part: Part | None) -> dict[str, float]:
@@ -277,6 +324,19 @@ def _stretch(part: Part | None) -> dict[str, float]:
     return found
 
 
+@contextlib.contextmanager
+def _memory(count: int) -> Iterator[list[int]]:
+    """Open files in memory."""
+    handles: list[int] = []
+    try:
+        for _ in range(count):
+            handles.append(os.memfd_create("clip"))
+        yield handles
+    finally:
+        for handle in handles:
+            os.close(handle)
+
+
 def _write(handle: int, content: bytes) -> None:
     view = memoryview(content)
     while len(view):
@@ -284,21 +344,27 @@ def _write(handle: int, content: bytes) -> None:
 
 
 def _frames(handle: int) -> Frames:
-    """The whole frames in an open file, uint8 (n, 64, 64, 3)."""
+    """The whole frames in an open file, uint8 (n, 64, 64, 3), which stay when it is closed."""
     count = os.fstat(handle).st_size // FRAME_BYTES
-    frames = np.empty((count, *FRAME), dtype=np.uint8)
-    view, offset = frames.reshape(-1).data, 0
-    while offset < len(view):
-        offset += os.preadv(handle, [view[offset:]], offset)
-    return frames
+    if not count:
+        return np.empty((0, *FRAME), dtype=np.uint8)
+    held = mmap.mmap(handle, count * FRAME_BYTES, access=mmap.ACCESS_READ)
+    return np.frombuffer(held, dtype=np.uint8).reshape(count, *FRAME)
 
 
-def stream(log: str, number: int) -> tuple[int | None, int | None, float | None]:
-    """Width, height (pixels) and frames a second of input `number`'s first video stream, as ffmpeg tells."""
+def _described(clip: Clip, header: webm.Header | None) -> Clip:
+    """The clip with what its header tells, if that was read."""
+    if header is None:
+        return clip
+    return dataclasses.replace(clip, width=header.width, height=header.height, fps=header.fps)
+
+
+def stream(log: str) -> tuple[int | None, int | None, float | None]:
+    """Width, height (pixels) and frames a second of the first video stream, as ffmpeg tells."""
     for line in log.partition("Stream mapping:")[0].splitlines():
         found = _STREAM.match(line)
-        if found and int(found[1]) == number:
-            size, rate = _SIZE.search(found[2]), _FPS.search(found[2])
+        if found:
+            size, rate = _SIZE.search(found[1]), _FPS.search(found[1])
             fps = float(rate[1]) * (1000 if rate[2] else 1) if rate else None
             return (int(size[1]), int(size[2]), fps) if size else (None, None, fps)
     return None, None, None

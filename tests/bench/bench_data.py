@@ -42,7 +42,7 @@ from tests.conftest import ROOT
 from tests.memory import held
 
 REPEATS = 5
-CLIPS = 240
+CLIPS = 480
 DISTINCT = 48
 BATCH = 16
 LENGTH = 25

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
 import io
-import os
 import shutil
 import signal
 import subprocess
@@ -18,9 +18,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from prelar.data import video
+from prelar.data import video, webm
 from prelar.data.store import Frames
-from prelar.data.video import SCALE, Decoder, command, stream, troubles
+from prelar.data.video import SCALE, Decoder, command, joined_command, stream, troubles
 from prelar.errors import UserError
 from tests import archives
 from tests.conftest import ROOT
@@ -47,6 +47,10 @@ QUIRKS = {
     "tiny": {"filters": "scale=17:33"},
     "variable rate": {"filters": "setpts=(N+N*N/7)/12/TB", "options": ("-fps_mode", "vfr")},
     "jumping time": {"filters": "setpts=if(lt(N\\,6)\\,N\\,N+900)/12/TB", "options": ("-fps_mode", "vfr")},
+    "bursts": {
+        "filters": "setpts=(floor(N/3)/2+mod(N\\,3)/500)/TB",
+        "options": ("-fps_mode", "vfr", "-enc_time_base", "1:1000"),
+    },
     "single frame": {"frames": 1},
     "10 bit": {"options": ("-pix_fmt", "yuv420p10le", "-profile:v", "2")},
     "alpha": {"filters": "format=rgba", "options": ("-pix_fmt", "yuva420p", "-auto-alt-ref", "0")},
@@ -264,21 +268,72 @@ def test_what_the_header_does_not_tell_is_found_out(
     decoder: Decoder, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     asked: list[bool] = []
-    run = decoder._run
+    judged = decoder._judged
 
-    def header_fails(clips: Sequence[bytes], thorough: bool = False) -> tuple[list[Frames], str, int]:
+    def header_fails(content: bytes, thorough: bool) -> video.Clip:
         asked.append(thorough)
-        return (
-            run(clips, thorough) if thorough else ([video._frames(os.memfd_create("x"))] * len(clips), "", 1)
-        )
+        return judged(content, thorough) if thorough else video.Clip(None, "no")
 
     (plain,) = decoder.decode([archives.clip()])
-    monkeypatch.setattr(decoder, "_run", header_fails)
+    monkeypatch.setattr(decoder, "_judged", header_fails)
     (found,) = decoder.decode([archives.clip()])
     assert asked == [False, True]
     assert plain.frames is not None and found.frames is not None
     assert (plain.frames == found.frames).all()
     assert (plain.width, plain.height, plain.fps) == (found.width, found.height, found.fps)
+
+
+PLAIN = [name for name in QUIRKS if webm.header(archives.clip(**QUIRKS[name]))]
+
+
+def attempts(decoder: Decoder, monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, bool]]:
+    """Every joined process from here on: how many clips it had, and whether it was well."""
+    seen: list[tuple[int, bool]] = []
+    attempt = decoder._attempt
+
+    def watched(clips: Sequence[bytes]) -> list[Frames] | None:
+        frames = attempt(clips)
+        seen.append((len(clips), frames is not None))
+        return frames
+
+    monkeypatch.setattr(decoder, "_attempt", watched)
+    return seen
+
+
+def test_plain_clips_are_joined(decoder: Decoder, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert {"plain", "odd width", "variable rate", "jumping time", "hidden frames"} <= set(PLAIN)
+    seen = attempts(decoder, monkeypatch)
+    contents = [archives.clip(**QUIRKS[name]) for name in PLAIN]
+    for clip, content in zip(decoder.decode(contents), contents, strict=True):
+        alone = decoder._alone(content)
+        assert clip.frames is not None
+        assert alone.frames is not None
+        assert np.array_equal(clip.frames, alone.frames)
+        assert (clip.width, clip.height, clip.fps) == (alone.width, alone.height, alone.fps)
+    assert seen == [(len(PLAIN), True)]
+
+
+def test_a_bad_clip_is_found_by_halves(decoder: Decoder, monkeypatch: pytest.MonkeyPatch) -> None:
+    seen = attempts(decoder, monkeypatch)
+    damaged = bytearray(archives.clip(frames=30, width=320, height=240))
+    first = damaged.index(webm.SYNC)
+    damaged[first + 7 : first + 47] = bytes(40)
+    assert webm.header(bytes(damaged))
+    decoded = decoder.decode([archives.clip(frames=n) for n in (8, 9, 10)] + [bytes(damaged)])
+    assert [clip.frames is None for clip in decoded] == [False, False, False, True]
+    assert seen == [(4, False), (2, True), (2, False)]
+
+
+def test_an_old_ffmpeg_joins_nothing(decoder: Decoder, monkeypatch: pytest.MonkeyPatch) -> None:
+    seen = attempts(decoder, monkeypatch)
+    contents = list(archives.clips(3).values())
+    together = decoder.decode(contents)
+    monkeypatch.setattr(decoder, "_joins", False)
+    for one, other in zip(together, decoder.decode(contents), strict=True):
+        assert one.frames is not None
+        assert np.array_equal(one.frames, other.frames)
+        assert dataclasses.replace(one, frames=None) == dataclasses.replace(other, frames=None)
+    assert seen == [(3, True)]
 
 
 def test_no_files_stay_open(decoder: Decoder) -> None:
@@ -295,11 +350,12 @@ def test_the_ffmpeg_binary_is_checked(tmp_path: Path, decoder: Decoder) -> None:
         Decoder(shutil.which("true"))
 
 
-def test_one_output_for_each_input() -> None:
-    arguments = command("ffmpeg", [3, 4], [5, 6])
-    assert arguments.count("-i") == 2
-    assert [arguments[i + 1] for i, word in enumerate(arguments) if word == "-map"] == ["0:V:0", "1:V:0"]
-    assert arguments.count(SCALE) == 2
+def test_the_commands() -> None:
+    alone, joined = command("ffmpeg", 3, 4), joined_command("ffmpeg", 3, 4, 5, 2)
+    for arguments in (alone, joined):
+        assert arguments[arguments.index("-map") + 1] == "0:V:0"
+        assert arguments[arguments.index("-vf") + 1].startswith(SCALE)
+    assert "concat" not in " ".join(alone)
     assert "accurate_rnd+bitexact" in SCALE
 
 
@@ -308,13 +364,9 @@ LOG = """[info] Input #0, matroska,webm, from 'x':
 [info]     title           : Stream #0:0: Video: vp9, 1x1, 1 fps
 [info]   Stream #0:0(eng): Audio: opus, 48000 Hz, stereo
 [info]   Stream #0:1[0x2]: Video: h264 (High) (avc1 / 0x31637661), yuv420p, 426x240 [SAR 1:1], 12.50 fps
-[info] Input #1, matroska,webm, from 'y':
-[info]   Stream #1:0: Video: vp9 (Profile 0), yuv420p(tv), 240x320, 1k fps, 1k tbr
-[info]   Stream #1:1: Video: vp9 (Profile 0), yuv420p(tv), 9x9, 7 fps
-[info] Input #2, matroska,webm, from 'z':
-[info]   Stream #2:0: Video: none, none
+[info]   Stream #0:2: Video: vp9 (Profile 0), yuv420p(tv), 9x9, 7 fps
 [info] Stream mapping:
-[info]   Stream #2:0: Video: rawvideo, rgb24, 64x64, 12 fps
+[info]   Stream #0:0: Video: rawvideo, rgb24, 64x64, 12 fps
 [matroska,webm @ 0x55aa] [error] File ended prematurely at /proc/self/fd/7.
 [vist#0:0/vp9 @ 0x55ab] [dec:vp9 @ 0x66] [error] Decoding error
 [in#0 @ 0x1] [warning] a warning
@@ -322,18 +374,22 @@ LOG = """[info] Input #0, matroska,webm, from 'x':
 
 
 def test_the_log_is_understood() -> None:
-    assert stream(LOG, 0) == (426, 240, 12.5)
-    assert stream(LOG, 1) == (240, 320, 1000.0)
-    assert stream(LOG, 2) == (None, None, None)
-    assert stream(LOG, 3) == (None, None, None)
+    assert stream(LOG) == (426, 240, 12.5)
+    assert stream("[info]   Stream #0:0: Video: vp9, yuv420p(tv), 240x320, 1k fps, 1k tbr") == (
+        240,
+        320,
+        1000.0,
+    )
+    assert stream("[info]   Stream #0:0: Video: none, none") == (None, None, None)
+    assert stream("[info] Stream mapping:\n[info]   Stream #0:0: Video: vp9, 9x9") == (None, None, None)
     assert troubles(LOG) == "Decoding error; File ended prematurely at the clip"
 
 
 @settings(max_examples=200)
-@given(st.text(max_size=200), st.integers(0, 3))
-def test_any_log_is_read(log: str, number: int) -> None:
-    stream(log, number)
-    stream(f"[info]   Stream #{number}:0: Video: {log}", number)
+@given(st.text(max_size=200))
+def test_any_log_is_read(log: str) -> None:
+    stream(log)
+    stream(f"[info]   Stream #0:0: Video: {log}")
     assert len(troubles(f"[error] {log}")) <= 200
 
 
@@ -343,7 +399,9 @@ def test_bytes_flipped_anywhere_never_raise(data: st.DataObject) -> None:
     content = bytearray(archives.clip())
     for _ in range(data.draw(st.integers(1, 20))):
         content[data.draw(st.integers(0, len(content) - 1))] = data.draw(st.integers(0, 255))
-    clip, good = Decoder().decode([bytes(content), archives.clip(width=85)])
+    decoder, neighbour = Decoder(), archives.clip(width=86)
+    clip, good = decoder.decode([bytes(content), neighbour])
     assert (clip.frames is None) == (clip.reason is not None)
-    assert good.frames is not None
-    assert len(good.frames) == 12
+    alone = decoder._alone(neighbour).frames
+    assert good.frames is not None and alone is not None
+    assert np.array_equal(good.frames, alone)
