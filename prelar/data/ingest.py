@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from prelar import files
-from prelar.data import archive, labels, store, video, videos
+from prelar.data import archive, labels, store, video, videos, webm
 from prelar.data.archive import Member, Piece
 from prelar.data.labels import Labels
 from prelar.data.store import Frames, StoreWriter
@@ -108,7 +108,7 @@ def staging_key(source: Source, known: Labels, version: str, min_frames: int) ->
     read = [piece.path for piece in source.pieces] or list(source.clips)
     read = read or sorted({part.path for part in parts})
     stamps = [(path.name, path.stat().st_size, path.stat().st_mtime_ns) for path in read]
-    code = [module.__name__ for module in (archive, labels, store, video, videos)]
+    code = [module.__name__ for module in (archive, labels, store, video, videos, webm)]
     decides = {
         "schema": store.SCHEMA,
         "scale": video.SCALE,
