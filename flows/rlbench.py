@@ -27,7 +27,7 @@ from prelar.data.rlbench_crew import Crew
 from prelar.data.rlbench_live import RlbenchLive
 from prelar.data.store import Store, StoreWriter
 from prelar.errors import UserError
-from prelar.names import checked_config
+from prelar.names import CAMERAS, DEMONSTRATED, RLBENCH_CAMERAS, SEEN_FROM, TASKS, checked_config, chosen
 from prelar.workers import worker_pool
 
 if TYPE_CHECKING:
@@ -87,22 +87,23 @@ def suites(store: Store, source: Source, max_bad: float) -> list[Suite]:
 
 def find(settings: Rlbench) -> Source:
     """The source that params.yaml names. Raises `UserError` where it cannot be used."""
+    tasks, cameras = chosen(settings.tasks), chosen(settings.cameras)
     if settings.source == "metaworld":
         gl.ensure()
         return Metaworld(
-            tasks=tuple(settings.tasks),
+            tasks=tasks or (TASKS if settings.tasks else DEMONSTRATED),
             episodes=settings.episodes,
-            cameras=tuple(settings.cameras),
+            cameras=cameras or (CAMERAS if settings.cameras else SEEN_FROM),
             noise=settings.noise,
             keep_failures=settings.keep_failures,
             seed=settings.seed,
         )
     if settings.source == "rlbench":
         return RlbenchLive(
-            tasks=() if settings.tasks == ["all"] else tuple(settings.tasks),
+            tasks=tasks or (),
             variations=settings.variations,
             episodes=settings.episodes,
-            cameras=tuple(settings.cameras),
+            cameras=cameras or RLBENCH_CAMERAS,
             size=settings.image_size,
             renderer=settings.renderer,
             action_mode=settings.action_mode,
@@ -111,8 +112,8 @@ def find(settings: Rlbench) -> Source:
         )
     folder = Path(str(settings.path))
     if settings.source == "apv_npz":
-        return apv_npz.open_folder(folder)
-    return rlbench_folder.open_folder(folder, settings.action_mode)
+        return apv_npz.open_folder(folder, tasks, cameras)
+    return rlbench_folder.open_folder(folder, settings.action_mode, tasks, cameras)
 
 
 def fill(writer: StoreWriter, source: Source, jobs: list[Job], workers: int) -> int:

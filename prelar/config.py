@@ -88,14 +88,14 @@ class Rlbench(_Frozen):
 
     source: Literal["metaworld", "rlbench", "apv_npz", "rlbench_folder"]
     path: Text | None
-    tasks: Annotated[list[Text], Field(min_length=1)]
+    tasks: Annotated[list[Text], Field(min_length=1)] | None
     episodes: Count
     variations: Count | None
     image_size: Annotated[int, Field(ge=16, le=2048)]
     renderer: Literal["opengl", "opengl3"]
     action_mode: Literal["joint_velocity", "joint_position", "gripper_pose"]
     timeout: Annotated[float, Field(gt=0)]
-    cameras: Annotated[list[Text], Field(min_length=1)]
+    cameras: Annotated[list[Text], Field(min_length=1)] | None
     noise: Weight
     keep_failures: bool
     seed: Natural

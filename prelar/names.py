@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import difflib
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 from prelar.config import PARAMS, Config, load_config
 from prelar.errors import UserError
 
 VERSION = "-v3"
+ALL = ["all"]
 # fmt: off
 TASKS = (
     "assembly", "basketball", "bin-picking", "box-close", "button-press", "button-press-topdown",
@@ -23,6 +25,7 @@ TASKS = (
 )
 # fmt: on
 CAMERAS = ("topview", "corner", "corner2", "corner3", "corner4", "behindGripper", "gripperPOV")
+DEMONSTRATED, SEEN_FROM = ("drawer-open", "reach", "dial-turn"), ("corner",)
 RLBENCH_CAMERAS = ("left_shoulder", "right_shoulder", "overhead", "wrist", "front")
 
 
@@ -36,14 +39,31 @@ def checked_config(path: Path = PARAMS) -> Config:
 def check_names(config: Config) -> None:
     """Check the values that name things of a simulator. Raises `UserError` with the nearest known name."""
     check_task(config.task)
+    tasks, cameras = (chosen(given) or () for given in (config.rlbench.tasks, config.rlbench.cameras))
     if config.rlbench.source == "metaworld":
-        for task in config.rlbench.tasks:
+        for task in tasks:
             check_task(task)
-        for camera in config.rlbench.cameras:
+        for camera in cameras:
             check_camera(camera)
     if config.rlbench.source == "rlbench":
-        for camera in config.rlbench.cameras:
+        for camera in cameras:
             _known("camera", camera, RLBENCH_CAMERAS, "RLBench")
+
+
+def chosen(given: Sequence[str] | None) -> tuple[str, ...] | None:
+    """The names that a key of params.yaml gives; None where it wants all, or leaves it to the source."""
+    return None if given is None or list(given) == ALL else tuple(given)
+
+
+def among(key: str, given: Sequence[str] | None, recorded: Iterable[str]) -> tuple[str, ...]:
+    """The recorded names that a key gives, all for None. Raises `UserError` where one is not there."""
+    names = tuple(recorded)
+    if lacking := [name for name in given or () if name not in names]:
+        close = difflib.get_close_matches(lacking[0], names, n=3, cutoff=0.4) or sorted(names)[:5]
+        raise UserError(
+            f"{key}: nothing recorded of {lacking[0]!r}; there is {', '.join(close)}; or say [all]"
+        )
+    return tuple(name for name in names if given is None or name in given)
 
 
 def check_task(task: str) -> str:

@@ -171,8 +171,8 @@ def test_the_config_is_frozen() -> None:
     [
         ("beta_a: 1.0", "beta_a: -1", "beta_a = -1"),
         ("task: drawer-open", "task: drawer-opn", "task = 'drawer-opn'"),
-        ("tasks: [drawer-open,", "tasks: [drawer-opn,", "task = 'drawer-opn'"),
-        ("cameras: [corner]", "cameras: [korner]", "camera = 'korner'"),
+        ("tasks: null", "tasks: [drawer-opn]", "task = 'drawer-opn'"),
+        ("cameras: null", "cameras: [korner]", "camera = 'korner'"),
     ],
 )
 def test_entry_points_refuse_bad_params_at_once(

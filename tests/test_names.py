@@ -10,7 +10,7 @@ import pytest
 
 from prelar.config import Config, load_config
 from prelar.errors import UserError
-from prelar.names import check_names
+from prelar.names import among, check_names
 
 ROOT = Path(__file__).parents[1]
 
@@ -23,12 +23,22 @@ def changed(**values: object) -> Config:
 
 def test_names_belong_to_the_simulator_that_is_asked() -> None:
     check_names(changed())
+    check_names(changed(tasks=["all"], cameras=["all"]))
     check_names(changed(source="rlbench", tasks=["all"], cameras=["wrist", "front"]))
     check_names(changed(source="apv_npz", path="/data", tasks=["any"], cameras=["any"]))
     with pytest.raises(UserError, match=r"camera = 'wrist': Meta-World has none of this name; did you mean"):
         check_names(changed(cameras=["wrist"]))
     with pytest.raises(UserError, match=r"camera = 'frnt': RLBench has none .* did you mean front"):
         check_names(changed(source="rlbench", cameras=["frnt"]))
+
+
+def test_recorded_names_are_chosen_from() -> None:
+    recorded = ("lamp_on", "lamp_off", "push_button")
+    assert among("rlbench.tasks", None, recorded) == recorded
+    assert among("rlbench.tasks", ["push_button", "lamp_on"], recorded) == ("lamp_on", "push_button")
+    told = r"rlbench\.tasks: nothing recorded of 'lamp_in'; there is lamp_on, lamp_off; or say \[all\]"
+    with pytest.raises(UserError, match=told):
+        among("rlbench.tasks", ["lamp_on", "lamp_in"], recorded)
 
 
 def test_checking_imports_no_simulator() -> None:

@@ -12,7 +12,7 @@ from __future__ import annotations
 import dataclasses
 import re
 import zipfile
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +23,7 @@ from prelar import files
 from prelar.data.demonstrations import ALIGNMENT, Array, Episode, Job
 from prelar.data.store import Frames
 from prelar.errors import UserError
+from prelar.names import among
 
 NAMED = re.compile(
     r"(?P<task>.+)-v(?P<variation>\d+)-e(?P<episode>\d+)-(?P<camera>[^-]+)-(?P<length>\d+)\.npz"
@@ -35,11 +36,12 @@ COLUMNS = {"actions": "action", "gripper": "gripper_pose"}
 
 @dataclasses.dataclass(frozen=True)
 class ApvNpz:
-    """All episodes below a folder. `cameras` and `widths` are found by `open_folder`."""
+    """Episodes below a folder, of `tasks` or all. `cameras` and `widths` are found by `open_folder`."""
 
     folder: Path
     cameras: tuple[str, ...]
     widths: tuple[tuple[str, int], ...]
+    tasks: tuple[str, ...] = ()
 
     @property
     def arrays(self) -> dict[str, int]:
@@ -57,8 +59,12 @@ class ApvNpz:
         return False
 
     def jobs(self) -> list[Job]:
-        """Episodes by task, variation and number."""
-        return _jobs(self.folder)
+        """Episodes by task, variation and number, with the files of the cameras."""
+        return [
+            dataclasses.replace(job, files=tuple(file for file in job.files if file[0] in self.cameras))
+            for job in _jobs(self.folder)
+            if not self.tasks or job.task in self.tasks
+        ]
 
     def collect(self, job: Job) -> Episode:
         """Read an episode's files; a file that cannot be read is the episode's reason."""
@@ -88,13 +94,18 @@ class ApvNpz:
         return {"source": {"name": "apv_npz"}, "resize": "none", "alignment": ALIGNMENT}
 
 
-def open_folder(folder: Path) -> ApvNpz:
-    """The source in a folder. Raises `UserError` where it holds no episode."""
+def open_folder(
+    folder: Path, tasks: Sequence[str] | None = None, cameras: Sequence[str] | None = None
+) -> ApvNpz:
+    """The source in a folder, of given tasks and cameras. Raises `UserError` where it lacks one."""
     jobs = _jobs(folder)
     if not jobs:
         raise UserError(f"rlbench.path = {folder}: holds no .npz episode; name the folder with the episodes")
-    cameras = tuple(sorted({camera for job in jobs for camera, _ in job.files}))
-    return ApvNpz(folder, cameras, _widths(folder, jobs))
+    among("rlbench.tasks", tasks, {job.task for job in jobs})
+    recorded = {camera for job in jobs if not tasks or job.task in tasks for camera, _ in job.files}
+    seen = among("rlbench.cameras", cameras, sorted(recorded))
+    source = ApvNpz(folder, seen, (), tuple(tasks or ()))
+    return dataclasses.replace(source, widths=_widths(folder, source.jobs()))
 
 
 def read_npz(path: Path) -> dict[str, npt.NDArray[Any]]:

@@ -1,7 +1,7 @@
 """RLBench simulators at work on many demos: launched once, used for many, killed and launched again.
 
 - a demo gets ten attempts, each with random numbers of its own;
-- an attempt without an answer for too long is killed, three times at most for one demo;
+- an attempt that stands still, or gives no answer for too long, is killed, three times at most for one demo;
 - a simulator that dies costs the attempt in progress; another one takes its place, as it does after a
   failure that may have spoilt the scene, and now and then in any case;
 - where a demo's attempts are exhausted before the first success of its task and variation, the others of
@@ -15,6 +15,7 @@ Every way to fail ends in words.
 from __future__ import annotations
 
 import collections
+import math
 import os
 import threading
 import time
@@ -119,6 +120,7 @@ class Crew:
         self._finished = {job for job in jobs if self._left(job)}
         self._waiting = [job for job in jobs if job not in self._finished]
         self._busy: collections.Counter[str] = collections.Counter()
+        self._pace: dict[str, float] = {}
         self._solved = {
             (job.task, job.variation) for job in self._finished if not self._failure(job).exists()
         }
@@ -193,16 +195,21 @@ class Crew:
         return Episode(job, frames, arrays, success=True, fps=RATE)
 
     def _take(self, task: str | None) -> Job | None:
-        """The next job, at best of the task that is loaded, else of one that nobody has; None at the end."""
+        """The next job: of the task that is loaded, else of one that nobody has, else of the longest left.
+
+        None at the end. How long a task's jobs take is told by its last demo; one without any may be endless.
+        """
         with self._changed:
-            self._changed.wait_for(lambda: self._waiting or self._closed or self._error)
-            if self._closed or self._error:
+            if self._closed or self._error or not self._waiting:
                 return None
-            ranked = min(
-                range(len(self._waiting)),
-                key=lambda n: (self._waiting[n].task != task, self._busy[self._waiting[n].task] > 0, n),
-            )
-            job = self._waiting.pop(ranked)
+            left = collections.Counter(job.task for job in self._waiting)
+
+            def rank(number: int) -> tuple[bool, float, int]:
+                name = self._waiting[number].task
+                shared = -left[name] * self._pace.get(name, math.inf) if self._busy[name] else -math.inf
+                return name != task, shared, number
+
+            job = self._waiting.pop(min(range(len(self._waiting)), key=rank))
             self._busy[job.task] += 1
             return job
 
@@ -212,10 +219,11 @@ class Crew:
         try:
             while (job := self._take(task)) is not None:
                 task = job.task
+                begin = time.monotonic()
                 reason = self._hopeless(job) or self._attempts(yard, job)
                 if self._closed:
                     break
-                self._finish(job, reason)
+                self._finish(job, reason, time.monotonic() - begin)
         except BaseException as error:
             with self._changed:
                 self._error = self._error or error
@@ -229,13 +237,14 @@ class Crew:
         with self._changed:
             return None if key in self._solved else self._failed.get(key)
 
-    def _finish(self, job: Job, reason: str | None) -> None:
+    def _finish(self, job: Job, reason: str | None, seconds: float) -> None:
         """Let the waiting know what came of a job; dead simulators do not speak against the next one."""
         key = (job.task, job.variation)
         if reason:
             files.write_text(self._failure(job), reason)
         with self._changed:
             self._busy[job.task] -= 1
+            self._pace[job.task] = seconds
             self._finished.add(job)
             if not reason:
                 self._solved.add(key)

@@ -3,8 +3,13 @@
     <task>/variation<i>/episodes/episode<j>/<camera>_rgb/<n>.png    one picture a step, from 0
     <task>/variation<i>/episodes/episode<j>/low_dim_obs.pkl         a pickle of RLBench's Demo
 
-The pickle is anybody's: it is read by an unpickler that knows the few names such a file needs, builds inert
-stand-ins for them, and refuses all others. RLBench is not needed.
+Other data sets hold all variations of a task together, and name each episode's beside it:
+
+    <task>/all_variations/episodes/episode<j>/…                     pictures and pickle as above
+    <task>/all_variations/episodes/episode<j>/variation_number.pkl  a pickle of a number
+
+The pickles are anybody's: they are read by an unpickler that knows the few names such files need, builds
+inert stand-ins for them, and refuses all others. RLBench is not needed.
 
 Data sets are recorded with all five cameras or with some of them: those that any episode has are expected of
 every episode. Actions are those of `prelar.data.rlbench_steps`.
@@ -15,6 +20,7 @@ from __future__ import annotations
 import dataclasses
 import pickle
 import re
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -26,49 +32,63 @@ from prelar.data.demonstrations import ALIGNMENT, Array, Episode, Job
 from prelar.data.rlbench_steps import MOTIONS, RATE, WIDTH, RlbenchDemonstrations, step_arrays
 from prelar.data.store import SIZE, Frames
 from prelar.errors import UserError
-from prelar.names import RLBENCH_CAMERAS
+from prelar.names import RLBENCH_CAMERAS, among
 
 CAMERAS = RLBENCH_CAMERAS
 MAX_PIXELS = 2048 * 2048
 MAX_BYTES = 256 << 20
-EPISODE = re.compile(r"(?P<task>[^/]+)/variation(?P<variation>\d+)/episodes/episode(?P<episode>\d+)")
-LOW_DIM = "low_dim_obs.pkl"
+EPISODE = re.compile(
+    r"(?P<task>[^/]+)/(?:variation(?P<variation>\d+)|all_variations)/episodes/episode(?P<episode>\d+)"
+)
+TOGETHER = "all_variations"
+LOW_DIM, VARIATION = "low_dim_obs.pkl", "variation_number.pkl"
 
 Numbers = npt.NDArray[np.float64]
 
 
 @dataclasses.dataclass(frozen=True)
 class RlbenchFolder(RlbenchDemonstrations):
-    """All episodes below a folder, from `cameras`, which are found by `open_folder`."""
+    """Episodes below a folder, of `tasks` or all, from `cameras`, which are found by `open_folder`."""
 
     folder: Path
     cameras: tuple[str, ...] = CAMERAS
     action_mode: str = "joint_velocity"
+    tasks: tuple[str, ...] = ()
 
     def jobs(self) -> list[Job]:
-        """Episodes by task, variation and number. Raises `UserError` where there is none."""
+        """Episodes by task, variation and number. Raises `UserError` where there is none, or one twice."""
         if not self.folder.is_dir():
             raise UserError(f"rlbench.path = {self.folder}: no such folder; name the data set's folder")
-        found = []
-        for path in self.folder.glob("*/variation*/episodes/episode*"):
-            parts = EPISODE.fullmatch(path.relative_to(self.folder).as_posix())
-            if parts and path.is_dir():
-                found.append((parts["task"], int(parts["variation"]), int(parts["episode"])))
+        found: dict[tuple[str, int, int], str] = {}
+        for path in self.folder.glob("*/*/episodes/episode*"):
+            place = path.relative_to(self.folder).as_posix()
+            parts = EPISODE.fullmatch(place)
+            if not parts or not path.is_dir() or (self.tasks and parts["task"] not in self.tasks):
+                continue
+            variation = int(parts["variation"]) if parts["variation"] else _variation_or_none(path) or 0
+            other = found.setdefault((parts["task"], variation, int(parts["episode"])), place)
+            if other != place:
+                raise UserError(
+                    f"rlbench.path = {self.folder}: {min(place, other)} and {max(place, other)} are the same "
+                    "episode; leave one of them there"
+                )
         if not found:
             raise UserError(
-                f"rlbench.path = {self.folder}: holds no <task>/variation<i>/episodes/episode<j>; "
-                "name the data set's folder"
+                f"rlbench.path = {self.folder}: holds no <task>/variation<i>/episodes/episode<j> and no "
+                "<task>/all_variations/episodes/episode<j>; name the data set's folder"
             )
-        return [Job(*key) for key in sorted(found)]
+        return [Job(*key, files=((LOW_DIM, f"{place}/{LOW_DIM}"),)) for key, place in sorted(found.items())]
 
     def episode_folder(self, job: Job) -> Path:
         """Where an episode lies."""
-        return self.folder / job.task / f"variation{job.variation}" / "episodes" / f"episode{job.episode}"
+        return (self.folder / job.files[0][1]).parent
 
     def collect(self, job: Job) -> Episode:
         """Read an episode; what cannot be read is its reason."""
         folder = self.episode_folder(job)
         try:
+            if folder.parents[1].name == TOGETHER:
+                read_variation(folder / VARIATION)
             arrays = read_low_dim(folder / LOW_DIM, self.action_mode)
             length = len(arrays["actions"])
             frames = {camera: read_pictures(folder / f"{camera}_rgb", length) for camera in self.cameras}
@@ -77,9 +97,9 @@ class RlbenchFolder(RlbenchDemonstrations):
         return Episode(job, frames, arrays, success=True, fps=RATE)
 
     def files(self, job: Job) -> list[Path]:
-        """The episode's pickle and the folders of its pictures."""
+        """The episode's pickles and the folders of its pictures."""
         folder = self.episode_folder(job)
-        return [folder / LOW_DIM, *(folder / f"{camera}_rgb" for camera in self.cameras)]
+        return [folder / VARIATION, folder / LOW_DIM, *(folder / f"{camera}_rgb" for camera in self.cameras)]
 
     def attributes(self) -> dict[str, Any]:
         """The source; the folder is the user's and stays unnamed."""
@@ -88,12 +108,19 @@ class RlbenchFolder(RlbenchDemonstrations):
         return {"source": source, "resize": resize, "alignment": ALIGNMENT}
 
 
-def open_folder(folder: Path, action_mode: str) -> RlbenchFolder:
-    """The source in a folder. Raises `UserError` where it holds no episode."""
+def open_folder(
+    folder: Path,
+    action_mode: str,
+    tasks: Sequence[str] | None = None,
+    cameras: Sequence[str] | None = None,
+) -> RlbenchFolder:
+    """The source in a folder, of given tasks and cameras. Raises `UserError` where it lacks one."""
     source = RlbenchFolder(folder, action_mode=action_mode)
+    among("rlbench.tasks", tasks, {job.task for job in source.jobs()})
+    source = dataclasses.replace(source, tasks=tuple(tasks or ()))
     episodes = [source.episode_folder(job) for job in source.jobs()]
-    cameras = [name for name in CAMERAS if any((path / f"{name}_rgb").is_dir() for path in episodes)]
-    return dataclasses.replace(source, cameras=tuple(cameras) or CAMERAS)
+    recorded = [name for name in CAMERAS if any((path / f"{name}_rgb").is_dir() for path in episodes)]
+    return dataclasses.replace(source, cameras=among("rlbench.cameras", cameras, recorded or CAMERAS))
 
 
 def read_pictures(folder: Path, length: int) -> Frames:
@@ -135,24 +162,51 @@ def read_low_dim(path: Path, action_mode: str = "joint_velocity") -> dict[str, A
     except FileNotFoundError:
         raise ValueError(f"{path.name}: missing") from None
     except Exception as error:
-        raise ValueError(f"{path.name}: {' '.join(str(error).split()) or type(error).__name__}") from None
+        raise ValueError(f"{path.name}: {_in_words(error)}") from None
     if not rows:
         raise ValueError(f"{path.name}: no step")
     motion, pose, opening = (np.array(column) for column in zip(*rows, strict=True))
     return step_arrays(action_mode, motion, pose, opening)
 
 
+def read_variation(path: Path) -> int:
+    """The number of an episode's variation. Raises `ValueError` where the pickle holds none."""
+    try:
+        with path.open("rb") as handle:
+            number = _Reader(handle).load()
+        found = int(_number(number, "the variation"))
+    except FileNotFoundError:
+        raise ValueError(f"{path.name}: missing") from None
+    except Exception as error:
+        raise ValueError(f"{path.name}: {_in_words(error)}") from None
+    if found < 0:
+        raise ValueError(f"{path.name}: the variation is {found}")
+    return found
+
+
+def _variation_or_none(folder: Path) -> int | None:
+    """The number of an episode's variation if it can be read; `RlbenchFolder.collect` says why not."""
+    try:
+        return read_variation(folder / VARIATION)
+    except ValueError:
+        return None
+
+
+def _in_words(error: Exception) -> str:
+    return " ".join(str(error).split()) or type(error).__name__
+
+
 def _row(step: dict[str, Any], motion: str) -> tuple[Numbers, Numbers, float]:
     """Motion, gripper's pose and opening of one observation."""
     pose = _vector(step["gripper_pose"])
-    return _vector(step[motion]), pose, _number(step["gripper_open"])
+    return _vector(step[motion]), pose, _number(step["gripper_open"], "gripper_open")
 
 
-def _number(value: Any) -> float:
+def _number(value: Any, name: str) -> float:
     if isinstance(value, _Scalar):
         return float(np.frombuffer(value.content, dtype=value.kind.numpy, count=1)[0])
     if not isinstance(value, (int, float)):
-        raise ValueError(f"gripper_open is a {type(value).__name__}")
+        raise ValueError(f"{name} is a {type(value).__name__}")
     return float(value)
 
 

@@ -25,6 +25,8 @@ ROOT = "COPPELIASIM_ROOT"
 LAUNCH_SECONDS = 120.0
 FAREWELL = 5.0
 GLANCE = 1.0
+STILL_SECONDS = 30.0
+STILL_SHARE = 0.01
 DIED = "the simulator ended"
 
 
@@ -47,7 +49,7 @@ def surroundings(display: str | None, threads: int = 1) -> dict[str, str]:
 
 
 class HungError(Exception):
-    """A simulator gave no answer in time, and was killed."""
+    """A simulator stood still or gave no answer in time, and was killed."""
 
 
 class DeadError(Exception):
@@ -70,6 +72,32 @@ def read_line(pipe: int, held: bytearray, seconds: float) -> bytes | None:
     line, _, rest = bytes(held).partition(b"\n")
     held[:] = rest
     return line + b"\n"
+
+
+class Pulse:
+    """Whether a process works, told by its processor time: planning is silent for long, but never idle.
+
+    A process that was stopped or waits for what never comes stands still; one that turns in circles does not.
+    """
+
+    def __init__(self, process: int) -> None:
+        self._process = process
+        self._since, self._spent = time.monotonic(), self._seconds()
+
+    def still(self) -> bool:
+        """Whether it had less than `STILL_SHARE` of a processor in `STILL_SECONDS`."""
+        if self._seconds() - self._spent > STILL_SHARE * STILL_SECONDS:
+            self._since, self._spent = time.monotonic(), self._seconds()
+        return time.monotonic() - self._since > STILL_SECONDS
+
+    def _seconds(self) -> float:
+        """Processor time of all its threads; none any more where it has ended."""
+        try:
+            told = Path(f"/proc/{self._process}/stat").read_bytes()
+        except OSError:
+            return 0.0
+        user, system = told.rpartition(b")")[2].split()[11:13]
+        return (int(user) + int(system)) / os.sysconf("SC_CLK_TCK")
 
 
 class Simulator:
@@ -110,29 +138,32 @@ class Simulator:
             self._process.stdin.write(json.dumps(request).encode() + b"\n")
             self._process.stdin.flush()
             line = self._line(seconds)
+        except TimeoutError as error:
+            self.kill()
+            raise HungError(str(error)) from None
         except OSError:
             line = b""
-        if line is None:
-            self.kill()
-            raise HungError(f"no answer from the simulator within {seconds:g} s")
         if not line:
             self.kill(2.0)
             raise DeadError(f"{DIED} {_ending(self._process.returncode)}")
         answer: dict[str, Any] = json.loads(line)
         return answer
 
-    def _line(self, seconds: float) -> bytes | None:
-        """As `read_line`; empty also where the process ends and something else holds its pipe open."""
-        end = time.monotonic() + seconds
+    def _line(self, seconds: float) -> bytes:
+        """The next line; empty where the process ends, even if something else holds its pipe open.
+
+        Raises `TimeoutError` in words where none comes.
+        """
+        pulse, end = Pulse(self._process.pid), time.monotonic() + seconds
         while True:
             alive = self.alive
             line = read_line(self._pipe, self._held, min(GLANCE, end - time.monotonic()) if alive else 0)
-            if line is not None:
-                return line
-            if not alive:
-                return b""
+            if line is not None or not alive:
+                return line or b""
             if time.monotonic() >= end:
-                return None
+                raise TimeoutError(f"no answer from the simulator within {seconds:g} s")
+            if pulse.still():
+                raise TimeoutError(f"the simulator stood still for {STILL_SECONDS:g} s")
 
     def close(self) -> None:
         """Let it shut CoppeliaSim down; kill it if that takes long."""

@@ -55,6 +55,25 @@ def test_files_of_one_episode_are_grouped(folder: Path) -> None:
         assert len(episode.frames["front"]) == 6 + job.episode
 
 
+def test_given_tasks_and_cameras_are_kept(folder: Path) -> None:
+    (folder / "reach_target-v1-e1-front-7.npz").write_bytes(b"of a task and a camera that are not wanted")
+    source = open_folder(folder, ["open_drawer"], ["left_shoulder"])
+    assert source.cameras == ("left_shoulder",) and source.arrays == {"actions": 8, "gripper": 8}
+    assert [(job.task, len(job.files)) for job in source.jobs()] == [("open_drawer", 1)] * 2
+    for job in source.jobs():
+        episode = source.collect(job)
+        assert set(episode.frames) == {"left_shoulder"}
+        assert fault(episode, source.cameras, source.arrays) is None
+    with pytest.raises(
+        UserError, match=r"rlbench\.tasks: nothing recorded of 'open_door'; there is open_drawer"
+    ):
+        open_folder(folder, ["open_door"])
+    with pytest.raises(
+        UserError, match=r"rlbench\.cameras: nothing recorded of 'overhead'; there is front, left"
+    ):
+        open_folder(folder, None, ["overhead"])
+
+
 def test_content_is_kept_and_the_last_action_dropped(folder: Path) -> None:
     source = open_folder(folder)
     episode = source.collect(source.jobs()[0])

@@ -13,7 +13,7 @@ import pytest
 from PIL import Image
 
 from prelar.data.demonstrations import fault
-from prelar.data.rlbench_folder import CAMERAS, LOW_DIM, RlbenchFolder, open_folder, read_low_dim
+from prelar.data.rlbench_folder import CAMERAS, LOW_DIM, VARIATION, RlbenchFolder, open_folder, read_low_dim
 from prelar.errors import UserError
 
 LENGTH = 5
@@ -115,6 +115,50 @@ def test_cameras_are_those_that_any_episode_has(
     whole, lacking = map(source.collect, source.jobs())
     assert fault(whole, source.cameras, source.arrays) is None
     assert lacking.reason == "wrist_rgb/0.png: missing"
+
+
+def test_given_tasks_and_cameras_are_kept(
+    tmp_path: Path, episode: Path, rlbench: types.SimpleNamespace
+) -> None:
+    write_episode(tmp_path / "lamp_on/variation0/episodes/episode0", demo(rlbench))
+    source = open_folder(tmp_path, "joint_velocity", ["lamp_on"], ["front", "wrist"])
+    assert source.cameras == ("wrist", "front") and [job.task for job in source.jobs()] == ["lamp_on"]
+    assert fault(source.collect(source.jobs()[0]), source.cameras, source.arrays) is None
+    with pytest.raises(UserError, match=r"rlbench\.tasks: nothing recorded of 'lamp_off'; there is lamp_on"):
+        open_folder(tmp_path, "joint_velocity", ["lamp_off"])
+    shutil.rmtree(tmp_path / "lamp_on/variation0/episodes/episode0/front_rgb")
+    with pytest.raises(UserError, match=r"rlbench\.cameras: nothing recorded of 'front'"):
+        open_folder(tmp_path, "joint_velocity", ["lamp_on"], ["front"])
+
+
+def test_variations_together_are_told_apart_by_their_numbers(
+    tmp_path: Path, rlbench: types.SimpleNamespace
+) -> None:
+    root = tmp_path / "push_button/all_variations/episodes"
+    numbers = [
+        pickle.dumps(3),
+        pickle.dumps(np.int64(0)),
+        pickle.dumps(Exploit(tmp_path / "made")),
+        b"",
+        None,
+    ]
+    numbers += [pickle.dumps("two"), pickle.dumps(-1)]
+    for number, content in enumerate(numbers):
+        place = write_episode(root / f"episode{number}", demo(rlbench))
+        (place / "variation_descriptions.pkl").write_bytes(pickle.dumps(Exploit(tmp_path / "made")))
+        if content is not None:
+            (place / VARIATION).write_bytes(content)
+    source = open_folder(tmp_path, "joint_velocity")
+    jobs = source.jobs()
+    assert [(job.variation, job.episode) for job in jobs] == [(0, n) for n in (1, 2, 3, 4, 5, 6)] + [(3, 0)]
+    reasons = [source.collect(job).reason for job in jobs]
+    assert reasons[0] is None and reasons[-1] is None
+    assert all(str(reason).startswith(f"{VARIATION}: ") for reason in reasons[1:-1])
+    assert reasons[3] == f"{VARIATION}: missing" and str(reasons[1]).endswith(": refused")
+    assert not (tmp_path / "made").exists()
+    write_episode(tmp_path / "push_button/variation3/episodes/episode0", demo(rlbench))
+    with pytest.raises(UserError, match="push_button/variation3/episodes/episode0 are the same episode"):
+        source.jobs()
 
 
 def test_other_sizes_are_resized(tmp_path: Path, rlbench: types.SimpleNamespace) -> None:

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
 import socket
+import subprocess
 import sys
 import threading
 import time
@@ -208,6 +210,41 @@ def test_hang_is_killed_and_tried_again(standin: Path, tmp_path: Path) -> None:
     assert 2 < time.monotonic() - began < 30
 
 
+def test_pulse_tells_what_waits_from_what_turns_in_circles(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(rlbench_process, "STILL_SECONDS", 3.0)
+    codes = ("import time; time.sleep(600)", "while True: pass", "while True: pass")
+    running = [subprocess.Popen([sys.executable, "-c", code]) for code in codes]
+    try:
+        running[1].send_signal(signal.SIGSTOP)
+        waiting, stopped, turning = (rlbench_process.Pulse(process.pid) for process in running)
+        still, end = set[rlbench_process.Pulse](), time.monotonic() + 60
+        while not {waiting, stopped} <= still and time.monotonic() < end:
+            still |= {pulse for pulse in (waiting, stopped, turning) if pulse.still()}
+            time.sleep(0.1)
+        assert still == {waiting, stopped}
+    finally:
+        for process in running:
+            process.kill()
+            process.wait()
+
+
+def test_stopped_simulator_is_noticed_before_its_time_is_up(
+    standin: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(rlbench_process, "STILL_SECONDS", 2.0)
+    orders(standin, push_button="stop stop stop")
+    source = replace(SOURCE, tasks=("push_button",), episodes=1, timeout=600.0)
+    assert reasons(collect(source, tmp_path / "demos")) == [
+        "no demo in 3 attempts: 3 × the simulator stood still for 2 s"
+    ]
+
+
+def test_simulator_that_turns_in_circles_has_its_time(standin: Path, tmp_path: Path) -> None:
+    orders(standin, push_button="spin")
+    source = replace(SOURCE, tasks=("push_button",), episodes=1, timeout=2.0)
+    assert reasons(collect(source, tmp_path / "demos")) == [None]
+
+
 def test_third_hang_of_a_demo_is_its_last(standin: Path, tmp_path: Path) -> None:
     orders(standin, push_button="work hang hang hang")
     source = replace(SOURCE, tasks=("push_button",), timeout=1.0)
@@ -226,9 +263,10 @@ def test_killed_simulators_and_display_are_replaced(standin: Path, tmp_path: Pat
             if stop.wait(1.0):
                 return
             for child in psutil.Process().children(recursive=True):
-                command = " ".join(child.cmdline())
-                if "rlbench_simulator" in command or "Xvfb" in command:
-                    os.kill(child.pid, signal.SIGKILL)
+                with contextlib.suppress(psutil.Error):
+                    command = " ".join(child.cmdline())
+                    if "rlbench_simulator" in command or "Xvfb" in command:
+                        child.kill()
 
     killer = threading.Thread(target=storm)
     killer.start()

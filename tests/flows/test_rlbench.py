@@ -1,5 +1,6 @@
 """The rlbench flow: every source into one store, the same bytes however it ran or was interrupted."""
 
+import dataclasses
 import functools
 import hashlib
 import shutil
@@ -19,6 +20,7 @@ from prelar.config import load_config
 from prelar.data import apv_npz
 from prelar.data.demonstrations import Metaworld, Source, staging_key
 from prelar.data.rlbench_folder import RlbenchFolder
+from prelar.data.rlbench_live import RlbenchLive
 from prelar.data.store import Store, StoreWriter
 from prelar.errors import UserError
 from tests.conftest import Project
@@ -169,15 +171,25 @@ def test_staging_key_follows_what_decides_the_result(recorded: apv_npz.ApvNpz) -
 def test_params_choose_the_source(recorded: apv_npz.ApvNpz) -> None:
     settings = load_config().rlbench
     made = rlbench.find(settings)
-    assert isinstance(made, Metaworld) and made.tasks == tuple(settings.tasks)
+    assert isinstance(made, Metaworld)
+    assert (made.tasks, made.cameras) == (("drawer-open", "reach", "dial-turn"), ("corner",))
+    every = rlbench.find(settings.model_copy(update={"tasks": ["all"], "cameras": ["all"]}))
+    assert isinstance(every, Metaworld) and (len(every.tasks), len(every.cameras)) == (50, 7)
     folder = str(recorded.folder)
-    assert rlbench.find(settings.model_copy(update={"source": "apv_npz", "path": folder})) == recorded
+    asked: dict[str, Any] = {"source": "apv_npz", "path": folder}
+    assert rlbench.find(settings.model_copy(update=asked)) == recorded
+    few = asked | {"tasks": ["lamp_on"], "cameras": ["wrist"]}
+    assert rlbench.find(settings.model_copy(update=few)) == dataclasses.replace(
+        recorded, cameras=("wrist",), tasks=("lamp_on",)
+    )
     episode = recorded.folder / "push_button/variation0/episodes/episode0"
     for camera in ("front", "wrist"):
         (episode / f"{camera}_rgb").mkdir(parents=True)
     changes = {"source": "rlbench_folder", "path": folder, "action_mode": "gripper_pose"}
     expected = RlbenchFolder(recorded.folder, ("wrist", "front"), "gripper_pose")
     assert rlbench.find(settings.model_copy(update=changes)) == expected
+    live = rlbench.find(settings.model_copy(update={"source": "rlbench", "tasks": ["push_button"]}))
+    assert isinstance(live, RlbenchLive) and (live.tasks, len(live.cameras)) == (("push_button",), 5)
 
 
 def test_experts_give_the_same_bytes_for_any_number_of_workers(tmp_path: Path, threads: None) -> None:
@@ -220,7 +232,7 @@ def test_recorded_source_runs_as_a_user_runs_it(
     tmp_path: Path, make_project: Callable[[Path], Project], recorded: apv_npz.ApvNpz
 ) -> None:
     project = make_project(tmp_path / "project")
-    project.edit(rlbench={"source": "apv_npz", "path": str(recorded.folder), "max_bad": 0.1})
+    project.edit(rlbench={"source": "apv_npz", "path": str(recorded.folder), "tasks": None, "max_bad": 0.1})
     told = project.run("python", "-m", "flows.rlbench")
     assert "26 clips of 2 cameras" in told.stdout and "2 clips left out" in told.stdout
     assert Store.open(project.root / "data/rlbench.zarr").attrs["source"] == {"name": "apv_npz"}

@@ -9,7 +9,7 @@ import time
 from rlbench.action_modes.action_mode import MoveArmThenGripper
 from rlbench.backend.task import Task
 from rlbench.observation_config import ObservationConfig
-from rlbench.task_environment import TaskEnvironment, order
+from rlbench.task_environment import TaskEnvironment, cost, order
 
 HELPER = "import time; time.sleep(600)"
 
@@ -49,6 +49,7 @@ class Environment:
         root = os.environ["COPPELIASIM_ROOT"]
         if not os.environ.get("DISPLAY") or root not in os.environ["LD_LIBRARY_PATH"].split(":"):
             os.kill(os.getpid(), signal.SIGABRT)
+        cost(launch=1)
         what = order("launch")
         if what == "fail":
             raise RuntimeError("no licence")

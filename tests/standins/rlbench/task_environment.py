@@ -1,5 +1,6 @@
-"""A loaded task, which draws one moving square and does what it is ordered to."""
+"""A loaded task, which draws one moving square and does what it is ordered to, as slowly as it is told."""
 
+import json
 import logging
 import os
 import signal
@@ -25,6 +26,7 @@ class TaskEnvironment:
         self._obs_config = obs_config
         self._variation_number = 0
         self._spoilt = False
+        cost(load=1)
 
     def get_name(self) -> str:
         """The task's name."""
@@ -41,6 +43,10 @@ class TaskEnvironment:
                 f"Requested variation {v}, but there are only {self.variation_count()} variations."
             )
         self._variation_number = v
+
+    def reset(self, demo: Any = None) -> tuple[list[str], Observation]:
+        """Place the task anew."""
+        return [self.get_name()], self._reset(order(self.get_name()))
 
     def get_demos(
         self,
@@ -67,29 +73,44 @@ class TaskEnvironment:
             return [demo]
         raise RuntimeError("Could not collect demos. Maybe a problem with the task?")
 
-    def _reset(self, what: str | None) -> None:
-        """What may fail before a demo begins; a scene that was spoilt once stays so."""
+    def _reset(self, what: str | None) -> Observation:
+        """What may fail before a demo begins; a scene that was spoilt once stays so. Then one look at it."""
+        cost(reset=1)
         if what == "hang":
             time.sleep(600)
+        if what == "stop":
+            os.kill(os.getpid(), signal.SIGSTOP)
+        while what == "spin":
+            pass
         if what == "die":
             os.kill(os.getpid(), signal.SIGSEGV)
         self._spoilt |= what == "spoil"
         if self._spoilt:
             raise RuntimeError("Expected to be resetting 8 objects, but there were 7.")
+        return self._observe(0, np.zeros(2, np.int64), np.zeros(7))
 
     def _demo(self, what: str | None) -> Demo:
         if what == "fail" or self.get_name() == "weighing_scales":
             raise DemoError("Demo was completed, but was not successful.", self._task)
         start, velocity = np.random.randint(0, 20, 2), np.random.normal(size=7)
-        steps = range(8 + self._variation_number)
+        cost(plan=1)
+        steps = range(8 + self._variation_number + int(COSTS.get("steps", 0)))
         return Demo([self._observe(step, start, velocity) for step in steps], num_reset_attempts=1)
 
     def _observe(self, step: int, start: Any, velocity: Any) -> Observation:
         config, seen = self._obs_config, dict[str, Any]()
+        passes = 0
         for number, camera in enumerate(CAMERAS):
             shown = getattr(config, f"{camera}_camera")
+            width, height = shown.image_size
             if shown.rgb:
-                seen[f"{camera}_rgb"] = picture(shown.image_size, start + step, number)
+                seen[f"{camera}_rgb"] = picture(shown.image_size, (start + step) % (height - 16), number)
+            if shown.depth:
+                seen[f"{camera}_depth"] = np.full((height, width), 0.5)
+            if shown.mask:
+                seen[f"{camera}_mask"] = seen[f"{camera}_rgb"] / 255
+            passes += (shown.rgb or shown.depth) + shown.mask
+        cost(step=1, picture=passes)
         if config.joint_velocities:
             seen["joint_velocities"] = velocity * np.cos(step)
         if config.joint_positions:
@@ -107,6 +128,15 @@ def picture(size: Any, corner: Any, camera: int) -> Any:
     drawn = np.full((height, width, 3), 20 * camera, np.uint8)
     drawn[corner[0] : corner[0] + 16, corner[1] : corner[1] + 16] = 255
     return drawn
+
+
+COSTS: dict[str, float] = json.loads(os.environ.get("RLBENCH_COSTS", "{}"))
+
+
+def cost(**counts: int) -> None:
+    """Sleep for as long as pieces of work take, each so many times."""
+    if seconds := sum(COSTS.get(name, 0.0) * count for name, count in counts.items()):
+        time.sleep(seconds)
 
 
 def order(name: str) -> str | None:
