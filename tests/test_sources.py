@@ -78,7 +78,7 @@ def test_source_becomes_a_store_that_is_pretrained_on(
 ) -> None:
     chosen = prepare(tmp_path, request)
     monkeypatch.chdir(tmp_path)
-    cfg = config(dataset="rlbench", rlbench={"episodes": EPISODES, "workers": 1, **chosen})
+    cfg = config(dataset="rlbench", rlbench={"episodes": EPISODES, "workers": 1, "tasks": None, **chosen})
     source = rlbench.find(cfg.rlbench)
     jobs = source.jobs()
     with ThreadPoolExecutor(1) as pool:

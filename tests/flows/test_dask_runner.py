@@ -18,7 +18,8 @@ from prelar.data.labels import read_labels
 from prelar.data.video import Decoder
 from prelar.errors import UserError
 from tests import archives
-from tests.flows.test_ssv2 import change, commits, here, run, start, tree, undisturbed, wait_for
+from tests.flows.kills import tree
+from tests.flows.test_ssv2 import change, commits, here, run, start, undisturbed, wait_for
 
 __all__ = ["here"]
 
@@ -48,7 +49,7 @@ def test_two_processes_one_of_them_killed_give_the_bytes_of_the_local_runner(
     os.kill(workers[0], signal.SIGKILL)
     _, err = process.communicate(timeout=300)
     assert process.returncode == 0, err
-    assert tree(here / "data") == wanted
+    assert tree(here / "data", "ssv2") == wanted
 
 
 @pytest.mark.long
@@ -67,7 +68,7 @@ def test_without_an_address_the_flow_has_workers_of_its_own_which_end_with_it(he
         time.sleep(0.1)
     status, _, err = run()
     assert status == 0, err
-    assert tree(here / "data") == wanted
+    assert tree(here / "data", "ssv2") == wanted
 
 
 def children(pid: int) -> list[int]:

@@ -1,29 +1,32 @@
 """The rlbench flow: every source into one store, the same bytes however it ran or was interrupted."""
 
+import contextlib
 import dataclasses
 import functools
 import hashlib
+import random
 import shutil
-import subprocess
-import sys
-from collections.abc import Callable
+import time
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
-import psutil
 import pytest
 
 from flows import rlbench, staging
+from prelar import files
 from prelar.config import load_config
 from prelar.data import apv_npz
-from prelar.data.demonstrations import Metaworld, Source, staging_key
+from prelar.data.demonstrations import Job, Metaworld, Source, staging_key
 from prelar.data.rlbench_folder import RlbenchFolder
 from prelar.data.rlbench_live import RlbenchLive
 from prelar.data.store import Store, StoreWriter
 from prelar.errors import UserError
 from tests.conftest import Project
+from tests.flows.kills import Prey, storm, tree
 
 EPISODES = 7
 
@@ -238,37 +241,76 @@ def test_recorded_source_runs_as_a_user_runs_it(
     assert Store.open(project.root / "data/rlbench.zarr").attrs["source"] == {"name": "apv_npz"}
 
 
+def work_once(source: Source) -> None:
+    """What the flow does, but for Prefect, worker processes and validation."""
+    staging.clear_leftovers("rlbench")
+    folder = files.STAGING / "rlbench-key"
+    if not (folder / "built").is_file():
+        fill(folder / "rlbench.zarr", source, 1)
+        files.write_text(folder / "built", "")
+    staging.publish("rlbench", folder)
+
+
+@contextlib.contextmanager
+def by_hand(
+    source: Source, *_: object
+) -> Iterator[tuple[Callable[[Job], rlbench.Later], Callable[[Job], None]]]:
+    """Jobs are done where they are given."""
+    yield lambda job: functools.partial(source.collect, job), lambda job: None
+
+
+def stormed(source: Source, folder: Path, seed: int, monkeypatch: pytest.MonkeyPatch) -> int:
+    """How often the work was killed until it had the same bytes as without."""
+    future = SimpleNamespace(result=lambda: None)
+    monkeypatch.setattr(
+        rlbench.collect, "submit", lambda desk, number: rlbench._desks[desk].work(number) or future
+    )
+    monkeypatch.setattr(rlbench, "hands", by_hand)
+    fill(folder / "wanted/rlbench.zarr", source, 1)
+    (folder / "work").mkdir()
+    monkeypatch.chdir(folder / "work")
+    wanted = tree(folder / "wanted", "rlbench")
+    return storm("rlbench", functools.partial(work_once, source), wanted, seed, monkeypatch)
+
+
+def test_killed_at_many_operations_and_still_the_same_bytes(
+    tmp_path: Path, recorded: apv_npz.ApvNpz, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert stormed(recorded, tmp_path, 0, monkeypatch) >= 20
+
+
 @pytest.mark.long
-def test_killed_flows_continue_and_end_with_the_same_bytes(
+def test_a_long_storm_of_kills(
+    tmp_path: Path, recorded: apv_npz.ApvNpz, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for seed in range(1, 30):
+        (folder := tmp_path / str(seed)).mkdir()
+        assert stormed(recorded, folder, seed, monkeypatch) >= 10
+
+
+@pytest.mark.long
+def test_processes_killed_at_random_moments_and_still_the_same_bytes(
     tmp_path: Path, make_project: Callable[[Path], Project]
 ) -> None:
+    """A worker or the flow itself, twenty times; what runs out of work is started anew."""
     wanted, killed = (make_project(tmp_path / name) for name in ("wanted", "killed"))
     for project in (wanted, killed):
-        project.edit(rlbench={"tasks": ["reach", "drawer-close", "coffee-pull"], "episodes": 10})
+        project.edit(rlbench={"tasks": ["reach", "drawer-close", "coffee-pull"], "episodes": 20})
     wanted.run("python", "-m", "flows.rlbench")
-    for seconds in (6, 14, 18, 22, 26):
-        kill_after(seconds, killed.root)
+    random_ = random.Random(0)
+    kills = 0
+    while kills < 20:
+        prey = Prey(killed.root, "flows.rlbench")
+        if prey.wait_for("spawn_main"):
+            time.sleep(6 * random_.random())
+            if random_.random() < 0.5:
+                kills += prey.kill()
+            elif prey.kill_one("spawn_main", random_):
+                assert prey.end() == 2
+                kills += 1
+        prey.kill()
     assert not (killed.root / "data/rlbench.parquet").exists() or (killed.root / "data/rlbench.zarr").exists()
     killed.run("python", "-m", "flows.rlbench")
-    first, second = (
-        digest(project.root / "data/rlbench.zarr", project.root / "data/rlbench.parquet")
-        for project in (wanted, killed)
-    )
+    first, second = (tree(project.root / "data", "rlbench") for project in (wanted, killed))
     assert first == second
     assert not list((killed.root / "data/.staging").iterdir())
-
-
-def kill_after(seconds: float, root: Path) -> None:
-    """Start the flow, kill it without warning, and see its worker processes end."""
-    with subprocess.Popen(
-        [sys.executable, "-m", "flows.rlbench"],
-        cwd=root,
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.DEVNULL,
-    ) as process:
-        try:
-            process.wait(timeout=seconds)
-        except subprocess.TimeoutExpired:
-            family = psutil.Process(process.pid).children(recursive=True)
-            process.kill()
-            assert not psutil.wait_procs(family, timeout=20)[1]

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import os
+import random
 import subprocess
 import sys
 import time
@@ -17,6 +19,7 @@ from prelar.data import rlbench_live
 from prelar.data.rlbench_folder import CAMERAS
 from prelar.data.store import Store
 from tests.conftest import Project
+from tests.flows.kills import Prey
 from tests.rlbench_standin import orders, surround
 
 WAIT = 120
@@ -84,6 +87,35 @@ def test_flow_survives_what_simulators_do_and_being_killed(project: Project, tmp
         "seed": 0,
     }
     assert not list((root / "data/.staging").glob("rlbench-*/demos"))
+
+
+@pytest.mark.long
+def test_storm_of_kills_costs_what_was_in_progress(
+    project: Project, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Simulators, displays and the flow itself are killed at random moments."""
+    monkeypatch.setenv("RLBENCH_COSTS", json.dumps({"launch": 0.3, "plan": 0.2, "step": 0.04}))
+    tasks = ["push_button", "reach_target", "open_drawer"]
+    project.edit(rlbench={"tasks": tasks, "episodes": 30, "cameras": ["front", "wrist"]})
+    random_, kills = random.Random(0), Counter[str]()
+    while kills.total() < 24:
+        prey = Prey(project.root, "flows.rlbench")
+        assert prey.wait_for("rlbench_simulator")
+        for word in random_.choices(["rlbench_simulator", "Xvfb"], [4, 1], k=random_.randint(1, 6)):
+            time.sleep(1.5 * random_.random())
+            kills[word] += prey.kill_one(word, random_)
+        kills["flow"] += prey.kill()
+    assert not (project.root / "data/rlbench.zarr").exists()
+    assert "left out" not in project.run("python", "-m", "flows.rlbench").stdout
+    rows = Store.open(project.root / "data/rlbench.zarr").index.to_pylist()
+    demos = 5 * 30
+    assert Counter((row["status"], row["camera"]) for row in rows) == {
+        ("ok", "front"): demos,
+        ("ok", "wrist"): demos,
+    }
+    begun = (tmp_path / "standin/orders/asked").read_text().splitlines()
+    assert sum(name != "launch" for name in begun) <= demos + kills["rlbench_simulator"] + 2 * kills["flow"]
+    assert not list((project.root / "data/.staging").iterdir())
 
 
 def test_flow_without_any_demo_says_why(project: Project) -> None:

@@ -30,6 +30,7 @@ from prelar.data.video import Decoder
 from prelar.errors import UserError
 from tests import archives
 from tests.conftest import ROOT, merge
+from tests.flows.kills import Interruption, storm, tree
 from tests.webserver import Behaviour, serve
 
 CONTENTS = {**archives.clips(46), "900": b"", "901": b"no video", "902": archives.clip(frames=30)[:-2000]}
@@ -55,13 +56,6 @@ def change(**values: object) -> None:
     yaml.dump(params, Path("params.yaml"))
 
 
-def tree(folder: Path) -> dict[str, bytes]:
-    """The published outputs, by path."""
-    store = folder / "ssv2.zarr"
-    held = {str(path.relative_to(folder)): path.read_bytes() for path in store.rglob("*") if path.is_file()}
-    return {**held, "index": (folder / "ssv2.parquet").read_bytes()}
-
-
 def undisturbed(folder: Path, work: Path) -> dict[str, bytes]:
     """What the source in `folder` must become, built without flow, Prefect or interruption."""
     source, decoder = ingest.folder_source(folder, None), Decoder()
@@ -71,7 +65,7 @@ def undisturbed(folder: Path, work: Path) -> dict[str, bytes]:
             append(writer, ingest.ingest(decoder, batch, known, 8))
         append_missing(writer, known)
         writer.finish(attributes(writer, decoder.version, 8))
-    return tree(work)
+    return tree(work, "ssv2")
 
 
 def start(**environment: str) -> subprocess.Popen[str]:
@@ -164,7 +158,7 @@ def test_killed_refused_continued(here: Path) -> None:
     status, out, err = run(**secret)
     assert status == 0, err
     assert "46 clips" in out
-    assert tree(here / "data") == wanted
+    assert tree(here / "data", "ssv2") == wanted
     assert [path.name for path in files.STAGING.iterdir()] != []
     assert all(path.name.startswith("ssv2-parts-") for path in files.STAGING.iterdir())
     shown = artifacts()
@@ -200,31 +194,6 @@ def interrupt(*arguments: object, **named: object) -> None:
     raise InterruptedError
 
 
-class Interruption:
-    """Kills this process with SIGKILL at the n-th operation that changes the disk."""
-
-    def __init__(self, monkeypatch: pytest.MonkeyPatch, after: int) -> None:
-        self.left = after
-        for owner, names in (
-            (
-                os,
-                ("pwrite", "fsync", "fdatasync", "truncate", "unlink", "rmdir", "replace", "link", "rename"),
-            ),
-            (Path, ("replace", "unlink", "mkdir")),
-        ):
-            for name in names:
-                monkeypatch.setattr(owner, name, self._counted(getattr(owner, name)))
-
-    def _counted(self, operation: Callable[..., Any]) -> Callable[..., Any]:
-        def counted(*arguments: Any, **named: Any) -> Any:
-            self.left -= 1
-            if self.left <= 0:
-                os.kill(os.getpid(), signal.SIGKILL)
-            return operation(*arguments, **named)
-
-        return counted
-
-
 def decoded(source: ingest.Source) -> dict[str, Ingested]:
     """Every clip of a source, decoded once."""
     known, decoder = read_labels(source.labels), Decoder()
@@ -250,46 +219,17 @@ def work_once(source: ingest.Source, clips: dict[str, Ingested]) -> None:
     staging.publish("ssv2", folder)
 
 
-def storm(here: Path, seed: int, monkeypatch: pytest.MonkeyPatch) -> int:
-    """Run and kill until a run ends by itself; returns the number of kills.
-
-    Before each run the outputs are removed, as DVC does; what is staged must bring them back.
-    """
+def stormed(here: Path, seed: int, monkeypatch: pytest.MonkeyPatch) -> int:
+    """How often the work was killed until it had the same bytes as without."""
     source = ingest.folder_source(here / "data/sample", None)
     wanted, clips = undisturbed(here / "data/sample", here / f"work-{seed}"), decoded(source)
-    random_ = random.Random(seed)
-    kills = 0
-    while True:
-        for path in Path("data").glob("ssv2.*"):
-            files.remove(path)
-        pid = os.fork()
-        if pid == 0:
-            try:
-                Interruption(monkeypatch, random_.randint(1, 12 + 2 * kills))
-                work_once(source, clips)
-                os._exit(0)
-            except BaseException as error:
-                print(repr(error), file=sys.stderr)
-                os._exit(1)
-        random_.random()
-        status = os.waitpid(pid, 0)[1]
-        if os.path.exists("data/ssv2.zarr/zarr.json") and os.path.exists("data/ssv2.parquet"):  # noqa: PTH110
-            Store.open("data/ssv2.zarr")
-        if os.WIFSIGNALED(status):
-            kills += 1
-            assert kills < 500
-            continue
-        assert os.waitstatus_to_exitcode(status) == 0
-        assert tree(here / "data") == wanted
-        assert list(files.STAGING.iterdir()) == []
-        assert not list(Path("data").glob(".ssv2.*"))
-        return kills
+    return storm("ssv2", lambda: work_once(source, clips), wanted, seed, monkeypatch)
 
 
 def test_killed_at_many_operations_and_still_the_same_bytes(
     here: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    assert storm(here, 0, monkeypatch) >= 20
+    assert stormed(here, 0, monkeypatch) >= 20
 
 
 def fill_up(folder: Path) -> None:
@@ -310,7 +250,7 @@ def fill_up(folder: Path) -> None:
         subprocess.run([*mount, f"remount,size={size}m"], check=True)
     assert size > 8
     assert list(files.STAGING.iterdir()) == []
-    assert tree(folder / "data") == undisturbed(folder / "source", folder / "work")
+    assert tree(folder / "data", "ssv2") == undisturbed(folder / "source", folder / "work")
 
 
 def test_a_disk_that_was_full_again_and_again_and_still_the_same_bytes(here: Path) -> None:
@@ -348,13 +288,13 @@ def test_killed_while_publishing_loses_no_work(here: Path, monkeypatch: pytest.M
             os._exit(0)
         kills += os.WIFSIGNALED(os.waitpid(pid, 0)[1])
     assert kills > 10
-    assert tree(here / "data") == wanted
+    assert tree(here / "data", "ssv2") == wanted
 
 
 @pytest.mark.long
 def test_a_long_storm_of_kills(here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     for seed in range(1, 30):
-        assert storm(here, seed, monkeypatch) >= 10
+        assert stormed(here, seed, monkeypatch) >= 10
 
 
 @pytest.fixture
@@ -442,7 +382,7 @@ def test_the_flow_itself_killed_at_random_moments(here: Path, number: int) -> No
             break
     status, _, err = run()
     assert status == 0, err
-    assert tree(here / "data") == wanted
+    assert tree(here / "data", "ssv2") == wanted
 
 
 @pytest.mark.long

@@ -140,8 +140,13 @@ def cost(**counts: int) -> None:
 
 
 def order(name: str) -> str | None:
-    """The next line of the orders for `name`, which is thereby used up."""
-    path = Path(os.environ.get("RLBENCH_ORDERS", "/nonexistent")) / name
+    """The next line of the orders for `name`, which is thereby used up; `asked` tells who came for one."""
+    folder = Path(os.environ.get("RLBENCH_ORDERS", "/nonexistent"))
+    if not folder.exists():
+        return None
+    with (folder / "asked").open("a") as asked:
+        asked.write(f"{name}\n")
+    path = folder / name
     if not path.exists():
         return None
     first, _, rest = path.read_text().partition("\n")

@@ -1,0 +1,142 @@
+"""Work that is killed again and again: at its operations on the disk, or as a flow with all its processes."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+
+from flows import staging
+from prelar import files
+from prelar.data.store import Store, index_path
+
+MANY = 500
+SECONDS = 240
+
+
+def tree(folder: Path, name: str) -> dict[str, bytes]:
+    """The published store `name` and its index, by path."""
+    store = folder / f"{name}.zarr"
+    held = {str(path.relative_to(folder)): path.read_bytes() for path in store.rglob("*") if path.is_file()}
+    return {**held, "index": index_path(store).read_bytes()}
+
+
+class Interruption:
+    """Kills this process with SIGKILL at the n-th operation that changes the disk."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch, after: int) -> None:
+        self.left = after
+        for owner, names in (
+            (
+                os,
+                ("pwrite", "fsync", "fdatasync", "truncate", "unlink", "rmdir", "replace", "link", "rename"),
+            ),
+            (Path, ("replace", "unlink", "mkdir")),
+        ):
+            for name in names:
+                monkeypatch.setattr(owner, name, self._counted(getattr(owner, name)))
+
+    def _counted(self, operation: Callable[..., Any]) -> Callable[..., Any]:
+        def counted(*arguments: Any, **named: Any) -> Any:
+            self.left -= 1
+            if self.left <= 0:
+                os.kill(os.getpid(), signal.SIGKILL)
+            return operation(*arguments, **named)
+
+        return counted
+
+
+def storm(
+    name: str, work: Callable[[], None], wanted: dict[str, bytes], seed: int, monkeypatch: pytest.MonkeyPatch
+) -> int:
+    """Run the work on store `name` and kill it until a run ends by itself; returns the number of kills.
+
+    It works in the current folder. Before each run the outputs are removed, as DVC does; what is staged must
+    bring them back, in the end `wanted` and nothing besides.
+    """
+    random_ = random.Random(seed)
+    target = staging.target(name)
+    for kills in range(MANY):
+        for path in (target, index_path(target)):
+            files.remove(path)
+        pid = os.fork()
+        if pid == 0:
+            try:
+                Interruption(monkeypatch, random_.randint(1, 12 + 2 * kills))
+                work()
+                os._exit(0)
+            except BaseException as error:
+                print(repr(error), file=sys.stderr)
+                os._exit(1)
+        random_.random()
+        status = os.waitpid(pid, 0)[1]
+        if (target / "zarr.json").exists() and index_path(target).exists():
+            Store.open(target)
+        if os.WIFSIGNALED(status):
+            continue
+        assert os.waitstatus_to_exitcode(status) == 0
+        assert tree(target.parent, name) == wanted
+        assert list(files.STAGING.iterdir()) == []
+        assert not list(target.parent.glob(f".{name}.*"))
+        return kills
+    raise AssertionError(f"killed {MANY} times without an end")
+
+
+class Prey:
+    """A flow that runs in `root` as a process, to be killed with its family."""
+
+    def __init__(self, root: Path, flow: str) -> None:
+        self._flow = subprocess.Popen(
+            [sys.executable, "-m", flow], cwd=root, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+        )
+        self._self = psutil.Process(self._flow.pid)
+
+    def family(self, word: str) -> list[psutil.Process]:
+        """Its descendants whose command lines hold a word."""
+        found = []
+        with contextlib.suppress(psutil.Error):
+            for process in self._self.children(recursive=True):
+                with contextlib.suppress(psutil.Error):
+                    if word in " ".join(process.cmdline()):
+                        found.append(process)
+        return found
+
+    def wait_for(self, word: str) -> bool:
+        """Wait until it has such a descendant; whether it has not ended first."""
+        end = time.monotonic() + SECONDS
+        while not self.family(word):
+            if self._flow.poll() is not None:
+                return False
+            assert time.monotonic() < end
+            time.sleep(0.05)
+        return True
+
+    def kill_one(self, word: str, random_: random.Random) -> bool:
+        """Kill a descendant by chance; whether there was one."""
+        with contextlib.suppress(IndexError, psutil.Error):
+            random_.choice(self.family(word)).kill()
+            return True
+        return False
+
+    def kill(self) -> bool:
+        """Kill it and see its family end; whether it still ran."""
+        family = self.family("")
+        running = self._flow.poll() is None
+        self._flow.kill()
+        self._flow.wait()
+        assert not psutil.wait_procs(family, timeout=SECONDS)[1]
+        return running
+
+    def end(self) -> int:
+        """Its status, once it has ended by itself."""
+        return self._flow.wait(timeout=SECONDS)
