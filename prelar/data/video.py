@@ -143,10 +143,8 @@ class Decoder:
             except subprocess.TimeoutExpired:
                 return None
             frames = _frames(output)
-            owners = _owners(os.pread(times, os.fstat(times).st_size, 0))
-        counts = np.bincount(owners, minlength=len(clips))
-        told = len(owners) == len(frames) and len(counts) == len(clips) and (np.diff(owners) >= 0).all()
-        if status or troubles(log) or not told or not counts.all() or counts.max() > MAX_FRAMES:
+            counts = frames_each(os.pread(times, os.fstat(times).st_size, 0), len(clips))
+        if status or troubles(log) or counts is None or counts.sum() != len(frames):
             return None
         return np.split(frames, counts.cumsum()[:-1])
 
@@ -263,7 +261,7 @@ def command(
 
 
 def joined_command(binary: str, playlist: int, output: int, times: int, clips: int) -> list[str]:
-    """The arguments that decode the clips of a playlist in turn; `times` gets a line a frame (`_owners`)."""
+    """The arguments that decode the clips of a playlist in turn; `times` is what `frames_each` reads."""
     one_video = {"format": "concat", "safe": 0, "format_whitelist": f"concat,{FORMATS}"}
     told = {"stats_enc_pre": f"/proc/self/fd/{times}", "stats_enc_pre_fmt": "{ptsi} {tbi}"}
     return _command(binary, playlist, output, one_video, told, clips)
@@ -306,12 +304,23 @@ def _playlist(inputs: Sequence[int]) -> bytes:
     return f"ffconcat version 1.0\n{files}".encode()
 
 
-def _owners(times: bytes) -> npt.NDArray[np.int64]:
-    """Which clip of a playlist every frame is of, given lines of its time and the unit (`83 1/1000`)."""
-    words = times.replace(b"/", b" ").split()
-    ticks, numerator, denominator = np.array(words, dtype=np.int64).reshape(-1, 3).T
-    owners: npt.NDArray[np.int64] = ticks * numerator // (denominator * APART)
-    return owners
+def frames_each(times: bytes, clips: int) -> npt.NDArray[np.int64] | None:
+    """How many frames each clip of a playlist has, given a line a frame of its time and unit (`83 1/1000`).
+
+    None where that is not told, or is not as it should be: every clip with 1 to `MAX_FRAMES`, one by one.
+    """
+    try:
+        words = np.array(times.replace(b"/", b" ").split(), dtype=np.int64)
+        ticks, numerator, denominator = words.reshape(-1, 3).T
+    except ValueError:
+        return None
+    if not len(ticks) or denominator.min() < 1:
+        return None
+    owner = ticks * numerator // (denominator * APART)
+    if owner[0] != 0 or owner[-1] != clips - 1 or not np.isin(np.diff(owner), (0, 1)).all():
+        return None
+    counts = np.bincount(owner)
+    return counts if counts.max() <= MAX_FRAMES else None
 
 
 def _stretch(part: Part | None) -> dict[str, float]:

@@ -20,7 +20,7 @@ from hypothesis import strategies as st
 
 from prelar.data import video, webm
 from prelar.data.store import Frames
-from prelar.data.video import SCALE, Decoder, command, joined_command, stream, troubles
+from prelar.data.video import SCALE, Decoder, command, frames_each, joined_command, stream, troubles
 from prelar.errors import UserError
 from tests import archives
 from tests.conftest import ROOT
@@ -357,6 +357,18 @@ def test_the_commands() -> None:
         assert arguments[arguments.index("-vf") + 1].startswith(SCALE)
     assert "concat" not in " ".join(alone)
     assert "accurate_rnd+bitexact" in SCALE
+
+
+def test_frames_are_given_to_the_clips_of_their_time() -> None:
+    two = b"0 1/1000\n83 1/1000\n10000000 1/1000\n"
+    counts = frames_each(two, 2)
+    assert counts is not None
+    assert counts.tolist() == [2, 1]
+    for wrong in (b"", b"nan 1/1000\n", b"0 1/1000\n83\n", b"0 1/0\n", b"-83 1/1000\n", two[::-1]):
+        assert frames_each(wrong, 1) is None
+    for clips in (1, 3):
+        assert frames_each(two, clips) is None
+    assert frames_each(b"0 1/1000\n20000000 1/1000\n", 3) is None
 
 
 LOG = """[info] Input #0, matroska,webm, from 'x':
