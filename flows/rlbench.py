@@ -72,8 +72,9 @@ def rlbench() -> str:
     checks = functools.partial(suites, source=source, max_bad=settings.max_bad)
     counted = staging.validate(NAME, folder / f"{NAME}.zarr", checks)
     staging.publish(NAME, folder, config.data_root)
+    several = "s" if len(source.cameras) > 1 else ""
     return (
-        f"{counted['clips']} clips of {len(source.cameras)} cameras, {counted['frames']} frames, "
+        f"{counted['clips']} clips of {len(source.cameras)} camera{several}, {counted['frames']} frames, "
         f"{counted['pairs']} pairs, {counted['bad']} clips left out{rate}"
     )
 
