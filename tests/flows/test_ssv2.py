@@ -25,7 +25,7 @@ from prelar import files
 from prelar.data import ingest
 from prelar.data.ingest import Ingested, after_committed, append, append_missing, attributes, batches
 from prelar.data.labels import read_labels
-from prelar.data.store import Store, StoreWriter
+from prelar.data.store import Store, StoreWriter, checks_path
 from prelar.data.video import Decoder
 from prelar.errors import UserError
 from tests import archives
@@ -216,6 +216,7 @@ def work_once(source: ingest.Source, clips: dict[str, Ingested]) -> None:
             append_missing(writer, known)
             writer.finish(attributes(writer, Decoder().version, 8))
         files.write_text(folder / "built", "")
+    files.write_text(checks_path(folder / "ssv2.zarr"), "{}")
     staging.publish("ssv2", folder)
 
 
