@@ -90,7 +90,7 @@ PRETRAINING = tuple(
         f"pretrain_{name}",
         f"{loss.title} during pre-training",
         "updates",
-        loss.unit,
+        loss.axis,
         f"{loss.title}. {loss.caption}",
         log=True,
     )

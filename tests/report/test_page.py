@@ -239,7 +239,7 @@ def test_curves_with_a_diverged_value_are_still_drawn(tmp_path: Path) -> None:
     (folder / "kl.tsv").write_text("step\tkl\n")
     (figure,) = loss_curves(tmp_path, "pre").values()
     assert figure.rows == (("10", "900"), ("30", "5"))
-    assert "nan" not in figure.svg and "summed over an image (log)" in figure.svg
+    assert "nan" not in figure.svg and "of an image (log)" in figure.svg
 
 
 def contrast(first: str, second: str) -> float:

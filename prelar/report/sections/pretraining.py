@@ -14,10 +14,10 @@ CURVES = Path("reports/pretrain/plots/metrics")
 
 @dataclass(frozen=True)
 class Loss:
-    """What pre-training logs: how it is called, its unit, what it is, and the folder that it is logged to."""
+    """What pre-training logs: how it is called, its axis, what it is, and the folder that it is logged to."""
 
     title: str
-    unit: str
+    axis: str
     caption: str
     place: str = "loss"
 
@@ -25,22 +25,26 @@ class Loss:
 LOSSES = {
     "image": Loss(
         "Reconstruction",
-        "squared error / 2, summed over an image",
+        "reconstruction, squared error / 2 of an image",
         "Squared error of the decoded frame, halved and summed over pixels and channels.",
     ),
     "kl": Loss(
-        "Dynamics KL", "nats", "Posterior against prior of the state: what the dynamics failed to foresee."
+        "Dynamics KL",
+        "dynamics KL, nats",
+        "Posterior against prior of the state: what the dynamics failed to foresee.",
     ),
-    "action_kl": Loss("Action KL", "nats", "Latent action against N(0, I): what the action carries."),
+    "action_kl": Loss(
+        "Action KL", "action KL, nats", "Latent action against N(0, I): what the action carries."
+    ),
     "consistency": Loss(
         "Consistency",
-        "loss",
+        "consistency loss",
         "Disagreement between the orders of action distances and state distances.",
     ),
-    "total": Loss("Total", "weighted sum of the losses", "The weighted sum that is minimised."),
+    "total": Loss("Total", "total, weighted sum of the losses", "The weighted sum that is minimised."),
     "prediction_error": Loss(
         "Prediction error",
-        "mean squared error",
+        "prediction error, mean squared",
         "Of the frames of held-out clips that the model does not see, while it learns; pixels in [0, 1].",
         place="validation",
     ),
@@ -79,7 +83,7 @@ def loss_curves(folder: Path, prefix: str) -> dict[str, Figure]:
             title=f"{loss.title} during pre-training",
             description=" ".join(trend(place, *curve, "updates") for place, curve in lines.items()),
             x_label="updates",
-            y_label=loss.unit,
+            y_label=loss.axis,
             log=log,
         )
         headings = {loss.title if len(lines) == 1 else place: curve for place, curve in lines.items()}

@@ -27,7 +27,7 @@ def learning_curves(folder: Path) -> list[Figure]:
     `folder` holds `success.tsv` and `return.tsv`, the names under which fine-tuning logs them.
     """
     figures = []
-    for name, title, y_label, limits in (
+    for name, title, unit, limits in (
         ("success", "Success rate", "share of the evaluation episodes", (0.0, 1.0)),
         ("return", "Return", "mean of the evaluation episodes", None),
     ):
@@ -41,10 +41,10 @@ def learning_curves(folder: Path) -> list[Figure]:
                 title=f"{title} during fine-tuning",
                 description=trend(title, steps, values, "environment steps"),
                 x_label="environment steps",
-                y_label=y_label,
+                y_label=f"{title.lower()}, {unit}",
                 y_range=limits,
             )
-            figures.append(figure(chart, f"{title}, {y_label}.", "Environment steps", {title: curve}))
+            figures.append(figure(chart, f"{title}, {unit}.", "Environment steps", {title: curve}))
     return figures
 
 
