@@ -79,9 +79,13 @@ class ApvNpz:
                 if expected and len(content["image"]) != int(expected[1]):
                     raise ValueError(f"{len(content['image'])} frames, its name says {expected[1]}")
                 frames[camera] = content["image"]
-                arrays = arrays or {key: _aligned(content, key) for key in self.arrays}
-            except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile) as error:
-                reason = f"{name}: {' '.join(str(error).split())}"
+                aligned = {key: _aligned(content, key) for key in self.arrays}
+                arrays = arrays or aligned
+                for key in arrays:
+                    if not np.array_equal(arrays[key], aligned[key], equal_nan=True):
+                        raise ValueError(f"its {COLUMNS[key]} is not that of the other cameras")
+            except Exception as error:
+                reason = f"{name}: {' '.join(str(error).split()) or type(error).__name__}"
                 return Episode(job, reason=reason, digests=digests)
         return Episode(job, frames, arrays, digests=digests)
 
@@ -111,7 +115,7 @@ def open_folder(
 def read_npz(path: Path) -> dict[str, npt.NDArray[Any]]:
     """Arrays of an episode file that matter here, read without pickle.
 
-    Raises `ValueError`, `KeyError`, `OSError` or `zipfile.BadZipFile` where the file is broken or too large.
+    Raises `ValueError` where it is too large, and one of many errors where it is broken.
     """
     with zipfile.ZipFile(path) as archive:
         size = sum(entry.file_size for entry in archive.infolist())
@@ -160,7 +164,7 @@ def _widths(folder: Path, jobs: list[Job]) -> tuple[tuple[str, int], ...]:
         for _, name in job.files:
             try:
                 content = read_npz(folder / name)
-            except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile):
+            except Exception:
                 continue
             return tuple(
                 (key, content[column].shape[1])

@@ -190,7 +190,7 @@ class Crew:
             with np.load(self._demo(job), allow_pickle=False) as content:
                 frames = {camera: _at_size(content[camera]) for camera in self._source.cameras}
                 arrays = {name: content[name] for name in self._source.arrays}
-        except (OSError, ValueError, KeyError, zipfile.BadZipFile) as error:
+        except Exception as error:
             return Episode(job, reason=f"the stored demo cannot be read: {' '.join(str(error).split())}")
         return Episode(job, frames, arrays, success=True, fps=RATE)
 

@@ -26,7 +26,7 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-from PIL import Image, UnidentifiedImageError
+from PIL import Image
 
 from prelar.data.demonstrations import ALIGNMENT, Array, Episode, Job
 from prelar.data.rlbench_steps import MOTIONS, RATE, WIDTH, RlbenchDemonstrations, step_arrays
@@ -139,7 +139,7 @@ def read_pictures(folder: Path, length: int) -> Frames:
                 if picture.width * picture.height > MAX_PIXELS:
                     raise ValueError(f"{picture.width}x{picture.height} pixels")
                 colours = picture.convert("RGB")
-        except (OSError, ValueError, SyntaxError, UnidentifiedImageError) as error:
+        except Exception as error:
             raise ValueError(f"{folder.name}/{path.name}: {_without_path(error, path)}") from None
         if colours.size != (SIZE, SIZE):
             colours = colours.resize((SIZE, SIZE), Image.Resampling.BICUBIC)
@@ -148,7 +148,7 @@ def read_pictures(folder: Path, length: int) -> Frames:
 
 
 def _without_path(error: Exception, path: Path) -> str:
-    return " ".join(str(error).replace(str(path), path.name).split())
+    return _in_words(error).replace(str(path), path.name)
 
 
 def read_low_dim(path: Path, action_mode: str = "joint_velocity") -> dict[str, Array]:

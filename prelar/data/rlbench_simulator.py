@@ -56,10 +56,13 @@ def in_words(reason: str) -> str:
 def demo_arrays(demo: Sequence[Any], cameras: Sequence[str], action_mode: str) -> dict[str, npt.NDArray[Any]]:
     """Pictures and vectors of a demo. Raises `ValueError` where a step lacks one."""
     steps = [demo[number] for number in range(len(demo))]
-    found = {camera: np.stack([getattr(step, f"{camera}_rgb") for step in steps]) for camera in cameras}
-    for camera, frames in found.items():
-        if frames.dtype != np.uint8 or frames.ndim != 4:
-            raise ValueError(f"camera {camera}: frames are {frames.dtype} {frames.shape}, not uint8 pictures")
+    found = {}
+    for camera in cameras:
+        pictures = [getattr(step, f"{camera}_rgb") for step in steps]
+        for number, picture in enumerate(pictures):
+            if getattr(picture, "dtype", None) != np.uint8 or picture.shape != pictures[0].shape:
+                raise ValueError(f"camera {camera}: no picture at step {number}")
+        found[camera] = np.stack(pictures)
     motion, pose = (
         np.stack([getattr(step, name) for step in steps]) for name in (MOTIONS[action_mode], "gripper_pose")
     )

@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 import time
+import traceback
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -76,7 +77,7 @@ def storm(
                 work()
                 os._exit(0)
             except BaseException as error:
-                print(repr(error), file=sys.stderr)
+                traceback.print_exception(error)
                 os._exit(1)
         random_.random()
         status = os.waitpid(pid, 0)[1]

@@ -1,16 +1,14 @@
 """The rlbench flow: every source into one store, the same bytes however it ran or was interrupted."""
 
-import contextlib
 import dataclasses
 import functools
 import hashlib
 import random
 import shutil
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -20,12 +18,13 @@ from flows import rlbench, staging
 from prelar import files
 from prelar.config import load_config
 from prelar.data import apv_npz
-from prelar.data.demonstrations import Job, Metaworld, Source, staging_key
+from prelar.data.demonstrations import Metaworld, Source, staging_key
 from prelar.data.rlbench_folder import RlbenchFolder
 from prelar.data.rlbench_live import RlbenchLive
 from prelar.data.store import Store, StoreWriter
 from prelar.errors import UserError
 from tests.conftest import Project
+from tests.flows.inline import work_inline
 from tests.flows.kills import Prey, storm, tree
 
 EPISODES = 7
@@ -251,21 +250,9 @@ def work_once(source: Source) -> None:
     staging.publish("rlbench", folder)
 
 
-@contextlib.contextmanager
-def by_hand(
-    source: Source, *_: object
-) -> Iterator[tuple[Callable[[Job], rlbench.Later], Callable[[Job], None]]]:
-    """Jobs are done where they are given."""
-    yield lambda job: functools.partial(source.collect, job), lambda job: None
-
-
 def stormed(source: Source, folder: Path, seed: int, monkeypatch: pytest.MonkeyPatch) -> int:
     """How often the work was killed until it had the same bytes as without."""
-    future = SimpleNamespace(result=lambda: None)
-    monkeypatch.setattr(
-        rlbench.collect, "submit", lambda desk, number: rlbench._desks[desk].work(number) or future
-    )
-    monkeypatch.setattr(rlbench, "hands", by_hand)
+    work_inline(monkeypatch)
     fill(folder / "wanted/rlbench.zarr", source, 1)
     (folder / "work").mkdir()
     monkeypatch.chdir(folder / "work")

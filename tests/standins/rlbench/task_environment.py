@@ -95,7 +95,12 @@ class TaskEnvironment:
         start, velocity = np.random.randint(0, 20, 2), np.random.normal(size=7)
         cost(plan=1)
         steps = range(8 + self._variation_number + int(COSTS.get("steps", 0)))
-        return Demo([self._observe(step, start, velocity) for step in steps], num_reset_attempts=1)
+        observed = [self._observe(step, start, velocity) for step in steps]
+        if what == "nan":
+            observed[3].joint_velocities[:] = np.nan
+        if what == "blind":
+            observed[3].front_rgb = None
+        return Demo(observed[:1] if what == "short" else observed, num_reset_attempts=1)
 
     def _observe(self, step: int, start: Any, velocity: Any) -> Observation:
         config, seen = self._obs_config, dict[str, Any]()

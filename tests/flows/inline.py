@@ -1,0 +1,39 @@
+"""The rlbench flow's work where it is asked for, without Prefect and worker processes."""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+from collections.abc import Callable, Iterator
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from flows import rlbench
+from prelar.data.demonstrations import Job, Source
+from prelar.data.rlbench_live import RlbenchLive
+
+HANDS = rlbench.hands
+DONE = SimpleNamespace(result=lambda: None)
+
+
+@contextlib.contextmanager
+def hands(source: Source, *rest: Any) -> Iterator[tuple[Callable[[Job], Any], Callable[[Job], None]]]:
+    """Jobs are done where they are given; live ones by simulators as ever."""
+    if isinstance(source, RlbenchLive):
+        with HANDS(source, *rest) as found:
+            yield found
+    else:
+        yield lambda job: functools.partial(source.collect, job), lambda job: None
+
+
+def work_inline(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let `rlbench.fill` do so."""
+
+    def submit(desk: str, number: int) -> Any:
+        rlbench._desks[desk].work(number)
+        return DONE
+
+    monkeypatch.setattr(rlbench.collect, "submit", submit)
+    monkeypatch.setattr(rlbench, "hands", hands)
