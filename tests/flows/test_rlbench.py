@@ -21,7 +21,7 @@ from prelar.data import apv_npz
 from prelar.data.demonstrations import Metaworld, Source, staging_key
 from prelar.data.rlbench_folder import RlbenchFolder
 from prelar.data.rlbench_live import RlbenchLive
-from prelar.data.store import Store, StoreWriter
+from prelar.data.store import Store, StoreWriter, checks_path
 from prelar.errors import UserError
 from tests.conftest import Project
 from tests.flows.inline import work_inline
@@ -247,6 +247,7 @@ def work_once(source: Source) -> None:
     if not (folder / "built").is_file():
         fill(folder / "rlbench.zarr", source, 1)
         files.write_text(folder / "built", "")
+    files.write_text(checks_path(folder / "rlbench.zarr"), "{}")
     staging.publish("rlbench", folder)
 
 
