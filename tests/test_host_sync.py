@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
+from torch._dynamo.utils import counters
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from prelar.control.behaviour import Behaviour
@@ -59,8 +60,8 @@ def test_a_step_of_pretraining_reads_nothing(method: str) -> None:
             Processes(fabric).mean(losses | outputs["metrics"] | {"norm": norm})
 
 
-@pytest.mark.parametrize("method", METHODS)
-def test_an_update_of_finetuning_reads_nothing(method: str) -> None:
+def learner(method: str) -> Learner:
+    """What updates a small model of a method."""
     fabric = set_up(device="cpu", precision="fp32", threads=1)
     augment = "erase" if method == "contextwm" else "none"
     model = build_finetune(
@@ -78,16 +79,42 @@ def test_an_update_of_finetuning_reads_nothing(method: str) -> None:
         slow_every=2,
     )
     bonus = make_bonus(model, 1.0, seed=0, device=fabric.device)
-    learner = Learner(fabric, model, behaviour, bonus, lr=1e-3, actor_lr=1e-3, critic_lr=1e-3, hold=1)
-    batch = {
+    return Learner(fabric, model, behaviour, bonus, lr=1e-3, actor_lr=1e-3, critic_lr=1e-3, hold=1)
+
+
+def experience() -> dict[str, Tensor]:
+    """A batch of a robot's experience."""
+    return {
         "image": frames(),
         "action": torch.zeros(BATCH, TIME, 4),
         "reward": torch.zeros(BATCH, TIME),
         "is_first": first_steps(BATCH, TIME),
     }
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_an_update_of_finetuning_reads_nothing(method: str) -> None:
+    learning, batch = learner(method), experience()
     with NoReads():
         for number in range(2):
-            learner.update(batch, number)
+            learning.update(batch, number)
+
+
+@pytest.mark.parametrize(
+    "method", ["prelar", *(pytest.param(name, marks=pytest.mark.long) for name in ("dreamerv2", "apv"))]
+)
+def test_updates_compile_at_first_alone_and_each_part_to_one_graph(method: str) -> None:
+    torch._dynamo.reset()
+    counters.clear()
+    learning, batch = learner(method), experience()
+    learning.model.compile_training(backend="eager", dynamic=False)
+    compiled = []
+    for number in range(3):
+        learning.update(batch, number)
+        compiled.append(counters["stats"]["unique_graphs"])
+    torch._dynamo.reset()
+    assert not counters["graph_break"]
+    assert compiled[0] > 0 and compiled[1:] == [compiled[0]] * 2
 
 
 def test_reads_are_noticed() -> None:

@@ -37,7 +37,7 @@ HELD = 5
 STEPS = 50
 TEST_SHARE = 3
 PENALTIES = tuple(10.0**k for k in range(-3, 6))
-BATCH, SEGMENT, RATE = 4, 17, 1e-3
+BATCH, SHIFT, RATE = 64, 4, 1e-3
 SWAP_ROWS, SWAP_COLUMNS, SWAP_STEPS = 4, 6, 3
 
 
@@ -224,30 +224,42 @@ def _latent(infer: Callable[[Tensor, Tensor], Tensor | None], frames: Frames, de
 def _teach(
     model: WorldModel, episodes: Episodes, *, updates: int, seed: int, device: torch.device
 ) -> Callable[[Tensor, Tensor], Tensor]:
-    """Train the action encoder of a fresh model with a linear head on the labels; returns how it infers."""
+    """Train the action encoder of a fresh model with a linear head on the labels; returns how it infers.
+
+    Batches are of single pairs, and each pair's frames are shifted alike, so that the few episodes are not
+    learnt by heart.
+    """
     action: Any = model.action
-    pairs = episodes.change.shape[1]
     numbers = np.flatnonzero(~episodes.held_out)
     labels = episodes.change[numbers]
     scaled = (labels - labels.mean((0, 1))) / np.maximum(labels.std((0, 1)), 1e-9)
     head = nn.Linear(action.action_dim, len(DIMENSIONS)).to(device)
     optimizer = adam([*action.parameters(), *head.parameters()], RATE)
-    length = min(SEGMENT, pairs + 1)
+    is_first = first_steps(BATCH, action.window, device)
     for update in tqdm(range(updates), desc="evaluate: probe with labels", unit="update", disable=None):
         seed_step(seed, update)
         random = generator(Stream.PROBE, seed, update)
-        rows = random.integers(len(numbers), size=BATCH)[:, None]
-        times = random.integers(pairs - length + 2, size=BATCH)[:, None] + np.arange(length)
-        frames, wanted = episodes.frames[numbers[rows], times], scaled[rows, times[:, :-1]]
-        images, is_first = normalise(torch.from_numpy(frames).to(device)), first_steps(BATCH, length, device)
-        stats = action.posterior(images, is_first, True)
-        guess = head(action.kind.action(stats, sample=False))
-        loss = (guess - torch.from_numpy(wanted).float().to(device)).square().mean()
+        rows, pairs = random.integers(len(numbers), size=BATCH), random.integers(labels.shape[1], size=BATCH)
+        times = np.maximum(pairs[:, None] + np.arange(2 - action.window, 2), 0)
+        frames = _shift(episodes.frames[numbers[rows][:, None], times], random)
+        stats = action.posterior(normalise(torch.from_numpy(frames).to(device)), is_first, True)
+        guess = head(action.kind.action(stats, sample=False)[:, -1])
+        wanted = torch.from_numpy(scaled[rows, pairs]).float().to(device)
+        loss = (guess - wanted).square().mean()
         optimizer.zero_grad(set_to_none=True)
         loss.backward()
         optimizer.step()
     infer: Callable[[Tensor, Tensor], Tensor] = action.infer
     return infer
+
+
+def _shift(frames: Frames, random: np.random.Generator) -> Frames:
+    """Every sequence of (N, T, H, W, 3) moved by up to `SHIFT` pixels each way, its edges repeated."""
+    size = frames.shape[2]
+    padded = np.pad(frames, ((0, 0), (0, 0), (SHIFT, SHIFT), (SHIFT, SHIFT), (0, 0)), mode="edge")
+    corners = random.integers(2 * SHIFT + 1, size=(len(frames), 2))
+    moved = [one[:, y : y + size, x : x + size] for one, (y, x) in zip(padded, corners, strict=True)]
+    return np.stack(moved)
 
 
 @torch.no_grad()

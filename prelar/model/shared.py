@@ -55,12 +55,10 @@ class _Whole(torch.autograd.Function):
         return own(total)
 
 
-@torch.compiler.disable
 def draw(make: Callable[[Shape], Tensor], shape: Shape, dim: int = 0) -> Tensor:
     """Random values of `shape`, whose rows along `dim` are this process's rows of the batch.
 
-    `make` draws values of a shape, independent along `dim`, from torch's global generator. Compiled code
-    leaves it as it is, so that it draws the same as code that is not.
+    `make` draws values of a shape, independent along `dim`, from torch's global generator.
     """
     everyone = (*shape[:dim], shape[dim] * world(), *shape[dim + 1 :])
     return own(make(everyone), dim)

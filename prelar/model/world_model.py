@@ -131,11 +131,19 @@ class WorldModel(nn.Module):
         return torch.stack([self.weights[name] * value for name, value in losses.items()]).sum()
 
     def compile_training(self, **options: Any) -> None:
-        """Compile what the losses spend their time in. The `options` are those of `torch.compile`."""
+        """Compile what losses and imagination spend their time in, with the options of `torch.compile`.
+
+        Compiled code draws the same random numbers as code that is not.
+        """
+        from torch._inductor import config as inductor  # takes a second
+
+        inductor.fallback_random = True
         for part in (self.encoder, self.decoder, self.action):
             part.compile(**options)
         observe: Any = torch.compile(self.dynamics.observe, **options)
         self.dynamics.observe = observe  # type: ignore[method-assign]
+        imagine_step: Any = torch.compile(self.imagine_step, **options)
+        self.imagine_step = imagine_step  # type: ignore[method-assign]
 
     # --- Losses ---
 

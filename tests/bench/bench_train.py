@@ -29,7 +29,7 @@ from prelar.control.behaviour import Behaviour
 from prelar.control.bonus import Bonus
 from prelar.control.learner import Learner, frozen
 from prelar.finetune import make_bonus
-from prelar.loop import ADAM_EPS, CLIP_NORM, WEIGHT_DECAY, adam, descend, set_up
+from prelar.loop import ADAM_EPS, CLIP_NORM, WEIGHT_DECAY, adam, compiles, descend, set_up
 from prelar.methods import build_finetune
 from prelar.model.dynamics import RSSM, State
 from prelar.model.images import first_steps, normalise
@@ -182,6 +182,7 @@ def pretraining(cfg: Config, fabric: Fabric, plain: bool) -> Step:
         spell_out(model)
         optimizer = plain_adam(model)
     else:
+        speed_up(model, fabric)
         optimizer = adam(model.parameters(), sizes.lr)
         frames = frames.pin_memory() if fabric.device.type == "cuda" else frames
     module, wrapped = fabric.setup(model, optimizer)
@@ -232,8 +233,15 @@ def finetuning(cfg: Config, fabric: Fabric, plain: bool) -> Step:
     batch = {name: torch.from_numpy(value) for name, value in arrays.items()}
     if plain:
         return plain_update(fabric, model, behaviour, bonus, batch)
+    speed_up(model, fabric)
     learner = Learner(fabric, model, behaviour, bonus, hold=0, **rates)
     return lambda: learner.update(batch, 1)
+
+
+def speed_up(model: WorldModel, fabric: Fabric) -> None:
+    """Compile what the stages compile with `compile: auto`."""
+    if compiles("auto", fabric.device):
+        model.compile_training(dynamic=False)
 
 
 def plain_update(

@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from prelar.data.store import Store, StoreWriter
+from prelar.evaluation import probe
 from prelar.evaluation.probe import (
     HELD,
     Episodes,
@@ -145,6 +146,15 @@ def test_an_encoder_trained_with_labels_beats_shuffled_pairs(random: np.random.G
     assert len(means) == 5 and found["test"] == 24 and found["train"] == 48
     r2 = {row["name"]: row["r2"] for row in found["rows"]}
     assert np.mean(r2["encoder trained with labels"][:2]) > np.mean(r2["shuffled pairs"][:2]) + 0.2
+
+
+def test_frames_of_a_pair_are_shifted_alike() -> None:
+    frames = np.zeros((40, 2, 64, 64, 3), np.uint8)
+    frames[:, 0, 30, 20] = frames[:, 1, 33, 25] = 255
+    shifted = probe._shift(frames, np.random.default_rng(0))
+    places = np.array([[np.argwhere(frame[..., 0])[0] for frame in pair] for pair in shifted])
+    assert (places[:, 1] - places[:, 0] == [3, 5]).all()
+    assert {tuple(np.ptp(places[:, 0, axis], keepdims=True)) for axis in (0, 1)} == {(2 * probe.SHIFT,)}
 
 
 def test_the_probe_is_repeatable() -> None:

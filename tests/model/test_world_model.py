@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import functools
+from collections.abc import Iterator
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
+from torch._dynamo.utils import counters
 
 from prelar.errors import UserError
 from prelar.methods import METHODS, build_finetune, build_pretrain
@@ -15,6 +17,7 @@ from prelar.model.losses import squared_error
 from prelar.model.world_model import WorldModel
 
 SIZES = {"cnn_depth": 2, "hidden": 8, "deter": 8, "stoch": 4, "discrete": 4, "action_dim": 8}
+STATE = {"logit": (4, 4), "stoch": (4, 4), "deter": (8,)}
 ROBOT = 3
 BATCH, TIME = 2, 4
 
@@ -370,6 +373,25 @@ def _pass(model: WorldModel) -> dict[str, Tensor]:
     return losses | gradients | dict(model.named_buffers())
 
 
+def _imagined(model: WorldModel) -> dict[str, Tensor]:
+    """A state two steps ahead, and the gradient that it sends to the action, where the model heeds one."""
+    torch.manual_seed(3)
+    start = model.start({key: torch.zeros(1, BATCH, *value) for key, value in STATE.items()})
+    action = torch.full((BATCH, SIZES["action_dim"]), 0.1, requires_grad=True)
+    state = model.imagine_step(model.imagine_step(start, action), action)
+    if state["deter"].requires_grad:
+        model.feature(state).square().sum().backward()
+    return state if action.grad is None else state | {"action": action.grad}
+
+
+@pytest.fixture
+def fresh_compiler() -> Iterator[None]:
+    torch._dynamo.reset()
+    counters.clear()
+    yield
+    torch._dynamo.reset()
+
+
 @pytest.mark.parametrize(
     ("method", "backend"),
     [
@@ -379,14 +401,32 @@ def _pass(model: WorldModel) -> dict[str, Tensor]:
         pytest.param("contextwm", "inductor", marks=pytest.mark.long),
     ],
 )
-def test_compiled_training_finds_the_same(method: str, backend: str) -> None:
+def test_compiled_training_finds_the_same(fresh_compiler: None, method: str, backend: str) -> None:
     torch.manual_seed(1)
     plain, compiled = pretrain(method), pretrain(method)
     compiled.load_state_dict(plain.state_dict())
     compiled.compile_training(backend=backend, dynamic=False)
     assert compiled.state_dict().keys() == plain.state_dict().keys()
-    expected, found = _pass(plain), _pass(compiled)
-    torch._dynamo.reset()
-    assert found.keys() == expected.keys()
-    for name in expected:
-        torch.testing.assert_close(found[name], expected[name], rtol=1e-3, atol=1e-4, msg=name)
+    for measure in (_pass, _imagined):
+        expected, found = measure(plain), measure(compiled)
+        assert found.keys() == expected.keys()
+        for name in expected:
+            torch.testing.assert_close(found[name], expected[name], rtol=1e-3, atol=1e-4, msg=name)
+
+
+@pytest.mark.parametrize(
+    "method", ["prelar", *(pytest.param(name, marks=pytest.mark.long) for name in ("apv", "contextwm"))]
+)
+def test_each_compiled_part_is_one_graph_that_later_steps_use_again(
+    fresh_compiler: None, method: str
+) -> None:
+    """No part falls back to Python in its middle, and no step after the first two compiles anything."""
+    model = pretrain(method)
+    model.compile_training(backend="eager", dynamic=False)
+    compiled = []
+    for _ in range(4):
+        _pass(model)
+        _imagined(model)
+        compiled.append(counters["stats"]["unique_graphs"])
+    assert not counters["graph_break"]
+    assert compiled[0] > 0 and compiled[1:] == [compiled[1]] * 3
