@@ -95,13 +95,8 @@ class WorldModel(nn.Module):
 
     def parts(self) -> dict[str, nn.Module]:
         """The submodules with parameters by name, one checkpoint part each."""
-        named = {
-            name: module for name, module in self.named_children() if any(True for _ in module.parameters())
-        }
         return {
-            name: named[name]
-            for name in ("encoder", "decoder", "dynamics", "action", "heads")
-            if name in named
+            name: module for name, module in self.named_children() if any(True for _ in module.parameters())
         }
 
     def state(self) -> dict[str, dict[str, Tensor]]:
