@@ -8,7 +8,7 @@ import numpy as np
 import numpy.typing as npt
 import pandas as pd
 
-from prelar.data.demonstrations import MOTION, Source
+from prelar.data.demonstrations import ENOUGH, MOTION, Source
 from prelar.data.store import Store
 from prelar.data.validation import (
     Check,
@@ -80,12 +80,16 @@ def _tasks_suite(store: Store) -> Suite:
         good = clips[clips["status"] == "ok"]
         stored = len(good[["variation", "episode"]].drop_duplicates())
         held = int((good["split"] == "validation").any())
-        rows.append({"task": task, "stored": stored, "lacks_validation": int(stored > 1 and not held)})
+        rows.append({"task": task, "stored": stored, "lacks_validation": int(stored >= ENOUGH and not held)})
     return Suite(
         "tasks",
         "The tasks of the index",
         pd.DataFrame(rows, columns=["task", "stored", "lacks_validation"]),
-        (each_between("every task with several episodes has one in validation", "lacks_validation", 0, 0),),
+        (
+            each_between(
+                f"every task with {ENOUGH} or more episodes has one in validation", "lacks_validation", 0, 0
+            ),
+        ),
     )
 
 

@@ -36,7 +36,7 @@ from prelar.names import check_camera, check_task
 from prelar.sim import ACTION_DIM, GRIPPER_DIM, MAX_STEPS, Simulator
 
 ALIGNMENT = "actions[t] is taken after frame t and leads to frame t + 1; zero at the last frame of a clip"
-HELD_OUT = 10
+HELD_OUT, ENOUGH, TURN = 10, 4, 5
 TAIL = 10
 MOTION = 8
 RATE = 80.0
@@ -169,8 +169,8 @@ def _moves(frames: Frames) -> bool:
 class Splits:
     """Deals stored episodes into train and validation, in the order of the store.
 
-    Of each task the first episode is held out for validation, and every tenth after it; where a task is
-    given a single episode, it is for training.
+    Of each task the first episode is held out for validation, and every tenth after it. Of tasks that are
+    given fewer than `ENOUGH` episodes only every fifth holds its first one out, and none of a single episode.
     """
 
     def __init__(self, jobs: Iterable[Job], rows: Iterable[Row]) -> None:
@@ -182,12 +182,14 @@ class Splits:
         self._stored: dict[str, int] = {}
         for task, _, _ in stored:
             self._stored[task] = self._stored.get(task, 0) + 1
+        few = [task for task, count in self._planned.items() if 1 < count < ENOUGH]
+        self._held = {task for task, count in self._planned.items() if count >= ENOUGH} | {*few[::TURN]}
 
     def deal(self, task: str) -> str:
         """The split of the next stored episode of a task."""
         number = self._stored.get(task, 0)
         self._stored[task] = number + 1
-        return "validation" if self._planned[task] > 1 and number % HELD_OUT == 0 else "train"
+        return "validation" if task in self._held and number % HELD_OUT == 0 else "train"
 
 
 Clip = tuple[Frames | None, dict[str, Any], dict[str, Array]]

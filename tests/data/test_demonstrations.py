@@ -216,6 +216,13 @@ def test_splits_hold_out_the_first_and_every_tenth_stored_episode() -> None:
     assert splits.deal("b") == "train"
 
 
+def test_tasks_of_few_episodes_take_turns_to_hold_one_out() -> None:
+    jobs = [Job(str(task), 0, number) for task in range(11) for number in range(2)]
+    splits = Splits(jobs, [])
+    held = [job for job in jobs if splits.deal(job.task) == "validation"]
+    assert [(job.task, job.episode) for job in held] == [("0", 0), ("5", 0), ("10", 0)]
+
+
 def test_splits_continue_after_stored_rows() -> None:
     jobs = [Job("a", 0, number) for number in range(3)]
     rows = [
@@ -293,14 +300,14 @@ def test_unsolved_episodes_are_found_unless_kept(tmp_path: Path) -> None:
 def test_missing_cameras_and_missing_validation_are_found(tmp_path: Path) -> None:
     path = tmp_path / "x.zarr"
     with StoreWriter(path, arrays=SOURCE.arrays) as writer:
-        for job in jobs_of("reach", 2):
+        for job in jobs_of("reach", 4):
             for frames, row, arrays in clips(synthetic(job), SOURCE, 0, Splits([job], [])):
                 if row["camera"] != "topview":
                     writer.append(frames, row, **arrays)
         store = writer.finish({})
     told = failures(store, tmp_path)
     assert "every episode is shown by the cameras corner, topview" in told
-    assert "every task with several episodes has one in validation" in told
+    assert "every task with 4 or more episodes has one in validation" in told
 
 
 def test_still_clips_are_found(tmp_path: Path) -> None:

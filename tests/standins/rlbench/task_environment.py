@@ -104,7 +104,7 @@ class TaskEnvironment:
 
     def _observe(self, step: int, start: Any, velocity: Any) -> Observation:
         config, seen = self._obs_config, dict[str, Any]()
-        passes = 0
+        pictures = masks = 0
         for number, camera in enumerate(CAMERAS):
             shown = getattr(config, f"{camera}_camera")
             width, height = shown.image_size
@@ -114,8 +114,9 @@ class TaskEnvironment:
                 seen[f"{camera}_depth"] = np.full((height, width), 0.5)
             if shown.mask:
                 seen[f"{camera}_mask"] = seen[f"{camera}_rgb"] / 255
-            passes += (shown.rgb or shown.depth) + shown.mask
-        cost(step=1, picture=passes)
+            pictures += shown.rgb or shown.depth
+            masks += shown.mask
+        cost(step=1, picture=pictures, mask=masks)
         if config.joint_velocities:
             seen["joint_velocities"] = velocity * np.cos(step)
         if config.joint_positions:
