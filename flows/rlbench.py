@@ -11,7 +11,7 @@ import time
 from collections.abc import Callable, Iterator
 from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from prefect import flow, task
 from prefect.cache_policies import NO_CACHE
@@ -40,6 +40,27 @@ SHOWN = 100
 _desks: dict[str, staging.Desk[list[Job], list[Episode]]] = {}
 
 
+class Errand(NamedTuple):
+    """What a run has to do, and where it is staged."""
+
+    source: Source
+    jobs: list[Job]
+    folder: Path
+
+    @property
+    def store(self) -> Path:
+        """The staged store."""
+        return self.folder / f"{NAME}.zarr"
+
+    @property
+    def built(self) -> Path:
+        """There once the store is whole."""
+        return self.folder / "built"
+
+
+_ahead: list[tuple[Errand, Crew]] = []
+
+
 @task(name="collect", task_run_name="collect-{number}", cache_policy=NO_CACHE)
 def collect(desk: str, number: int) -> int:
     """Collect one batch of episodes."""
@@ -56,27 +77,52 @@ def rlbench() -> str:
     config = load_config()
     settings = config.rlbench
     staging.clear_leftovers(NAME)
-    source = find(settings)
-    jobs = source.jobs()
-    folder = files.STAGING / f"{NAME}-{staging_key(source, jobs)}"
-    built = folder / "built"
-    rate = ""
-    if not built.is_file():
-        with StoreWriter(folder / f"{NAME}.zarr", arrays=source.arrays) as writer:
-            begin = time.monotonic()
-            count = fill(writer, source, jobs, settings.workers)
+    errand = _ahead[0][0] if _ahead else planned(settings)
+    source, rate = errand.source, ""
+    if not errand.built.is_file():
+        with StoreWriter(errand.store, arrays=source.arrays) as writer:
+            begin = _ahead[0][1].begun if _ahead else time.monotonic()
+            count = fill(writer, source, errand.jobs, settings.workers)
             seconds = time.monotonic() - begin
             rate = f"; {count} episodes in {seconds:.0f} s, {60 * count / seconds:.1f} a minute"
             writer.finish(source.attributes())
-        files.write_text(built, "")
+        files.write_text(errand.built, "")
     checks = functools.partial(suites, source=source, max_bad=settings.max_bad)
-    counted = staging.validate(NAME, folder / f"{NAME}.zarr", checks)
-    staging.publish(NAME, folder, config.data_root)
+    counted = staging.validate(NAME, errand.store, checks)
+    staging.publish(NAME, errand.folder, config.data_root)
     several = "s" if len(source.cameras) > 1 else ""
     return (
         f"{counted['clips']} clips of {len(source.cameras)} camera{several}, {counted['frames']} frames, "
         f"{counted['pairs']} pairs, {counted['bad']} clips left out{rate}"
     )
+
+
+def planned(settings: Rlbench) -> Errand:
+    """What params.yaml asks for. Raises `UserError` where that is impossible."""
+    source = find(settings)
+    jobs = source.jobs()
+    return Errand(source, jobs, files.STAGING / f"{NAME}-{staging_key(source, jobs)}")
+
+
+@contextlib.contextmanager
+def head_start(settings: Rlbench) -> Iterator[None]:
+    """Let simulators begin with what the store lacks, while Prefect's server starts; others need not wait."""
+    if settings.source != "rlbench":
+        yield
+        return
+    errand = planned(settings)
+    if errand.built.is_file():
+        yield
+        return
+    with StoreWriter(errand.store, arrays=errand.source.arrays) as writer:
+        done = writer.count // len(errand.source.cameras)
+    assert isinstance(errand.source, RlbenchLive)
+    with Crew(errand.source, errand.jobs[done:], settings.workers, errand.folder / "demos") as crew:
+        _ahead.append((errand, crew))
+        try:
+            yield
+        finally:
+            _ahead.clear()
 
 
 def suites(store: Store, source: Source, max_bad: float) -> list[Suite]:
@@ -153,7 +199,8 @@ def hands(
 ) -> Iterator[tuple[Callable[[Job], Later], Callable[[Job], None]]]:
     """Worker processes, or simulators that use `folder`: what starts a job, and what ends it."""
     if isinstance(source, RlbenchLive):
-        with Crew(source, jobs, workers, folder) as crew:
+        at_work = contextlib.nullcontext(_ahead[0][1]) if _ahead else Crew(source, jobs, workers, folder)
+        with at_work as crew:
             yield lambda job: functools.partial(crew.result, job), crew.settle
     else:
         with worker_pool(workers) as pool:
@@ -199,9 +246,9 @@ def _arguments() -> None:
 def main() -> None:
     """Run the flow with the settings of params.yaml."""
     _arguments()
-    begun, workers = time.time(), checked_config().rlbench.workers
-    with staging.surroundings(NAME):
-        pool: Any = ThreadPoolTaskRunner(max_workers=workers)
+    begun, settings = time.time(), checked_config().rlbench
+    with staging.surroundings(NAME, functools.partial(head_start, settings)):
+        pool: Any = ThreadPoolTaskRunner(max_workers=settings.workers)
         print(f"{staging.target(NAME)}: {rlbench.with_options(task_runner=pool)()}")
         tracking.record(NAME, begun)
         left_out = account(Store.open(staging.target(NAME)))

@@ -9,6 +9,7 @@ import itertools
 import json
 import threading
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Generic, Protocol, TypeVar
 
@@ -103,9 +104,14 @@ def target(name: str) -> Path:
 
 
 @contextlib.contextmanager
-def surroundings(name: str) -> Iterator[None]:
-    """Hold the lock on a store, have a Prefect server, and tell of a full disk in one line."""
-    with files.exclusive(target(name)), runtime.server():
+def surroundings(
+    name: str, ahead: Callable[[], AbstractContextManager[None]] = contextlib.nullcontext
+) -> Iterator[None]:
+    """Hold the lock on a store, have a Prefect server, and tell of a full disk in one line.
+
+    ahead: what is entered before the server is started.
+    """
+    with files.exclusive(target(name)), ahead(), runtime.server():
         try:
             yield
         except OSError as error:

@@ -121,6 +121,7 @@ class Crew:
         self._waiting = [job for job in jobs if job not in self._finished]
         self._busy: collections.Counter[str] = collections.Counter()
         self._pace: dict[str, float] = {}
+        self.begun = time.monotonic()
         self._solved = {
             (job.task, job.variation) for job in self._finished if not self._failure(job).exists()
         }
@@ -197,7 +198,7 @@ class Crew:
     def _take(self, task: str | None) -> Job | None:
         """The next job: of the task that is loaded, else of one that nobody has, else of the longest left.
 
-        None at the end. How long a task's jobs take is told by its last demo; one without any may be endless.
+        None at the end. How long a task's jobs take is told by its last; one without any may be hopeless.
         """
         with self._changed:
             if self._closed or self._error or not self._waiting:
@@ -206,7 +207,7 @@ class Crew:
 
             def rank(number: int) -> tuple[bool, float, int]:
                 name = self._waiting[number].task
-                shared = -left[name] * self._pace.get(name, math.inf) if self._busy[name] else -math.inf
+                shared = -left[name] * self._pace.get(name, 0.0) if self._busy[name] else -math.inf
                 return name != task, shared, number
 
             job = self._waiting.pop(min(range(len(self._waiting)), key=rank))

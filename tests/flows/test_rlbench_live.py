@@ -15,12 +15,14 @@ from pathlib import Path
 import psutil
 import pytest
 
+from flows import rlbench
+from prelar.config import load_config
 from prelar.data import rlbench_live
 from prelar.data.rlbench_folder import CAMERAS
 from prelar.data.store import Store
 from tests.conftest import Project
 from tests.flows.kills import Prey
-from tests.rlbench_standin import orders, surround
+from tests.rlbench_standin import STANDINS, orders, surround
 
 WAIT = 120
 
@@ -87,6 +89,21 @@ def test_flow_survives_what_simulators_do_and_being_killed(project: Project, tmp
         "seed": 0,
     }
     assert not list((root / "data/.staging").glob("rlbench-*/demos"))
+
+
+def test_simulators_begin_before_prefect_and_go_on(project: Project, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(project.root)
+    monkeypatch.syspath_prepend(str(STANDINS))
+    project.edit(rlbench={"tasks": ["push_button"], "variations": 1})
+    settings = load_config().rlbench
+    with rlbench.head_start(settings):
+        errand = rlbench.planned(settings)
+        end = time.monotonic() + WAIT
+        while len(list(errand.folder.glob("demos/*.npz"))) < 3 and time.monotonic() < end:
+            time.sleep(0.1)
+        with rlbench.hands(errand.source, errand.jobs, 2, errand.folder / "other") as (start, _):
+            assert [start(job)().success for job in errand.jobs] == [True] * 3
+    assert not (errand.folder / "other").exists() and not rlbench._ahead
 
 
 @pytest.mark.long
