@@ -164,7 +164,22 @@ class ActionPart(nn.Module):
         return None
 
 
-class RawAction(ActionPart):
+class RobotAction(ActionPart):
+    """Actions that follow from the robot's, whatever the frames show."""
+
+    def step(self, action: Tensor) -> Tensor:
+        """The robot's action (…, robot_action_dim) -> the action to feed (…, A)."""
+        raise NotImplementedError
+
+    def forward(
+        self, images: Tensor, robot_action: Tensor | None, is_first: Tensor, training: bool, sample: bool
+    ) -> Actions:
+        """The robot's actions (B, T, robot_action_dim) -> the actions to feed (B, T, A)."""
+        assert robot_action is not None, "this model needs the robot's actions"
+        return Actions(self.step(robot_action), {})
+
+
+class RawAction(RobotAction):
     """The robot's action as it is, padded with zeros to the slot of the dynamics."""
 
     def __init__(self, *, robot_action_dim: int, slot: int) -> None:
@@ -178,13 +193,6 @@ class RawAction(ActionPart):
     def step(self, action: Tensor) -> Tensor:
         """(…, robot_action_dim) -> (…, slot)."""
         return F.pad(action, (0, self.action_dim - action.shape[-1]))
-
-    def forward(
-        self, images: Tensor, robot_action: Tensor | None, is_first: Tensor, training: bool, sample: bool
-    ) -> Actions:
-        """The robot's actions (B, T, robot_action_dim) -> the actions to feed."""
-        assert robot_action is not None, "this model needs the robot's actions"
-        return Actions(self.step(robot_action), {})
 
 
 class NoAction(ActionPart):
@@ -205,7 +213,7 @@ class NoAction(ActionPart):
         return Actions(images.new_zeros(*images.shape[:2], self.action_dim), {})
 
 
-class ActionMLP(ActionPart):
+class ActionMLP(RobotAction):
     """The robot's action in the space of the latent ones: linear, ELU, linear (PreLAR, fine-tuning)."""
 
     def __init__(self, *, robot_action_dim: int, hidden: int, action_dim: int) -> None:
@@ -218,13 +226,6 @@ class ActionMLP(ActionPart):
         """(…, robot_action_dim) -> (…, A)."""
         out: Tensor = self.out(F.elu(self.hidden(action)))
         return out.float()
-
-    def forward(
-        self, images: Tensor, robot_action: Tensor | None, is_first: Tensor, training: bool, sample: bool
-    ) -> Actions:
-        """The robot's actions (B, T, robot_action_dim) -> the actions to feed (B, T, A)."""
-        assert robot_action is not None, "this model needs the robot's actions"
-        return Actions(self.step(robot_action), {})
 
 
 def window_frames(is_first: Tensor, window: int) -> Tensor:
