@@ -112,10 +112,10 @@ class Prey:
                         found.append(process)
         return found
 
-    def wait_for(self, word: str) -> bool:
-        """Wait until it has such a descendant; whether it has not ended first."""
+    def wait_for(self, ready: Callable[[], object]) -> bool:
+        """Wait until something is so; whether it has not ended first."""
         end = time.monotonic() + SECONDS
-        while not self.family(word):
+        while not ready():
             if self._flow.poll() is not None:
                 return False
             assert time.monotonic() < end

@@ -289,7 +289,7 @@ def test_processes_killed_at_random_moments_and_still_the_same_bytes(
     kills = 0
     while kills < 20:
         prey = Prey(killed.root, "flows.rlbench")
-        if prey.wait_for("spawn_main"):
+        if prey.wait_for(functools.partial(prey.family, "spawn_main")):
             time.sleep(6 * random_.random())
             if random_.random() < 0.5:
                 kills += prey.kill()

@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import os
 import random
 import subprocess
-import sys
 import time
 from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 
-import psutil
 import pytest
 
 from flows import rlbench
@@ -44,29 +43,12 @@ def project(
     return project
 
 
-def kill_when(ready: Callable[[], bool], root: Path) -> None:
-    """Start the flow, kill it without warning once `ready`, and see all its processes end."""
-    with subprocess.Popen(
-        [sys.executable, "-m", "flows.rlbench"],
-        cwd=root,
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.DEVNULL,
-    ) as process:
-        end = time.monotonic() + WAIT
-        while not ready() and time.monotonic() < end:
-            assert process.poll() is None
-            time.sleep(0.05)
-        family = psutil.Process(process.pid).children(recursive=True)
-        process.kill()
-    assert len(family) >= 3
-    assert not psutil.wait_procs(family, timeout=20)[1]
-
-
 def test_flow_survives_what_simulators_do_and_being_killed(project: Project, tmp_path: Path) -> None:
     standin, root = tmp_path / "standin", project.root
     orders(standin, push_button="work die work fail", reach_target="work hang hang")
     demos = "data/.staging/rlbench-*/demos/*.npz"
-    kill_when(lambda: bool(list(root.glob(demos))), root)
+    prey = Prey(root, "flows.rlbench")
+    assert prey.wait_for(lambda: list(root.glob(demos))) and prey.kill()
     assert not (root / "data/rlbench.zarr").exists()
     told = project.run("python", "-m", "flows.rlbench").stdout
     store = Store.open(root / "data/rlbench.zarr")
@@ -117,7 +99,7 @@ def test_storm_of_kills_costs_what_was_in_progress(
     random_, kills = random.Random(0), Counter[str]()
     while kills.total() < 24:
         prey = Prey(project.root, "flows.rlbench")
-        assert prey.wait_for("rlbench_simulator")
+        assert prey.wait_for(functools.partial(prey.family, "rlbench_simulator"))
         for word in random_.choices(["rlbench_simulator", "Xvfb"], [4, 1], k=random_.randint(1, 6)):
             time.sleep(3 * random_.random())
             kills[word] += prey.kill_one(word, random_)
