@@ -58,7 +58,7 @@ class RlbenchLive(RlbenchDemonstrations):
     renderer: str = "opengl"
     action_mode: str = "joint_velocity"
     seed: int = 0
-    timeout: float = dataclasses.field(default=300.0, repr=False)
+    timeout: float = dataclasses.field(default=600.0, repr=False)
 
     def __post_init__(self) -> None:
         for key, names in (("tasks", self.tasks), ("cameras", self.cameras)):
