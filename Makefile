@@ -2,7 +2,8 @@
 SHELL := /bin/sh
 export PATH := $(CURDIR)/.venv/bin:$(PATH)
 READY := .venv/.ready
-NOISE := (data|flows|prelar|reports)/.*|.*[.]yaml|metrics[.]json|Created
+SHOWN := --only-changed --keep 'success_rate|prediction_error' \
+	--drop '(data|flows|prelar|reports)/.*|.*[.]yaml|metrics[.]json|Created'
 
 .DEFAULT_GOAL := help
 .PHONY: help setup repro test test-long test-live lint format bench bench-learning ui show check lock params clean rlbench-setup
@@ -54,7 +55,7 @@ ui: $(READY) ## serve the flows in the Prefect UI on this machine
 	@python -m flows.serve
 
 show: $(READY) ## compare experiments: what differs between them, and what came out
-	@dvc exp show --only-changed --drop '$(NOISE)'
+	@dvc exp show $(SHOWN)
 
 lock: $(READY) ## resolve pyproject.toml into requirements.lock anew
 	@python tools/lock.py

@@ -62,15 +62,16 @@ PREDICTION = Kind(
     "prediction",
     "Open-loop prediction error on held-out clips",
     "frames ahead",
-    "mean squared error",
+    "prediction error, mean squared",
     "Mean squared error on held-out clips, pixels in [0, 1].",
+    behind=("prediction_copy", "copying the last frame seen"),
 )
 OFFLINE = (
     Kind(
         "offline_pretrained_error",
         "Prediction error of the fitted world model",
         "updates",
-        "mean squared error",
+        "prediction error, mean squared",
         "Mean squared error of the images of held-out episodes, pixels in [0, 1].",
         log=True,
         behind=("offline_scratch_error", "from scratch"),
@@ -79,7 +80,7 @@ OFFLINE = (
         "offline_pretrained_reward_error",
         "Reward error of the fitted world model",
         "updates",
-        "mean squared error",
+        "reward error, mean squared",
         "Mean squared error of the rewards of held-out episodes, which lie between 0 and 10.",
         log=True,
         behind=("offline_scratch_reward_error", "from scratch"),

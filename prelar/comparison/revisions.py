@@ -37,6 +37,7 @@ CURVES: Mapping[str, tuple[str, str]] = {
         for error in ("error", "reward_error")
     },
     "prediction": (f"{EVALUATE}/prediction.tsv", "model"),
+    "prediction_copy": (f"{EVALUATE}/prediction.tsv", "copy"),
 }
 """Each curve's file, and the column that is drawn against its steps."""
 PICTURES = ("open_loop.mp4", "open_loop_poster.png", "action_swap.png")

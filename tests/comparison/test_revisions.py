@@ -86,6 +86,7 @@ def test_every_kind_of_revision_is_read_in_place(project: Path) -> None:
         "pretrain_kl": ((10.0,), (3.0,)),
         "offline_scratch_error": ((5.0,), (0.125,)),
         "prediction": ((1.0,), (0.5,)),
+        "prediction_copy": ((1.0,), (0.75,)),
     }
     assert low.media == {"open_loop.mp4": b"film"}
     assert low.inputs.keys() >= {"reports/evaluate", "reports/finetune"}

@@ -31,7 +31,7 @@ def _chart(name: str, title: str, tables: dict[str, dict[str, list[float]]]) -> 
         title=f"{title} of the world model on held-out episodes",
         description=" ".join(trend(label, steps, table[name], "updates") for label, table in tables.items()),
         x_label="updates",
-        y_label="mean squared error",
+        y_label=f"{title.lower()}, mean squared",
         log=all(value > 0 for table in tables.values() for value in table[name]),
     )
     kinds = {"mean": name, "lowest": f"{name}_min", "highest": f"{name}_max"}

@@ -36,7 +36,7 @@ def prediction_chart(path: Path, identifier: str) -> Figure | None:
         title="Open-loop prediction error",
         description=" ".join(trend(label, steps, values, "frames ahead") for label, values in lines.items()),
         x_label="frames ahead",
-        y_label="mean squared error",
+        y_label="prediction error, mean squared",
     )
     columns = [table[name] for name in ("step", "model", "copy", "model_psnr", "copy_psnr")]
     rows = tuple(tuple(number(value) for value in row) for row in zip(*columns, strict=True))
