@@ -213,11 +213,16 @@ def _drain() -> None:
 
 def serve(listener: int, parent: int) -> None:
     """Be the temporary server on an open socket until the parent process ends."""
-    ctypes.CDLL(None, use_errno=True).prctl(1, signal.SIGKILL)
-    if os.getppid() != parent:
-        return
+    end_with(parent, signal.SIGKILL)
     warnings.simplefilter("ignore")
     import uvicorn
     from prefect.server.api.server import create_app
 
     uvicorn.run(create_app(ephemeral=True, final=True), fd=listener, log_level="error")
+
+
+def end_with(parent: int, number: int = signal.SIGTERM) -> None:
+    """Let the system signal this process, also after an `exec`, when its parent process ends in any way."""
+    ctypes.CDLL(None, use_errno=True).prctl(1, number)
+    if os.getppid() != parent:
+        sys.exit()

@@ -24,6 +24,12 @@ if TYPE_CHECKING:
 
 NIGHTLY = "0 3 * * *"
 ANYWHERE = ("0.0.0.0", "::")
+BOUND = """
+import os, sys
+from flows.runtime import end_with
+end_with(int(sys.argv[1]))
+os.execv(sys.argv[2], sys.argv[2:])
+"""
 
 
 def main() -> None:
@@ -41,15 +47,23 @@ def main() -> None:
 
 @contextmanager
 def _server(host: str, port: int) -> Iterator[str]:
-    """A Prefect server that ends with this process; yields the address of its UI."""
+    """A Prefect server that ends with this process; yields the address of its UI.
+
+    It has a session of its own: Ctrl-C reaches this process alone, which has yet to tell the server its end.
+    """
     url = f"http://{'127.0.0.1' if host in ANYWHERE else host}:{port}"
     if runtime.answers(f"{url}/api"):
         raise UserError(
             f"port = {port}: a Prefect server runs there already; open {url} or choose another port"
         )
     command = [sys.executable, "-m", "prefect", "server", "start", "--host", host, "--port", str(port)]
-    own_api = os.environ | {"PREFECT_SERVER_UI_API_URL": "/api"}
-    process = subprocess.Popen(command, env=own_api, stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL)
+    process = subprocess.Popen(
+        [sys.executable, "-c", BOUND, str(os.getpid()), *command],
+        env=os.environ | {"PREFECT_SERVER_UI_API_URL": "/api"},
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.DEVNULL,
+        start_new_session=True,
+    )
     try:
         end = time.monotonic() + runtime.PATIENCE
         while not runtime.answers(f"{url}/api"):

@@ -14,19 +14,30 @@ from typing import Any
 import httpx
 
 
+def launch(root: Path, surroundings: dict[str, str], **options: Any) -> tuple[subprocess.Popen[bytes], str]:
+    """Start `make ui` for the project in `root`; returns the process and the address of its API."""
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        port = free.getsockname()[1]
+    command = [sys.executable, "-m", "flows.serve", "--port", str(port)]
+    process = subprocess.Popen(command, cwd=root, env=surroundings, **options)
+    return process, f"http://127.0.0.1:{port}/api"
+
+
 @contextmanager
 def serving(root: Path, surroundings: dict[str, str]) -> Iterator[str]:
     """Yield the address of the API once the server knows the deployments of the project in `root`."""
-    with socket.create_server(("127.0.0.1", 0)) as free:
-        port = free.getsockname()[1]
-    url = f"http://127.0.0.1:{port}/api"
-    command = [sys.executable, "-m", "flows.serve", "--port", str(port)]
-    with subprocess.Popen(command, cwd=root, env=surroundings) as process:
+    process, url = launch(root, surroundings)
+    with process:
         try:
-            until(lambda: answers(f"{url}/deployments/name/store-rlbench/rlbench"), "the UI's deployments")
+            ready(url)
             yield url
         finally:
             process.terminate()
+
+
+def ready(url: str) -> None:
+    """Wait until the server knows the deployments."""
+    until(lambda: answers(f"{url}/deployments/name/store-rlbench/rlbench"), "the UI's deployments")
 
 
 def until(reached: Callable[[], object], what: str, seconds: float = 240) -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import signal
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -9,7 +11,7 @@ import psutil
 import pytest
 
 from tests.flows.toy_pipeline import Toy, make_toy
-from tests.serving import cancel, serving, start_run, until
+from tests.serving import answers, cancel, launch, ready, serving, start_run, until
 
 pytestmark = pytest.mark.long
 
@@ -54,3 +56,22 @@ def test_cancelling_a_run_ends_dvc_and_its_stage(
     status = toy.command("dvc", "queue", "status").stdout
     assert not any(word in status for word in ("Running", "Queued")), status
     assert toy.command("git", "status", "--porcelain", "--untracked-files=no").stdout == ""
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGKILL])
+def test_the_server_ends_with_what_started_it(tmp_path: Path, number: int) -> None:
+    toy = make_toy(tmp_path)
+    with (tmp_path / "told").open("w") as told:
+        process, url = launch(
+            toy.root,
+            toy.surroundings(),
+            stdout=told,
+            stderr=told,
+            start_new_session=True,
+            preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
+        )
+        ready(url)
+        os.killpg(process.pid, number)
+        process.wait(timeout=120)
+    until(lambda: not answers(f"{url}/health"), "the end of the server")
+    assert "Traceback" not in (tmp_path / "told").read_text(encoding="utf-8")
