@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import psutil
@@ -58,8 +58,11 @@ def test_cancelling_a_run_ends_dvc_and_its_stage(
     assert toy.command("git", "status", "--porcelain", "--untracked-files=no").stdout == ""
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGKILL])
-def test_the_server_ends_with_what_started_it(tmp_path: Path, number: int) -> None:
+@pytest.mark.parametrize(
+    "end", [lambda pid: os.killpg(pid, signal.SIGINT), lambda pid: os.kill(pid, signal.SIGKILL)]
+)
+def test_the_server_ends_with_what_started_it(tmp_path: Path, end: Callable[[int], None]) -> None:
+    """After Ctrl-C, which reaches the whole group, and after a kill."""
     toy = make_toy(tmp_path)
     with (tmp_path / "told").open("w") as told:
         process, url = launch(
@@ -71,7 +74,7 @@ def test_the_server_ends_with_what_started_it(tmp_path: Path, number: int) -> No
             preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
         )
         ready(url)
-        os.killpg(process.pid, number)
+        end(process.pid)
         process.wait(timeout=120)
     until(lambda: not answers(f"{url}/health"), "the end of the server")
     assert "Traceback" not in (tmp_path / "told").read_text(encoding="utf-8")
