@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +16,7 @@ from prelar.data import validation
 from prelar.data.rlbench_folder import CAMERAS
 from prelar.data.store import Store, StoreWriter
 from tests.data import test_rlbench_folder as folders
+from tests.flows.inline import work_inline
 from tests.rlbench_standin import STANDINS, surround
 from tests.test_pretrain import config
 
@@ -81,13 +81,10 @@ def test_source_becomes_a_store_that_is_pretrained_on(
     cfg = config(dataset="rlbench", rlbench={"episodes": EPISODES, "workers": 1, "tasks": None, **chosen})
     source = rlbench.find(cfg.rlbench)
     jobs = source.jobs()
-    with ThreadPoolExecutor(1) as pool:
-        monkeypatch.setattr(
-            rlbench.collect, "submit", lambda desk, number: pool.submit(rlbench._desks[desk].work, number)
-        )
-        with StoreWriter(Path("data/rlbench.zarr"), arrays=source.arrays) as writer:
-            assert rlbench.fill(writer, source, jobs, 1) == len(jobs) == EPISODES
-            writer.finish(source.attributes())
+    work_inline(monkeypatch)
+    with StoreWriter(Path("data/rlbench.zarr"), arrays=source.arrays) as writer:
+        assert rlbench.fill(writer, source, jobs, 1) == len(jobs) == EPISODES
+        writer.finish(source.attributes())
     store = Store.open(Path("data/rlbench.zarr"))
     validation.validate("rlbench", rlbench.suites(store, source, 0.0), validation.facts(store))
     assert store.num_clips == EPISODES * len(source.cameras) and store.has("actions")
