@@ -376,13 +376,14 @@ def _detail(result: Any) -> str:
 
 
 _PAGE = """<!doctype html>
-<html lang="en"><head><meta charset="utf-8"><title>Validation of {{ name }}</title>
+<html lang="en"><head><meta charset="utf-8">
+<meta name="viewport" content="width=device-width, initial-scale=1"><title>Validation of {{ name }}</title>
 <style>
 body { font: 15px/1.5 system-ui, sans-serif; max-width: 60rem; margin: 2rem auto; padding: 0 1rem }
 table { border-collapse: collapse; width: 100%; margin: .5rem 0 2rem }
 td, th { text-align: left; padding: .3rem .6rem; border-bottom: 1px solid #ddd; vertical-align: top }
 .ok { color: #17692b } .no { color: #a61b1b; font-weight: 600 }
-</style></head><body>
+</style></head><body><main>
 <h1>Validation of {{ name }}: <span class="{{ 'ok' if success else 'no' }}">
 {{- 'passed' if success else 'failed' }}</span></h1>
 <table>{% for key, value in facts.items() %}<tr><th>{{ key | replace('_', ' ') }}</th><td>
@@ -393,7 +394,7 @@ td, th { text-align: left; padding: .3rem .6rem; border-bottom: 1px solid #ddd; 
 <table>{% for check in suite.checks %}<tr><td class="{{ 'ok' if check.success else 'no' }}">
 {{- 'passed' if check.success else 'failed' }}</td><td>{{ check.says }}</td><td>{{ check.detail }}</td></tr>
 {% endfor %}</table>{% endfor %}
-<p>Checked with Great Expectations.</p></body></html>
+<p>Checked with Great Expectations.</p></main></body></html>
 """
 
 
