@@ -82,18 +82,22 @@ def _pairs(state: Tensor, action: Tensor, valid: Tensor) -> tuple[Tensor, Tensor
     return state[:, None] - state, action[:, None] - action, valid[:, None] & valid
 
 
+TIE = 1e-6
+"""Distances of states that differ by fewer nats are equal; the same action twice leaves some rounding."""
+
+
 def order(state: Tensor, action: Tensor, valid: Tensor) -> Tensor:
     """Action-state consistency as a smooth pairwise order loss: a scalar with a gradient for `action`.
 
     `state`, `action`, `valid` have one shape: the distances d_state (taken without gradient) and d_action,
-    and 1 where an entry counts. For every pair with different d_state the loss is softplus(-m), the margin
-    m being the difference of d_action, positive where the two orders agree, in units of 1 nat plus the mean
-    absolute difference. So the gradient stays bounded for small distances, and the loss does not reward
-    large ones.
+    and 1 where an entry counts. For every pair whose d_state differ by more than rounding does, the loss is
+    softplus(-m), the margin m being the difference of d_action, positive where the two orders agree, in units
+    of 1 nat plus the mean absolute difference. So the gradient stays bounded for small distances, and the
+    loss does not reward large ones.
     """
     state_gap, action_gap, valid = _pairs(state, action, valid)
     scale = 1 + masked_mean(action_gap.abs(), valid)
-    return masked_mean(F.softplus(-state_gap.sign() * action_gap / scale), valid & (state_gap != 0))
+    return masked_mean(F.softplus(-state_gap.sign() * action_gap / scale), valid & (state_gap.abs() > TIE))
 
 
 def sign(state: Tensor, action: Tensor, valid: Tensor) -> Tensor:

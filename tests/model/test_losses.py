@@ -144,6 +144,10 @@ def test_order_ignores_ties_and_invalid_entries() -> None:
     valid = torch.tensor([1, 1, 0])
     assert order(state, action, valid) == order(state[:2], action[:2], torch.ones(2))
     assert order(torch.ones(4), torch.randn(4), torch.ones(4)) == 0
+    rounded = torch.tensor([0.0, 1e-7, -1e-7, 3.0])
+    assert order(rounded, action := torch.randn(4), torch.ones(4)) == order(
+        rounded.round(), action, torch.ones(4)
+    )
 
 
 def test_order_takes_no_gradient_from_the_states_and_keeps_it_bounded() -> None:
