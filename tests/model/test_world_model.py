@@ -18,6 +18,7 @@ from prelar.model.world_model import WorldModel
 
 SIZES = {"cnn_depth": 2, "hidden": 8, "deter": 8, "stoch": 4, "discrete": 4, "action_dim": 8}
 STATE = {"logit": (4, 4), "stoch": (4, 4), "deter": (8,)}
+TOLERANCE = {"aot_eager": 1e-4, "inductor": 1e-2}
 ROBOT = 3
 BATCH, TIME = 2, 4
 
@@ -411,7 +412,8 @@ def test_compiled_training_finds_the_same(fresh_compiler: None, method: str, bac
         expected, found = measure(plain), measure(compiled)
         assert found.keys() == expected.keys()
         for name in expected:
-            torch.testing.assert_close(found[name], expected[name], rtol=1e-3, atol=1e-4, msg=name)
+            error = (found[name] - expected[name]).abs().max()
+            assert error <= TOLERANCE[backend] * expected[name].abs().max().clamp_min(0.01), name
 
 
 @pytest.mark.parametrize(
