@@ -18,7 +18,7 @@ from prelar.model.world_model import WorldModel
 
 SIZES = {"cnn_depth": 2, "hidden": 8, "deter": 8, "stoch": 4, "discrete": 4, "action_dim": 8}
 STATE = {"logit": (4, 4), "stoch": (4, 4), "deter": (8,)}
-TOLERANCE = {"aot_eager": 1e-4, "inductor": 1e-2}
+TOLERANCE = {"aot_eager": 1e-4, "inductor": 0.05}
 ROBOT = 3
 BATCH, TIME = 2, 4
 
