@@ -28,7 +28,8 @@ repro: check ## run the pipeline of dvc.yaml at the scale of params.yaml
 
 test: lint ## run all checks and tests
 	@sh tools/browser.sh
-	@python -m pytest --cov=prelar.model --cov-report=term-missing:skip-covered --cov-fail-under=95
+	@python -m pytest -n 2 --dist loadfile --no-loadscope-reorder --durations 15 \
+		--cov=prelar.model --cov-report=term-missing:skip-covered --cov-fail-under=95
 
 test-long: $(READY) ## run what takes longer: kill storms and learning runs
 	@python -m pytest -m long

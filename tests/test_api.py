@@ -71,7 +71,7 @@ def test_a_finetuned_model_takes_the_actions_of_the_robot(tmp_path: Path, method
     seen = model.encode(batch, actions)
     still, moved = (model.decode(model.imagine(seen, np.full((2, 4, 4), size))) for size in (0.0, 1.0))
     assert still.shape == (2, 4, 64, 64, 3) and seen.features.shape[:2] == (2, 7)
-    assert (still[0] == still[1]).all()
+    assert np.abs(still[0].astype(int) - still[1]).max() <= 1
     assert (
         model.imagine(seen, np.ones((4, 4))).features == model.imagine(seen, np.ones((2, 4, 4))).features
     ).all()

@@ -357,7 +357,7 @@ def _frames(handle: int) -> Frames:
     count = os.fstat(handle).st_size // FRAME_BYTES
     if not count:
         return np.empty((0, *FRAME), dtype=np.uint8)
-    held = mmap.mmap(handle, count * FRAME_BYTES, access=mmap.ACCESS_READ)
+    held = mmap.mmap(handle, count * FRAME_BYTES, access=mmap.ACCESS_COPY)
     return np.frombuffer(held, dtype=np.uint8).reshape(count, *FRAME)
 
 

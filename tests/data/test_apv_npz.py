@@ -141,7 +141,11 @@ def test_broken_files_name_their_trouble(folder: Path) -> None:
     assert reason_of(folder) == "open_drawer-v1-e0-front-6.npz: holds no `image`"
     write(path, 5)
     assert reason_of(folder) == "open_drawer-v1-e0-front-6.npz: 5 frames, its name says 6"
-    write(path, action=np.full((6, 8), np.inf, np.float32))
+    endless = np.full((6, 8), np.inf, np.float32)
+    write(path, action=endless)
+    other = folder / "open_drawer-v1-e0-left_shoulder-6.npz"
+    assert reason_of(folder) == f"{other.name}: its action is not that of the other cameras"
+    write(other, action=endless)
     assert reason_of(folder) == "actions: not finite at frame 0"
     write(path, image=np.zeros((6, 32, 32, 3), np.uint8))
     assert "not uint8 (T, 64, 64, 3)" in reason_of(folder)
@@ -149,7 +153,8 @@ def test_broken_files_name_their_trouble(folder: Path) -> None:
 
 def test_actions_unlike_those_of_the_first_file_are_a_fault(folder: Path) -> None:
     path = folder / "open_drawer-v1-e1-front-7.npz"
-    write(path, 7, action=np.zeros((7, 3), np.float32))
+    for camera in ("front", "left_shoulder"):
+        write(folder / f"open_drawer-v1-e1-{camera}-7.npz", 7, action=np.zeros((7, 3), np.float32))
     source = open_folder(folder)
     job = source.jobs()[1]
     assert (
