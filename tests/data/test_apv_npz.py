@@ -147,7 +147,7 @@ def test_broken_files_name_their_trouble(folder: Path) -> None:
     assert reason_of(folder) == f"{other.name}: its action is not that of the other cameras"
     write(other, action=endless)
     assert reason_of(folder) == "actions: not finite at frame 0"
-    write(path, image=np.zeros((6, 32, 32, 3), np.uint8))
+    write(path, action=endless, image=np.zeros((6, 32, 32, 3), np.uint8))
     assert "not uint8 (T, 64, 64, 3)" in reason_of(folder)
 
 
