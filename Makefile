@@ -49,7 +49,7 @@ format: $(READY) ## format the code and mend what the linter can
 bench: $(READY) ## measure against the peers and bounds, to reports/bench.json
 	@python -m tests.bench
 
-bench-learning: $(READY) ## show that the agent learns: three seeds against chance, an hour on two cores
+bench-learning: $(READY) ## show that the agent learns: three seeds against chance, in at most an hour
 	@python -m tests.bench.learning
 
 ui: $(READY) ## serve the flows in the Prefect UI on this machine
