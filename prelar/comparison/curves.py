@@ -10,12 +10,10 @@ from markupsafe import Markup
 from prelar.comparison.revisions import Curve
 from prelar.comparison.statistics import Estimate
 from prelar.comparison.variants import Variant, aggregate
-from prelar.report.charts import Figure, trend
+from prelar.report.charts import TABLE_ROWS, Figure, evenly, spreads, trend
 from prelar.report.figures import DASHES, Series, line_chart, number
 from prelar.report.sections.pretraining import LOSSES
 
-TABLE_ROWS = 12
-LOG_FROM = 30.0
 ENVIRONMENT_STEPS = "environment steps"
 
 
@@ -29,7 +27,7 @@ class Kind:
         x, y: names of the axes with their units.
         caption: what stands below the chart.
         limits: of y, where they are fixed.
-        log: whether y may be logarithmic, as it is where the curves spread by more than `LOG_FROM`.
+        log: whether y may be logarithmic, as it is where the curves spread far.
         behind: another curve of the same runs, drawn behind in grey, and what it is called.
     """
 
@@ -121,7 +119,7 @@ def charts(variants: Sequence[Variant], kind: Kind, behind: Sequence[Series] = (
             x_label=kind.x,
             y_label=kind.y,
             y_range=kind.limits,
-            log=kind.log and min(values) > 0 and max(values) > LOG_FROM * min(values),
+            log=kind.log and spreads(values),
             behind=others,
         )
         rows = [row for _, variant, steps, estimates in drawn for row in _rows(variant, steps, estimates)]
@@ -162,10 +160,8 @@ def _others(variants: Sequence[Variant], kind: Kind) -> list[Series]:
 
 
 def _rows(variant: Variant, steps: list[float], estimates: list[Estimate]) -> list[tuple[str, ...]]:
-    count = min(TABLE_ROWS, len(steps))
-    picks = sorted({round(i * (len(steps) - 1) / max(count - 1, 1)) for i in range(count)})
     return [
         (variant.label, number(steps[i]), number(e.iqm), interval(e), number(e.mean))
-        for i in picks
+        for i in evenly(len(steps), TABLE_ROWS)
         for e in [estimates[i]]
     ]

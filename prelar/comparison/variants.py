@@ -11,6 +11,7 @@ import numpy as np
 
 from prelar.comparison.revisions import Curve, Run
 from prelar.comparison.statistics import Estimate, estimate
+from prelar.report.charts import evenly
 from prelar.report.privacy import presentable
 
 WITHIN = ("task", "seed")
@@ -136,8 +137,7 @@ def common_steps(runs: Sequence[Run], kind: str) -> list[float]:
 def aggregate(variant: Variant, kind: str) -> tuple[list[float], list[Estimate]]:
     """The curve of a variant: steps that all its runs have, `POINTS` at most, and the aggregate at each."""
     steps = common_steps(variant.runs, kind)
-    if len(steps) > POINTS:
-        steps = [steps[round(i * (len(steps) - 1) / (POINTS - 1))] for i in range(POINTS)]
+    steps = [steps[i] for i in evenly(len(steps), POINTS)]
     if not steps:
         return [], []
     scores = [np.array([_values(run.curves[kind], steps) for run in runs]) for runs in variant.tasks.values()]

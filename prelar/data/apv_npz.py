@@ -22,7 +22,7 @@ import numpy.typing as npt
 from prelar import files
 from prelar.data.demonstrations import ALIGNMENT, Array, Episode, Job
 from prelar.data.store import Frames
-from prelar.errors import UserError
+from prelar.errors import UserError, one_line
 from prelar.names import among
 
 NAMED = re.compile(
@@ -85,7 +85,7 @@ class ApvNpz:
                     if not np.array_equal(arrays[key], aligned[key], equal_nan=True):
                         raise ValueError(f"its {COLUMNS[key]} is not that of the other cameras")
             except Exception as error:
-                reason = f"{name}: {' '.join(str(error).split()) or type(error).__name__}"
+                reason = f"{name}: {one_line(error)}"
                 return Episode(job, reason=reason, digests=digests)
         return Episode(job, frames, arrays, digests=digests)
 

@@ -15,7 +15,7 @@ import fsspec
 from fsspec.implementations.local import LocalFileSystem
 
 from prelar import files
-from prelar.errors import UserError
+from prelar.errors import UserError, one_line
 
 
 class Objects:
@@ -103,4 +103,4 @@ class Objects:
 
 
 def _line(error: Exception) -> str:
-    return " ".join(str(error).split())[:300] or type(error).__name__
+    return one_line(error)[:300]

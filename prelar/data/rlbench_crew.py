@@ -35,7 +35,7 @@ from prelar.data.rlbench_display import Display
 from prelar.data.rlbench_process import DIED, DeadError, HungError, Simulator
 from prelar.data.rlbench_steps import RATE
 from prelar.data.store import SIZE, Frames
-from prelar.errors import UserError
+from prelar.errors import UserError, one_line
 
 if TYPE_CHECKING:
     from prelar.data.rlbench_live import RlbenchLive
@@ -192,7 +192,7 @@ class Crew:
                 frames = {camera: _at_size(content[camera]) for camera in self._source.cameras}
                 arrays = {name: content[name] for name in self._source.arrays}
         except Exception as error:
-            return Episode(job, reason=f"the stored demo cannot be read: {' '.join(str(error).split())}")
+            return Episode(job, reason=f"the stored demo cannot be read: {one_line(error)}")
         return Episode(job, frames, arrays, success=True, fps=RATE)
 
     def _take(self, task: str | None) -> Job | None:

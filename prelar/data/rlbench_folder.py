@@ -31,7 +31,7 @@ from PIL import Image
 from prelar.data.demonstrations import ALIGNMENT, Array, Episode, Job
 from prelar.data.rlbench_steps import MOTIONS, RATE, WIDTH, RlbenchDemonstrations, step_arrays
 from prelar.data.store import SIZE, Frames
-from prelar.errors import UserError
+from prelar.errors import UserError, one_line
 from prelar.names import RLBENCH_CAMERAS, among
 
 CAMERAS = RLBENCH_CAMERAS
@@ -148,7 +148,7 @@ def read_pictures(folder: Path, length: int) -> Frames:
 
 
 def _without_path(error: Exception, path: Path) -> str:
-    return _in_words(error).replace(str(path), path.name)
+    return one_line(error).replace(str(path), path.name)
 
 
 def read_low_dim(path: Path, action_mode: str = "joint_velocity") -> dict[str, Array]:
@@ -162,7 +162,7 @@ def read_low_dim(path: Path, action_mode: str = "joint_velocity") -> dict[str, A
     except FileNotFoundError:
         raise ValueError(f"{path.name}: missing") from None
     except Exception as error:
-        raise ValueError(f"{path.name}: {_in_words(error)}") from None
+        raise ValueError(f"{path.name}: {one_line(error)}") from None
     if not rows:
         raise ValueError(f"{path.name}: no step")
     motion, pose, opening = (np.array(column) for column in zip(*rows, strict=True))
@@ -178,7 +178,7 @@ def read_variation(path: Path) -> int:
     except FileNotFoundError:
         raise ValueError(f"{path.name}: missing") from None
     except Exception as error:
-        raise ValueError(f"{path.name}: {_in_words(error)}") from None
+        raise ValueError(f"{path.name}: {one_line(error)}") from None
     if found < 0:
         raise ValueError(f"{path.name}: the variation is {found}")
     return found
@@ -190,10 +190,6 @@ def _variation_or_none(folder: Path) -> int | None:
         return read_variation(folder / VARIATION)
     except ValueError:
         return None
-
-
-def _in_words(error: Exception) -> str:
-    return " ".join(str(error).split()) or type(error).__name__
 
 
 def _row(step: dict[str, Any], motion: str) -> tuple[Numbers, Numbers, float]:

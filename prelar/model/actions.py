@@ -7,6 +7,7 @@ feed at each step of a sequence and what its posterior is made of, `losses` the 
 
 from __future__ import annotations
 
+import abc
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -164,12 +165,12 @@ class ActionPart(nn.Module):
         return None
 
 
-class RobotAction(ActionPart):
+class RobotAction(ActionPart, abc.ABC):
     """Actions that follow from the robot's, whatever the frames show."""
 
+    @abc.abstractmethod
     def step(self, action: Tensor) -> Tensor:
         """The robot's action (…, robot_action_dim) -> the action to feed (…, A)."""
-        raise NotImplementedError
 
     def forward(
         self, images: Tensor, robot_action: Tensor | None, is_first: Tensor, training: bool, sample: bool

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -11,6 +12,7 @@ from prelar.report.figures import number, thin
 from prelar.tables import read_tsv
 
 TABLE_ROWS = 12
+LOG_FROM = 30.0
 
 Curve = tuple[list[float], list[float]]
 
@@ -29,10 +31,21 @@ def figure(chart: str, caption: str, x_name: str, curves: dict[str, Curve]) -> F
     """A chart with a table of at most `TABLE_ROWS` rows, evenly spread; x of the first curve."""
     steps = next(iter(curves.values()))[0]
     columns = [y if x == steps else [float("nan")] * len(steps) for x, y in curves.values()]
-    count = min(TABLE_ROWS, len(steps))
-    picks = sorted({round(i * (len(steps) - 1) / max(count - 1, 1)) for i in range(count)})
-    rows = tuple((number(steps[i]), *(number(column[i]) for column in columns)) for i in picks)
+    rows = tuple(
+        (number(steps[i]), *(number(column[i]) for column in columns)) for i in evenly(len(steps), TABLE_ROWS)
+    )
     return Figure(Markup(chart), caption, (x_name, *curves), rows)
+
+
+def evenly(count: int, limit: int) -> list[int]:
+    """At most `limit` of the numbers below `count`, evenly spread, the first and the last among them."""
+    picked = min(limit, count)
+    return sorted({round(i * (count - 1) / max(picked - 1, 1)) for i in range(picked)})
+
+
+def spreads(values: Sequence[float]) -> bool:
+    """Whether a logarithmic axis suits them: all positive, the largest over `LOG_FROM` times the least."""
+    return min(values) > 0 and max(values) > LOG_FROM * min(values)
 
 
 def read_curve(path: Path) -> Curve | None:

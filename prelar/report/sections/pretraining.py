@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
-from prelar.report.charts import Curve, Figure, figure, read_curve, trend
+from prelar.report.charts import Curve, Figure, figure, read_curve, spreads, trend
 from prelar.report.figures import Series, line_chart
 from prelar.report.results import Results, Section
 
@@ -76,7 +76,7 @@ def loss_curves(folder: Path, prefix: str) -> dict[str, Figure]:
         loss = LOSSES.get(name) or Loss(name.replace("_", " ").capitalize(), name.replace("_", " "), "")
         lines = dict(list(found[name].items())[:4])
         values = [v for _, y in lines.values() for v in y]
-        log = min(values) > 0 and max(values) > 30 * min(values)
+        log = spreads(values)
         chart = line_chart(
             [Series(place, *curve) for place, curve in lines.items()],
             identifier=f"{prefix}-{name.replace('_', '-')}",
