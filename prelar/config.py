@@ -23,7 +23,7 @@ from pydantic import (
 from ruamel.yaml import YAML
 from ruamel.yaml.error import YAMLError
 
-from prelar.errors import UserError
+from prelar.errors import UserError, one_line
 
 PARAMS = Path("params.yaml")
 CLASSES = 8  # of a group of a discrete latent action, as in prelar.model.actions
@@ -301,9 +301,7 @@ def read_yaml(path: Path) -> Any:
     except FileNotFoundError:
         raise UserError(f"{path}: no such file; run from the top of the project") from None
     except YAMLError as error:
-        raise UserError(
-            f"{path}: not YAML ({' '.join(str(error).split())}); mend the line it names"
-        ) from None
+        raise UserError(f"{path}: not YAML ({one_line(error)}); mend the line it names") from None
 
 
 def load_config(path: Path = PARAMS) -> Config:
