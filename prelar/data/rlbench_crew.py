@@ -44,6 +44,7 @@ ATTEMPTS = 10
 HANGS = 3
 LAUNCHES = 5
 SERVICE = 100
+NOT_TRIED = "not tried after episode"
 
 
 class Yard:
@@ -126,6 +127,8 @@ class Crew:
             (job.task, job.variation) for job in self._finished if not self._failure(job).exists()
         }
         self._failed: dict[tuple[str, int], str] = {}
+        for job in (job for job in jobs if job in self._finished and self._failure(job).exists()):
+            self._hold_against(job, self._failure(job).read_text(encoding="utf-8"))
         self._error: BaseException | None = None
         self._closed = False
         self._display = Display()
@@ -238,9 +241,14 @@ class Crew:
         with self._changed:
             return None if key in self._solved else self._failed.get(key)
 
+    def _hold_against(self, job: Job, reason: str) -> None:
+        """Let a failure speak against the other jobs of its variation, unless simulators died of it."""
+        if DIED not in reason:
+            told = reason if reason.startswith(NOT_TRIED) else f"{NOT_TRIED} {job.episode}: {reason}"
+            self._failed.setdefault((job.task, job.variation), told)
+
     def _finish(self, job: Job, reason: str | None, seconds: float) -> None:
-        """Let the waiting know what came of a job; dead simulators do not speak against the next one."""
-        key = (job.task, job.variation)
+        """Let the waiting know what came of a job."""
         if reason:
             files.write_text(self._failure(job), reason)
         with self._changed:
@@ -248,9 +256,9 @@ class Crew:
             self._pace[job.task] = seconds
             self._finished.add(job)
             if not reason:
-                self._solved.add(key)
-            elif DIED not in reason:
-                self._failed.setdefault(key, f"not tried after episode {job.episode}: {reason}")
+                self._solved.add((job.task, job.variation))
+            else:
+                self._hold_against(job, reason)
             self._changed.notify_all()
 
     def _attempts(self, yard: Yard, job: Job) -> str | None:

@@ -188,6 +188,15 @@ def test_hopeless_task_is_given_up_and_the_others_go_on(standin: Path, tmp_path:
     assert [episode.success for episode in episodes] == [False, False, True, True]
 
 
+def test_hopeless_task_stays_given_up_in_the_next_run(standin: Path, tmp_path: Path) -> None:
+    source = replace(SOURCE, tasks=("weighing_scales",), episodes=3)
+    told = f"no demo in 10 attempts: 10 × {FAILED.format('weighing_scales')}"
+    for done in (1, 2):
+        with Crew(source, jobs := source.jobs()[:done], 1, tmp_path / "demos") as crew:
+            assert crew.result(jobs[-1]).success is False
+    assert reasons(collect(source, tmp_path / "demos")) == [told, *[f"not tried after episode 0: {told}"] * 2]
+
+
 def test_crash_costs_the_attempt_in_progress(standin: Path, tmp_path: Path) -> None:
     orders(standin, push_button="work die die work", open_drawer="die")
     assert reasons(collect(SOURCE, tmp_path / "demos", workers=2)) == [None] * 4
