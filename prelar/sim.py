@@ -11,6 +11,7 @@ turned by 180 degrees.
 
 from __future__ import annotations
 
+import atexit
 import warnings
 import weakref
 from collections.abc import Iterable
@@ -189,6 +190,10 @@ class _Painter:
         self._frame = mujoco.MjrRect(0, 0, width, height)
         self._pixels: Image = np.empty((height, width, 3), dtype=np.uint8)
         self.close = weakref.finalize(self, _free, self._gl, self._context)
+        self.close.atexit = (
+            False  # finalizers may run after EGL's own end; what is registered now runs before
+        )
+        atexit.register(self.close)
 
     def draw(self, data: mujoco.MjData, camera: str) -> Image:
         """Upright picture of the scene through a fixed camera: uint8 (height, width, 3)."""

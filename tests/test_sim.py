@@ -2,6 +2,8 @@
 
 import gc
 import hashlib
+import subprocess
+import sys
 from collections.abc import Iterator
 
 import numpy as np
@@ -231,3 +233,24 @@ def test_mistyped_names_suggest_near_ones(drawer: Simulator) -> None:
         drawer.render("front")
     with pytest.raises(UserError, match=r"time_limit = 501"):
         Simulator("drawer-open", time_limit=501)
+
+
+def test_open_simulator_ends_before_its_opengl() -> None:
+    """What ends EGL is registered with atexit when the first context is made."""
+    code = """
+import atexit, weakref
+from prelar.sim import Simulator
+kept = set()
+weakref.finalize(kept, int)
+atexit.register(print, "OpenGL ended")
+simulator = Simulator("reach")
+import mujoco
+free = mujoco.GLContext.free
+mujoco.GLContext.free = lambda context: (print("context freed"), free(context))
+simulator.reset(0, 0)
+simulator.render()
+"""
+    told = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
+    assert (told.returncode, told.stdout.split("\n")) == (0, ["context freed", "OpenGL ended", ""]), (
+        told.stderr
+    )
