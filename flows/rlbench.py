@@ -107,11 +107,8 @@ def planned(settings: Rlbench) -> Errand:
 @contextlib.contextmanager
 def head_start(settings: Rlbench) -> Iterator[None]:
     """Let simulators begin with what the store lacks, while Prefect's server starts; others need not wait."""
-    if settings.source != "rlbench":
-        yield
-        return
-    errand = planned(settings)
-    if errand.built.is_file():
+    errand = planned(settings) if settings.source == "rlbench" else None
+    if errand is None or errand.built.is_file():
         yield
         return
     with StoreWriter(errand.store, arrays=errand.source.arrays) as writer:

@@ -39,6 +39,7 @@ from prelar.methods import METHODS, build_finetune, build_pretrain, load_pretrai
 from prelar.model.world_model import WorldModel
 from prelar.seeds import Stream, generator
 from prelar.sim import ACTION_DIM, Simulator
+from prelar.spread import evenly
 from prelar.tables import write_tsv
 
 PRETRAIN = Path("data/pretrain")
@@ -240,7 +241,7 @@ def cut_segments(
     ]
     if not starts:
         return None
-    picks = np.unique(np.linspace(0, len(starts) - 1, min(count, len(starts))).round().astype(int))
+    picks = evenly(len(starts), count)
     frames, actions = [], []
     for episode, start in (starts[pick] for pick in picks):
         assert episode.frames is not None

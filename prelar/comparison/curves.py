@@ -10,9 +10,10 @@ from markupsafe import Markup
 from prelar.comparison.revisions import Curve
 from prelar.comparison.statistics import Estimate
 from prelar.comparison.variants import Variant, aggregate
-from prelar.report.charts import TABLE_ROWS, Figure, evenly, spreads, trend
+from prelar.report.charts import TABLE_ROWS, Figure, spreads, trend
 from prelar.report.figures import DASHES, Series, line_chart, number
 from prelar.report.sections.pretraining import LOSSES
+from prelar.spread import evenly
 
 ENVIRONMENT_STEPS = "environment steps"
 

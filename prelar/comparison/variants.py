@@ -11,8 +11,8 @@ import numpy as np
 
 from prelar.comparison.revisions import Curve, Run
 from prelar.comparison.statistics import Estimate, estimate
-from prelar.report.charts import evenly
 from prelar.report.privacy import presentable
+from prelar.spread import evenly
 
 WITHIN = ("task", "seed")
 MACHINE = ("device", "threads", "data_root", "ssv2.workers", "rlbench.workers", "ssv2.batch", "ssv2.ffmpeg")

@@ -19,6 +19,7 @@ from prelar.data.validation import (
     mostly_between,
     store_suites,
 )
+from prelar.spread import evenly
 
 MIN_FRAMES = 2
 MOVING = 0.9
@@ -95,12 +96,11 @@ def _tasks_suite(store: Store) -> Suite:
 
 def _motion_suite(store: Store) -> Suite:
     """Clips spread over the store: the share of pixels that change within them."""
-    count = min(LOOKED_AT, store.num_clips)
-    numbers = np.linspace(0, store.num_clips - 1, count).round().astype(int) if count else np.zeros(0, int)
+    numbers = evenly(store.num_clips, LOOKED_AT)
     moved = [changed_share(store.read(int(store.clip_start[n]), int(store.clip_length[n]))) for n in numbers]
     return Suite(
         "motion",
-        f"{count} clips spread over the store",
+        f"{len(numbers)} clips spread over the store",
         pd.DataFrame({"clip": numbers, "changed": np.array(moved, dtype=np.float64)}),
         (mostly_between(f"in at least {MOVING:.0%} of the clips something moves", "changed", 1e-4, MOVING),),
     )

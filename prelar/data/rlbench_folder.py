@@ -116,11 +116,12 @@ def open_folder(
 ) -> RlbenchFolder:
     """The source in a folder, of given tasks and cameras. Raises `UserError` where it lacks one."""
     source = RlbenchFolder(folder, action_mode=action_mode)
-    among("rlbench.tasks", tasks, {job.task for job in source.jobs()})
-    source = dataclasses.replace(source, tasks=tuple(tasks or ()))
-    episodes = [source.episode_folder(job) for job in source.jobs()]
+    jobs = source.jobs()
+    wanted = among("rlbench.tasks", tasks, {job.task for job in jobs})
+    episodes = [source.episode_folder(job) for job in jobs if job.task in wanted]
     recorded = [name for name in CAMERAS if any((path / f"{name}_rgb").is_dir() for path in episodes)]
-    return dataclasses.replace(source, cameras=among("rlbench.cameras", cameras, recorded or CAMERAS))
+    cameras = among("rlbench.cameras", cameras, recorded or CAMERAS)
+    return dataclasses.replace(source, tasks=tuple(tasks or ()), cameras=cameras)
 
 
 def read_pictures(folder: Path, length: int) -> Frames:

@@ -25,6 +25,7 @@ import zarr
 from prelar import files
 from prelar.data.store import FRAME, Store
 from prelar.errors import UserError
+from prelar.spread import evenly
 
 REPORTS = Path("reports/validation")
 LONG = 25
@@ -192,8 +193,7 @@ def stray_pairs(
 
 def _frames_suite(store: Store) -> Suite:
     """Brightness and contrast of frames spread evenly over the store, read by us and by zarr-python."""
-    count = min(SAMPLED, store.num_frames)
-    numbers = np.linspace(0, store.num_frames - 1, count).astype(np.int64) if count else np.zeros(0, np.int64)
+    numbers = evenly(store.num_frames, SAMPLED)
     pixels = [store.read(int(number), 1)[0] for number in numbers]
     others: Any = zarr.open_group(store.path, mode="r")["frames"]
     table = pd.DataFrame(
@@ -210,7 +210,7 @@ def _frames_suite(store: Store) -> Suite:
     share = 1 - DULL
     return Suite(
         "frames",
-        f"{count} frames spread over the store",
+        f"{len(numbers)} frames spread over the store",
         table,
         (
             mostly_between(f"at least {share:.0%} of the frames are not black", "brightness", BLACK, share),

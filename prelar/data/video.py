@@ -270,7 +270,7 @@ def joined_command(binary: str, playlist: int, output: int, times: int, clips: i
 def _command(
     binary: str, source: int, output: int, reading: dict[str, Any], writing: dict[str, Any], clips: int = 1
 ) -> list[str]:
-    """The filter chain itself ends in RGB: left to `pix_fmt`, frames after a change of size lose colours."""
+    """The filter chain ends in RGB: left to the encoder, frames lose colours after a change of size."""
     opened = ffmpeg.input(
         f"/proc/self/fd/{source}",
         threads=1,
@@ -284,7 +284,6 @@ def _command(
     written = opened["V:0"].output(
         f"/proc/self/fd/{output}",
         vf=f"{SCALE},format=rgb24",
-        pix_fmt="rgb24",
         fps_mode="passthrough",
         enc_time_base="1:1000000",
         format="rawvideo",

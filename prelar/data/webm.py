@@ -20,6 +20,7 @@ LOOK = (INTERLACED, FIELDS, COLOUR)
 SIMPLE_BLOCK, GROUP, BLOCK = 0xA3, 0xA0, 0xA1
 IGNORED = {
     *(0xEC, 0xBF, 0x114D9B74, 0x1C53BB6B, 0x1254C367),  # void, checksum, seek heads, cues, tags
+    # of a track: identity, lacing, languages, name, additions, cache, flags, the codec's name and set-up
     *(0x73C5, 0x9C, 0x22B59C, 0x22B59D, 0x536E, 0x55EE, 0x6DE7, 0xB9, 0x88, 0x55AA, 0x258688, 0x63A2),
     *(0x54B0, 0x54BA, 0x54B2),  # size on display
     *(0xA7, 0xAB, 0x9B, 0xFB),  # a cluster's place and size, a block's duration and reference

@@ -6,11 +6,11 @@ import json
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 import pyarrow.compute as pc
 
 from prelar.data.store import Store
 from prelar.evaluation.panels import Frames, contact_sheet
+from prelar.spread import evenly
 
 SHEET = 32
 EXAMPLES = 5
@@ -33,7 +33,7 @@ def describe(store: Store) -> dict[str, Any]:
         "shortest": int(store.clip_length.min()),
         "longest": int(store.clip_length.max()),
         "median": float(np.median(store.clip_length)),
-        "sheet": len(_picks(store)),
+        "sheet": len(evenly(store.num_clips, SHEET)),
         "reasons": [
             {"reason": reason, "count": len(ids), "examples": ids[:EXAMPLES]}
             for reason, ids in sorted(reasons.items())
@@ -46,12 +46,6 @@ def describe(store: Store) -> dict[str, Any]:
 
 def overview(store: Store) -> Frames:
     """A contact sheet of the middle frames of at most `SHEET` clips, spread evenly over the store."""
-    picks = _picks(store)
+    picks = evenly(store.num_clips, SHEET)
     middles = store.clip_start[picks] + store.clip_length[picks] // 2
     return contact_sheet(store.read_many(middles, 1)[:, 0])
-
-
-def _picks(store: Store) -> npt.NDArray[np.int64]:
-    """Numbers of the clips shown."""
-    spread = np.linspace(0, store.num_clips - 1, min(SHEET, store.num_clips))
-    return np.unique(spread.round().astype(np.int64))

@@ -9,6 +9,7 @@ import numpy.typing as npt
 from PIL import Image
 
 from prelar.files import atomic_file
+from prelar.spread import evenly
 
 Frames = npt.NDArray[np.uint8]
 
@@ -47,7 +48,7 @@ def strip(truth: Frames, predicted: Frames, observed: int, columns: int = 8) -> 
 
     The columns are spread evenly over the clip; a coloured line stands before the first that was predicted.
     """
-    picks = np.unique(np.linspace(0, len(truth) - 1, min(columns, len(truth))).round().astype(int))
+    picks = evenly(len(truth), columns)
     cells = np.stack([truth[picks], predicted[picks], error_image(truth[picks], predicted[picks])])
     image = grid(cells)
     first = int(np.searchsorted(picks, observed))

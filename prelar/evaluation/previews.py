@@ -15,6 +15,7 @@ import numpy.typing as npt
 
 from prelar.data.store import Store
 from prelar.evaluation.panels import contact_sheet, write_png
+from prelar.spread import evenly
 
 LABELS = 24
 CLIPS = 3
@@ -32,7 +33,7 @@ def write_previews(store: Store, folder: Path) -> list[dict[str, Any]]:
     for row in store.clip_index.select(columns).to_pylist():
         labels.setdefault(str(row["label"]), []).append(row)
     names = sorted(labels)
-    picks = np.unique(np.linspace(0, len(names) - 1, min(LABELS, len(names))).round().astype(int))
+    picks = evenly(len(names), LABELS)
     folder.mkdir(parents=True, exist_ok=True)
     shown = []
     for number, pick in enumerate(picks.tolist()):

@@ -9,6 +9,7 @@ from pathlib import Path
 from markupsafe import Markup
 
 from prelar.report.figures import number, thin
+from prelar.spread import evenly
 from prelar.tables import read_tsv
 
 TABLE_ROWS = 12
@@ -35,12 +36,6 @@ def figure(chart: str, caption: str, x_name: str, curves: dict[str, Curve]) -> F
         (number(steps[i]), *(number(column[i]) for column in columns)) for i in evenly(len(steps), TABLE_ROWS)
     )
     return Figure(Markup(chart), caption, (x_name, *curves), rows)
-
-
-def evenly(count: int, limit: int) -> list[int]:
-    """At most `limit` of the numbers below `count`, evenly spread, the first and the last among them."""
-    picked = min(limit, count)
-    return sorted({round(i * (count - 1) / max(picked - 1, 1)) for i in range(picked)})
 
 
 def spreads(values: Sequence[float]) -> bool:

@@ -19,7 +19,7 @@ import pytest
 
 from flows import staging
 from prelar import files
-from prelar.data.store import Store, index_path
+from prelar.data.store import Store, checks_path, index_path
 
 MANY = 500
 SECONDS = 240
@@ -68,7 +68,7 @@ def storm(
     random_ = random.Random(seed)
     target = staging.target(name)
     for kills in range(MANY):
-        for path in (target, index_path(target)):
+        for path in (target, index_path(target), checks_path(target)):
             files.remove(path)
         pid = os.fork()
         if pid == 0:
