@@ -321,6 +321,8 @@ def train(
         raise UserError(
             f"{name}: another process of this run is gone; start it again to go on from its last snapshot"
         ) from error
+    finally:
+        snapshots.settle()
 
 
 class _Run:

@@ -177,7 +177,11 @@ def test_the_log_has_a_row_every_few_steps_and_no_clock(undisturbed: dict[str, b
     )
 
 
-def test_a_loss_that_is_not_finite_stops_the_run_and_leaves_its_snapshots(tmp_path: Path) -> None:
+def test_a_loss_that_is_not_finite_stops_the_run_and_leaves_its_snapshots(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    save = torch.save
+    monkeypatch.setattr(torch, "save", lambda *given: (time.sleep(1), save(*given)))
     with pytest.raises(UserError, match=r"^toy: loss/fit = nan at step 11; lower the learning rate"):
         toy.run(tmp_path, nan_at=10)
     assert sorted(path.name for path in (tmp_path / "resume/toy").iterdir()) == [
