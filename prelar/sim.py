@@ -190,9 +190,8 @@ class _Painter:
         self._frame = mujoco.MjrRect(0, 0, width, height)
         self._pixels: Image = np.empty((height, width, 3), dtype=np.uint8)
         self.close = weakref.finalize(self, _free, self._gl, self._context)
-        self.close.atexit = (
-            False  # finalizers may run after EGL's own end; what is registered now runs before
-        )
+        # At exit finalizers may run after EGL's own end; what is registered now runs before it.
+        self.close.atexit = False
         atexit.register(self.close)
 
     def draw(self, data: mujoco.MjData, camera: str) -> Image:
