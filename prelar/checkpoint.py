@@ -17,7 +17,7 @@ import json
 import os
 import sys
 from collections.abc import Iterable, Mapping
-from concurrent.futures import Future, ThreadPoolExecutor, wait
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -193,7 +193,7 @@ class Snapshots:
     def settle(self) -> None:
         """Wait for the write under way, whatever comes of it: a run that fails leaves no half of a file."""
         if self._pending is not None:
-            wait([self._pending])
+            self._pending.exception()
 
     def remove(self) -> None:
         """Remove everything that this run could resume from, and runs of its stage that never ended.

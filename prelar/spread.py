@@ -11,4 +11,4 @@ def evenly(count: int, limit: int) -> npt.NDArray[np.int64]:
 
     The first and the last are among them where there are two or more.
     """
-    return np.unique(np.linspace(0, count - 1, min(limit, count)).round().astype(np.int64))
+    return np.linspace(0, count - 1, min(limit, count)).round().astype(np.int64)

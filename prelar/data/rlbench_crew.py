@@ -123,12 +123,11 @@ class Crew:
         self._busy: collections.Counter[str] = collections.Counter()
         self._pace: dict[str, float] = {}
         self.begun = time.monotonic()
-        self._solved = {
-            (job.task, job.variation) for job in self._finished if not self._failure(job).exists()
-        }
+        self._solved = set[tuple[str, int]]()
         self._failed: dict[tuple[str, int], str] = {}
-        for job in (job for job in jobs if job in self._finished and self._failure(job).exists()):
-            self._hold_against(job, self._failure(job).read_text(encoding="utf-8"))
+        for job in jobs:
+            if job in self._finished:
+                self._remember(job, self._reason(job))
         self._error: BaseException | None = None
         self._closed = False
         self._display = Display()
@@ -167,8 +166,8 @@ class Crew:
             self._changed.wait_for(lambda: job in self._finished or self._error or self._closed)
             if job not in self._finished:
                 raise self._error or RuntimeError("the crew was dismissed")
-        if self._failure(job).exists():
-            reason = self._failure(job).read_text(encoding="utf-8")
+        reason = self._reason(job)
+        if reason is not None:
             return Episode(job, success=False, fps=RATE, reason=reason)
         return self._load(job)
 
@@ -182,6 +181,11 @@ class Crew:
 
     def _failure(self, job: Job) -> Path:
         return self._demo(job).with_suffix(".txt")
+
+    def _reason(self, job: Job) -> str | None:
+        """Why a finished job has no demo; None where it has one."""
+        path = self._failure(job)
+        return path.read_text(encoding="utf-8") if path.exists() else None
 
     def _left(self, job: Job) -> bool:
         """Whether an earlier run left a whole file for a job."""
@@ -241,11 +245,14 @@ class Crew:
         with self._changed:
             return None if key in self._solved else self._failed.get(key)
 
-    def _hold_against(self, job: Job, reason: str) -> None:
-        """Let a failure speak against the other jobs of its variation, unless simulators died of it."""
-        if DIED not in reason:
+    def _remember(self, job: Job, reason: str | None) -> None:
+        """Let what came of a job speak for or against its variation; dead simulators say nothing."""
+        key = (job.task, job.variation)
+        if reason is None:
+            self._solved.add(key)
+        elif DIED not in reason:
             told = reason if reason.startswith(NOT_TRIED) else f"{NOT_TRIED} {job.episode}: {reason}"
-            self._failed.setdefault((job.task, job.variation), told)
+            self._failed.setdefault(key, told)
 
     def _finish(self, job: Job, reason: str | None, seconds: float) -> None:
         """Let the waiting know what came of a job."""
@@ -255,10 +262,7 @@ class Crew:
             self._busy[job.task] -= 1
             self._pace[job.task] = seconds
             self._finished.add(job)
-            if not reason:
-                self._solved.add((job.task, job.variation))
-            else:
-                self._hold_against(job, reason)
+            self._remember(job, reason)
             self._changed.notify_all()
 
     def _attempts(self, yard: Yard, job: Job) -> str | None:

@@ -23,6 +23,7 @@ from prelar.model.images import first_steps, normalise
 from prelar.model.world_model import WorldModel
 from prelar.seeds import Stream, generator
 from prelar.sim import ACTION_DIM, Simulator
+from prelar.spread import evenly
 
 Floats = npt.NDArray[np.float32]
 
@@ -154,7 +155,7 @@ def fit(
     model = model.to(fabric.device)
     wrapped, optimizer = fabric.setup(model, adam(model.parameters(), RATE))
     wrapped.mark_forward_method("finetune_losses")
-    points = set(np.linspace(0, updates, min(POINTS, updates) + 1).round().astype(int).tolist())
+    points = set(evenly(updates + 1, POINTS + 1).tolist())
     rows = []
     for update in range(updates + 1):
         if update in points:
