@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import IO, Any
 
-from prelar.errors import UserError
+from prelar.errors import UserError, printable
 
 GRACE = 20
 PACE = 0.2
@@ -35,7 +35,8 @@ class Log:
             handle.seek(self._read)
             whole, newline, _ = handle.read().rpartition(b"\n")
         self._read += len(whole) + len(newline)
-        return [line for line in re.split(r"[\r\n]+", whole.decode(errors="replace")) if line.strip()]
+        lines = re.split(r"[\r\n]+", whole.decode(errors="replace"))
+        return [printable(line.expandtabs()) for line in lines if line.strip()]
 
 
 def overrides(changes: dict[str, Any]) -> list[str]:

@@ -26,7 +26,7 @@ from prelar.data.demonstrations import Episode, Job, Metaworld, Source, Splits, 
 from prelar.data.rlbench_crew import Crew
 from prelar.data.rlbench_live import RlbenchLive
 from prelar.data.store import Store, StoreWriter
-from prelar.errors import UserError
+from prelar.errors import UserError, printable
 from prelar.names import CAMERAS, DEMONSTRATED, RLBENCH_CAMERAS, SEEN_FROM, TASKS, checked_config, chosen
 from prelar.workers import worker_pool
 
@@ -179,7 +179,7 @@ def fill(writer: StoreWriter, source: Source, jobs: list[Job], workers: int) -> 
                 for frames, row, arrays in clips(episode, source, labels[episode.job.task], splits):
                     writer.append(frames, row, **arrays)
                 stored[task := episode.job.task] += 1
-                bar.set_postfix_str(f"{task} {stored[task]}/{total[task]}", refresh=False)
+                bar.set_postfix_str(f"{printable(task)} {stored[task]}/{total[task]}", refresh=False)
             writer.commit()
             bar.update(len(episodes))
             for episode in episodes:
@@ -229,7 +229,7 @@ def account(store: Store) -> list[str]:
         if row["status"] == "bad"
     )
     return [
-        f"  {task}, variation {variation}: {count} clips: {why}"
+        printable(f"  {task}, variation {variation}: {count} clips: {why}")
         for (task, variation, why), count in bad.items()
     ]
 

@@ -20,7 +20,7 @@ from tqdm import tqdm
 from prelar import api
 from prelar.data.store import Frames, Store
 from prelar.data.video import Decoder
-from prelar.errors import UserError
+from prelar.errors import UserError, printable
 from prelar.files import atomic_file, digest
 
 GROUP = 65_536
@@ -97,5 +97,5 @@ def read_videos(paths: Sequence[Path], decoder: Decoder) -> Iterator[tuple[str, 
             raise UserError(f"{path}: {error.strerror}; name video files, or a store") from None
         (clip,) = decoder.decode([content])
         if clip.frames is None:
-            print(f"{path}: left out ({clip.reason})", file=sys.stderr, flush=True)
+            print(printable(f"{path}: left out ({clip.reason})"), file=sys.stderr, flush=True)
         yield str(path), clip.frames if clip.frames is not None else np.empty((0, 64, 64, 3), np.uint8)
