@@ -151,7 +151,7 @@ def _show(name: str, markdown: str) -> None:
 
 def clear_leftovers(name: str) -> None:
     """Remove what runs that were killed while publishing left behind."""
-    _clear(files.STAGING.glob(f"{name}-*.old"), target(name).parent.glob(f".{name}.*.old"))
+    _clear(files.STAGING.glob(f"{name}-*.old"), files.leftovers(target(name).parent, name))
 
 
 def publish(name: str, staging: Path, root: str = LOCAL, keep: tuple[str, ...] = ()) -> None:

@@ -9,19 +9,36 @@ import sys
 from collections.abc import Callable
 from typing import Any
 
+LONGEST = 2_000
+
+
+def printable(text: str, longest: int = LONGEST) -> str:
+    """Text from elsewhere as a terminal may have it: what is not printable is escaped, a long one is cut.
+
+    Tabs, ends of lines, control characters, half surrogate pairs and marks that turn the direction of
+    writing become `\\t`, `\\x1b`, `\\udcff` and so on; letters of any language stay, and so does what is
+    escaped already.
+    """
+    shown = text[: longest + 1]
+    if not shown.isprintable():
+        escaped = (sign if sign.isprintable() else sign.encode("unicode_escape").decode() for sign in shown)
+        shown = "".join(escaped)
+    return shown if len(shown) <= longest else f"{shown[:longest]}…"
+
 
 class UserError(Exception):
-    """Bad input or surroundings. The message is one line: what, which value, and the remedy."""
+    """Bad input or surroundings. The message is one line: what, which value, and the remedy.
+
+    Names and values in it may come from elsewhere: it is told as `printable` has it.
+    """
+
+    def __str__(self) -> str:
+        return printable(super().__str__())
 
 
 def one_line(error: BaseException) -> str:
-    """What an error says, its lines joined, or its kind where it says nothing."""
-    return " ".join(str(error).split()) or type(error).__name__
-
-
-def printable(text: str) -> str:
-    """A text, such as a file's name, with escapes for what a terminal would obey or could not show."""
-    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode("ascii") for c in text)
+    """What an error says, printable and its lines joined, or its kind where it says nothing."""
+    return printable(" ".join(str(error).split())) or type(error).__name__
 
 
 def run_main(main: Callable[[], None]) -> None:
@@ -45,7 +62,7 @@ def run_main(main: Callable[[], None]) -> None:
 
 
 def _end(told: str) -> None:
-    print(f"error: {printable(told)}", file=sys.stderr)
+    print(printable(f"error: {told}"), file=sys.stderr)
     sys.exit(2)
 
 

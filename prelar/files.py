@@ -2,21 +2,27 @@
 
 from __future__ import annotations
 
+import collections
 import contextlib
 import errno
 import fcntl
 import hashlib
+import json
 import os
+import re
 import shutil
 import sys
 import uuid
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
-from prelar.errors import UserError
+from prelar.errors import UserError, one_line, printable
 
 LOCKS = Path("data/.locks")
 STAGING = Path("data/.staging")
+
+_SURROGATE = re.compile(rb"\\ud[89a-f]", re.IGNORECASE)
 
 
 def sync(path: Path) -> None:
@@ -57,6 +63,75 @@ def digest(path: Path) -> str:
         return hashlib.file_digest(handle, "sha256").hexdigest()
 
 
+def read_bytes(path: Path, most: int) -> bytes:
+    """The bytes of a regular file from elsewhere. Raises `ValueError` for others and for more than `most`."""
+    try:
+        if not path.is_file():
+            raise ValueError("not a regular file" if path.exists() else "missing")
+        with path.open("rb") as handle:
+            content = handle.read(most + 1)
+    except OSError as error:
+        raise ValueError(f"cannot be read: {error.strerror}") from None
+    if len(content) > most:
+        raise ValueError(f"{path.stat().st_size} bytes, more than {most}")
+    return content
+
+
+def parse_json(content: bytes | str) -> Any:
+    """Parse JSON from elsewhere. Whatever is wrong with it is a `ValueError` that says so in a short line.
+
+    Refused are a key that stands twice in an object and text that is no Unicode.
+    """
+    try:
+        parsed = json.loads(content, object_pairs_hook=_object)
+        if _SURROGATE.search(content if isinstance(content, bytes) else content.encode()):
+            json.dumps(parsed, ensure_ascii=False).encode()
+    except RecursionError:
+        raise ValueError("nested too deeply") from None
+    except UnicodeError:
+        raise ValueError("holds text that is no Unicode") from None
+    except MemoryError:
+        raise ValueError("too large") from None
+    except ValueError as error:
+        raise ValueError(one_line(error)) from None
+    return parsed
+
+
+def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    made = dict(pairs)
+    if len(made) < len(pairs):
+        twice = collections.Counter(key for key, _ in pairs).most_common(1)[0][0]
+        raise ValueError(f"the key {printable(twice, 100)} stands twice in an object")
+    return made
+
+
+def walk(folder: Path) -> Iterator[Path]:
+    """Every path below a folder that is no folder. Links to folders are followed, no folder is entered twice.
+
+    What lies in the folder itself comes before what only links lead to, so that it keeps its name where links
+    are added. A folder that cannot be looked into is named on the standard error.
+    """
+    folders, links = [folder], collections.deque[Path]()
+    entered: set[tuple[int, int]] = set()
+    while folders or links:
+        place = folders.pop() if folders else links.popleft()
+        try:
+            status = place.stat()
+            if (status.st_dev, status.st_ino) in entered:
+                continue
+            entered.add((status.st_dev, status.st_ino))
+            entries = [(path, path.is_dir()) for path in sorted(place.iterdir())]
+        except OSError as error:
+            told = printable(f"{place}: cannot be looked into ({error.strerror}); passed over")
+            print(told, file=sys.stderr, flush=True)
+            continue
+        for path, enclosing in entries:
+            if enclosing:
+                (links if path.is_symlink() else folders).append(path)
+            else:
+                yield path
+
+
 def code_digests(*modules: str) -> dict[str, str]:
     """sha256 of the source of imported modules, by name."""
     return {name: digest(Path(str(sys.modules[name].__file__))) for name in modules}
@@ -73,22 +148,53 @@ def remove(path: Path) -> None:
 def publish(staged: Path, final: Path) -> None:
     """Move a finished file or folder to its final name, replacing what is there.
 
-    The old artefact is first renamed aside, so that the final name never shows a mixture. What runs that were
-    killed in here left aside is removed. Both paths lie on one file system.
+    The old artefact is first renamed aside, so that the final name never shows a mixture; before that, a new
+    one on another file system is copied beside its final name. What runs that were killed in here left behind
+    is removed.
     """
     final.parent.mkdir(parents=True, exist_ok=True)
-    if staged.is_dir():
-        for item in staged.rglob("*"):
-            sync(item)
-    sync(staged)
-    for left in final.parent.glob(f".{final.name}.*.old"):
+    for left in leftovers(final.parent, final.name):
         remove(left)
-    aside = final.with_name(f".{final.name}.{uuid.uuid4().hex[:8]}.old")
+    mark = uuid.uuid4().hex[:8]
+    beside, aside = (final.with_name(f".{final.name}.{mark}.{state}") for state in ("new", "old"))
+    ready = staged
+    if _apart(staged.parent, final.parent):
+        ready = beside
+        if staged.is_dir():
+            shutil.copytree(staged, beside, symlinks=True)
+        else:
+            shutil.copy2(staged, beside)
+    if ready.is_dir():
+        for item in ready.rglob("*"):
+            sync(item)
+    sync(ready)
     if final.exists() or final.is_symlink():
         final.replace(aside)
-    staged.replace(final)
+    ready.replace(final)
     sync(final.parent)
     remove(aside)
+    remove(staged)
+
+
+def leftovers(folder: Path, name: str) -> list[Path]:
+    """What runs that were killed while publishing `name`, or what begins so, left in a folder."""
+    return [path for state in ("new", "old") for path in folder.glob(f".{name}.*.{state}")]
+
+
+def _apart(folder: Path, other: Path) -> bool:
+    """Whether nothing can be renamed from one folder into the other: they lie on two file systems."""
+    name = f".{uuid.uuid4().hex}.partial"
+    try:
+        (folder / name).touch()
+        (folder / name).replace(other / name)
+    except OSError as error:
+        if error.errno != errno.EXDEV:
+            raise
+        return True
+    finally:
+        for place in (folder, other):
+            (place / name).unlink(missing_ok=True)
+    return False
 
 
 def link(source: Path, copy: Path) -> None:

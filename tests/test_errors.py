@@ -90,3 +90,19 @@ def test_a_reader_that_goes_away_stops_no_work(tmp_path: Path, stream: str) -> N
     told = begun.communicate(timeout=60)
     assert begun.returncode == 0 and not any(told)
     assert (tmp_path / "work").read_text() == "whole"
+
+
+@pytest.mark.parametrize(
+    ("text", "shown"),
+    [
+        ("x" * 20, "x" * 10 + "…"),
+        ("\n" * 20, "\\n" * 5 + "…"),
+    ],
+)
+def test_text_from_elsewhere_is_escaped_and_cut_once(text: str, shown: str) -> None:
+    assert printable(text, 10) == printable(shown, 10) == shown
+
+
+def test_messages_are_printable() -> None:
+    assert str(UserError("a\udcffb: no such file")) == "a\\udcffb: no such file"
+    assert one_line(ValueError("a\x1b[2J")) == "a\\x1b[2J"

@@ -7,6 +7,7 @@ import os
 import signal
 import subprocess
 import sys
+import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -55,6 +56,100 @@ def test_publish_removes_what_killed_runs_left_aside(tmp_path: Path) -> None:
     write_text(tmp_path / "staged", "new")
     publish(tmp_path / "staged", tmp_path / "final")
     assert {path.name for path in tmp_path.iterdir()} == {"final", ".other.0a1b2c3d.old"}
+
+
+@pytest.fixture
+def elsewhere() -> Iterator[Path]:
+    """A folder on another file system than pytest's."""
+    memory = Path("/dev/shm")
+    if not os.access(memory, os.W_OK):
+        pytest.skip("no second file system to write to")
+    with tempfile.TemporaryDirectory(dir=memory) as folder:
+        yield Path(folder)
+
+
+def test_publish_from_another_file_system(tmp_path: Path, elsewhere: Path) -> None:
+    if tmp_path.stat().st_dev == elsewhere.stat().st_dev:
+        pytest.skip("both lie on one file system")
+    for content in ("first", "second"):
+        write_text(elsewhere / "folder/inner/file", content)
+        write_text(elsewhere / "file", content)
+        write_text(tmp_path / ".folder.0a1b2c3d.new/file", "left behind")
+        for name in ("folder", "file"):
+            publish(elsewhere / name, tmp_path / name)
+        assert (tmp_path / "folder/inner/file").read_text() == content
+        assert (tmp_path / "file").read_text() == content
+        assert {path.name for path in tmp_path.iterdir()} == {"folder", "file"}
+        assert not list(elsewhere.iterdir())
+
+
+@pytest.mark.parametrize(
+    ("content", "reason"),
+    [
+        (b"{", "Expecting"),
+        (b"[" * 100_000, "nested too deeply"),
+        (b"9" * 5_000, "digits"),
+        (b'{"a": 1, "a": 2}', "the key a stands twice"),
+        (rb'["\ud800"]', "no Unicode"),
+        (rb'{"\uDFFF": 1}', "no Unicode"),
+        (b'"\xff"', "no Unicode"),
+        (b'\xff\xfe"', "Expecting|Unicode|Unterminated"),
+        ("\ud800", "Expecting|Unicode"),
+        (b"", "Expecting"),
+    ],
+)
+def test_json_from_elsewhere_is_parsed_or_refused_in_a_line(content: bytes | str, reason: str) -> None:
+    with pytest.raises(ValueError, match=reason) as told:
+        files.parse_json(content)
+    assert str(told.value).isprintable() and len(str(told.value)) < 200
+
+
+def test_json_is_parsed() -> None:
+    assert files.parse_json(rb'{"a": ["\ud83d\ude00", 1e3, null], "b": {"a": 2}}') == {
+        "a": ["😀", 1000.0, None],
+        "b": {"a": 2},
+    }
+
+
+def test_files_from_elsewhere_are_read_to_a_limit(tmp_path: Path) -> None:
+    (tmp_path / "file").write_bytes(b"12345")
+    os.mkfifo(tmp_path / "pipe")
+    assert files.read_bytes(tmp_path / "file", 5) == b"12345"
+    for name, reason in (("file", "5 bytes, more than 4"), ("pipe", "not a regular"), ("absent", "missing")):
+        with pytest.raises(ValueError, match=reason):
+            files.read_bytes(tmp_path / name, 4)
+
+
+def test_walk_follows_links_and_enters_no_folder_twice(tmp_path: Path) -> None:
+    top, away = tmp_path / "top", tmp_path / "away"
+    for path in ("top/a/1", "top/b/2", "away/deep/3", "away/4"):
+        write_text(tmp_path / path, "")
+    (top / "0link").symlink_to(top / "a")
+    (top / "away").symlink_to(away)
+    (top / "away again").symlink_to(away)
+    (top / "b/up").symlink_to(top)
+    (away / "back").symlink_to(top / "b")
+    (top / "self").symlink_to(top / "self")
+    (top / "file").symlink_to(away / "4")
+    found = [path.relative_to(top).as_posix() for path in files.walk(top)]
+    assert sorted(found) == ["a/1", "away/4", "away/deep/3", "b/2", "file", "self"]
+
+
+def test_walk_names_what_it_cannot_look_into(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    write_text(tmp_path / "good/1", "")
+    (tmp_path / "shut").mkdir()
+    listed = Path.iterdir
+
+    def iterdir(path: Path) -> Iterator[Path]:
+        if path.name == "shut":
+            raise PermissionError(errno.EACCES, "Permission denied")
+        return listed(path)
+
+    monkeypatch.setattr(Path, "iterdir", iterdir)
+    assert [path.name for path in files.walk(tmp_path)] == ["1"]
+    assert "shut: cannot be looked into (Permission denied); passed over" in capsys.readouterr().err
 
 
 def test_remove_takes_anything(tmp_path: Path) -> None:
