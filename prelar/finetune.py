@@ -182,16 +182,15 @@ def learn(
         pinned = fabric.device.type == "cuda"
         feed = Feed(replay, batch=preset.batch, length=preset.length, seed=seed, pinned=pinned)
         stack.callback(feed.close)
-        streams = {purpose: episode_seed(seed, purpose) for purpose in Purpose}
         envs = Envs(
             make_world,
             count=preset.envs,
-            seed=streams[Purpose.TRAIN],
+            seed=episode_seed(seed, Purpose.TRAIN),
             processes=preset.envs > 1,
             action_dim=actions,
         )
         stack.callback(envs.close)
-        watched = PixelEnv(make_world(), seed=streams[Purpose.CURVE], action_dim=actions)
+        watched = PixelEnv(make_world(), seed=episode_seed(0, Purpose.CURVE), action_dim=actions)
         stack.callback(watched.close)
         collector = Collector(envs, replay)
         stepper = Stepper(preset, learner, collector, feed)
@@ -289,11 +288,14 @@ class Stepper:
 
 
 def curve(env: PixelEnv, learner: Learner, episodes: int, seed: int) -> Callable[[int], Scalars]:
-    """A hook that adds a point to the learning curve: success and return of the policy's mode."""
+    """A hook that adds a point to the learning curve: success and return of the policy's mode.
+
+    Each point has episodes of its own, the same in every run of a task, whatever its method and `seed`.
+    """
     agent = Agent(learner.model, learner.behaviour.actor, device=learner.fabric.device, explore=False)
 
     def evaluate(done: int) -> Scalars:
-        played = play_episodes(env, agent, episodes=episodes, seed=seed)
+        played = play_episodes(env, agent, episodes=episodes, seed=seed, first=done * episodes)
         return {f"eval/{name}": value for name, value in summarise(played).items()}
 
     return evaluate

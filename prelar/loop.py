@@ -99,14 +99,17 @@ def adam(groups: Iterable[Tensor] | Iterable[dict[str, Any]], lr: float) -> Adam
     return Adam(groups, lr=lr, eps=ADAM_EPS, weight_decay=WEIGHT_DECAY, fused=True)
 
 
-def descend(fabric: Fabric, module: nn.Module, optimizer: Optimizer, loss: Tensor) -> Tensor:
-    """One clipped step down the gradient of `loss`; returns the norm of the gradient before clipping, 0-d."""
+def descend(fabric: Fabric, optimizer: Optimizer, loss: Tensor) -> Tensor:
+    """One step down the gradient of `loss`, of which each parameter group is clipped by itself.
+
+    A group stands for one of the published code's optimisers. Returns the norm of the whole gradient before
+    clipping, 0-d.
+    """
     optimizer.zero_grad(set_to_none=True)
     fabric.backward(loss)
-    norm = fabric.clip_gradients(module, optimizer, max_norm=CLIP_NORM, error_if_nonfinite=False)
+    norms = [nn.utils.clip_grad_norm_(group["params"], CLIP_NORM) for group in optimizer.param_groups]
     optimizer.step()
-    assert norm is not None
-    return norm.detach()
+    return torch.linalg.vector_norm(torch.stack(norms), dtype=torch.float64)
 
 
 def seed_step(seed: int, step: int, *, hook: bool = False) -> None:

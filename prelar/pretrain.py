@@ -169,7 +169,7 @@ def _train(cfg: Config, store: Store, snapshots: Snapshots, fabric: Fabric) -> W
             with fabric.autocast():
                 losses, outputs = module.pretrain_losses(images, is_first)
             loss = model.total(losses)
-            norm = descend(fabric, module, wrapped, loss)
+            norm = descend(fabric, wrapped, loss)
             scalars = {f"loss/{name}": value.detach() for name, value in losses.items()}
             scalars |= {"loss/total": loss.detach(), "gradient_norm": norm} | outputs["metrics"]
             return processes.mean(scalars)

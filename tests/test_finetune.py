@@ -11,6 +11,7 @@ import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -25,6 +26,7 @@ from prelar.control.envs import PixelEnv, Purpose, episode_seed
 from prelar.control.rollout import RandomPolicy, play_episodes, summarise
 from prelar.errors import UserError
 from prelar.methods import METHODS, build_pretrain
+from prelar.sim import Step
 from tests.conftest import Spy
 from tests.control.toy import ACTIONS, DotWorld
 from tests.control.toy_run import TINY, run
@@ -150,6 +152,30 @@ def test_a_bonus_of_zero_is_none() -> None:
     bonus = finetune.make_bonus(model, 0.5, seed=0, device=torch.device("cpu"))
     assert isinstance(bonus, Bonus) and bonus.weight == 0.5
     assert bonus.projection.shape == (model.embed_dim, 128)
+
+
+def test_each_point_of_the_curve_has_episodes_of_its_own_the_same_in_every_run(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from tests.control import toy_run
+
+    def played(root: Path, **settings: Any) -> list[list[float]]:
+        starts: list[list[float]] = []
+
+        class Watched(DotWorld):
+            def reset(self, seed: int, episode: int) -> Step:
+                answer = super().reset(seed, episode)
+                if seed == episode_seed(0, Purpose.CURVE):
+                    starts.append(answer.observation.tolist())
+                return answer
+
+        monkeypatch.setattr(toy_run, "DotWorld", Watched)
+        run(root, envs=1, env_steps=45, eval_every=15, eval_episodes=2, **settings)
+        return starts
+
+    first = played(tmp_path / "first")
+    assert len({tuple(place) for place in first}) == len(first) == 6
+    assert played(tmp_path / "second", method="dreamerv2", seed=3) == first
 
 
 def test_held_parameters_wait(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

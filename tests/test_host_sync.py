@@ -56,7 +56,7 @@ def test_a_step_of_pretraining_reads_nothing(method: str) -> None:
         for _ in range(2):
             with fabric.autocast():
                 losses, outputs = module.pretrain_losses(normalise(images), is_first)
-            norm = descend(fabric, module, wrapped, model.total(losses))
+            norm = descend(fabric, wrapped, model.total(losses))
             Processes(fabric).mean(losses | outputs["metrics"] | {"norm": norm})
 
 

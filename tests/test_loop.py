@@ -304,9 +304,24 @@ def test_a_step_down_the_gradient_is_clipped() -> None:
     weight = torch.nn.Linear(1, 1, bias=False)
     optimizer = adam(weight.parameters(), 1.0)
     module, wrapped = fabric.setup(weight, optimizer)
-    norm = descend(fabric, module, wrapped, 1e6 * module(torch.ones(1, 1)).sum())
+    norm = descend(fabric, wrapped, 1e6 * module(torch.ones(1, 1)).sum())
     assert norm.item() == pytest.approx(1e6)
     assert weight.weight.grad is not None and weight.weight.grad.norm().item() == pytest.approx(100.0)
+
+
+@pytest.mark.parametrize(("first", "second"), [(3e3, 4e5), (3e3, 40.0), (3.0, 4e5), (3.0, 4.0)])
+def test_each_parameter_group_is_clipped_by_itself(first: float, second: float) -> None:
+    """Whatever the gradient of the other group is, of several tensors each."""
+    fabric = set_up(device="cpu", precision="fp32", threads=1)
+    layers = torch.nn.ModuleList(torch.nn.Linear(2, 2) for _ in range(2))
+    groups = [{"params": list(layer.parameters())} for layer in layers]
+    _, wrapped = fabric.setup(layers, adam(groups, 1e-3))
+    slopes = [torch.cat([p.flatten() for p in layer.parameters()]).sum() / 6**0.5 for layer in layers]
+    norm = descend(fabric, wrapped, first * slopes[0] + second * slopes[1])
+    assert norm.item() == pytest.approx(math.hypot(first, second))
+    for layer, wanted in zip(layers, (first, second), strict=True):
+        gradient = torch.cat([p.grad.flatten() for p in layer.parameters() if p.grad is not None])
+        assert gradient.norm().item() == pytest.approx(min(wanted, 100.0))
 
 
 def test_a_device_that_is_not_there_is_named(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -17,6 +17,7 @@ from prelar.config import Config
 from prelar.errors import UserError
 from prelar.loop import Scalars, descend, train
 from prelar.model.world_model import WorldModel
+from prelar.pretrain import build
 from tests.test_matrix import config as tiny
 from tests.test_matrix import make_store
 
@@ -59,13 +60,19 @@ def break_after(
     """Put `value` into the biases of a submodule once the descents are done; returns the gradient norms."""
     norms: list[torch.Tensor] = []
 
-    def descending(fabric: Any, wrapper: Any, optimizer: Any, loss: torch.Tensor) -> torch.Tensor:
-        norms.append(descend(fabric, wrapper, optimizer, loss))
+    models: list[WorldModel] = []
+
+    def building(cfg: Config) -> WorldModel:
+        models.append(build(cfg))
+        return models[-1]
+
+    def descending(fabric: Any, optimizer: Any, loss: torch.Tensor) -> torch.Tensor:
+        norms.append(descend(fabric, optimizer, loss))
         if len(norms) == descents:
-            model: WorldModel = wrapper.module
-            torch.nn.init.constant_(model.get_submodule(module).bias, value)  # type: ignore[arg-type]
+            torch.nn.init.constant_(models[-1].get_submodule(module).bias, value)  # type: ignore[arg-type]
         return norms[-1]
 
+    monkeypatch.setattr(pretrain, "build", building)
     monkeypatch.setattr(pretrain, "descend", descending)
     return norms
 

@@ -84,7 +84,7 @@ def run(
             os.kill(os.getpid(), signal_at[1])
         counter.seen.append(index)
         loss = (module(torch.randn(16, 6)) - 1).square().mean() * (float("nan") if index == nan_at else 1)
-        scalars = {"loss/fit": loss.detach(), "gradient_norm": descend(fabric, module, wrapped, loss)}
+        scalars = {"loss/fit": loss.detach(), "gradient_norm": descend(fabric, wrapped, loss)}
         return scalars | ({"episode": float(index)} if index % 7 == 3 else {})
 
     def look(done: int) -> Scalars:

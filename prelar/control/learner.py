@@ -77,7 +77,7 @@ class Learner:
             losses, outputs = self._wrapped_model.finetune_losses(
                 images, data["action"], data["reward"], data["is_first"], bonus=self.bonus
             )
-        norm = descend(self.fabric, self._wrapped_model, self._model_optimizer, self.model.total(losses))
+        norm = descend(self.fabric, self._model_optimizer, self.model.total(losses))
         metrics = {f"loss/{name}": value.detach() for name, value in losses.items()}
         metrics |= {f"model/{name}": value for name, value in outputs["metrics"].items()}
         if "bonus" in outputs:
@@ -90,8 +90,8 @@ class Learner:
             start = self.model.start(post)
             with self.fabric.autocast():
                 actor_loss, critic_loss, found = self._wrapped_behaviour.losses(self.model, start)
-            actor_norm = descend(self.fabric, self._wrapped_behaviour, self._actor_optimizer, actor_loss)
-        critic_norm = descend(self.fabric, self._wrapped_behaviour, self._critic_optimizer, critic_loss)
+            actor_norm = descend(self.fabric, self._actor_optimizer, actor_loss)
+        critic_norm = descend(self.fabric, self._critic_optimizer, critic_loss)
         self.behaviour.refresh(number)
         losses = {"loss/actor": actor_loss.detach(), "loss/critic": critic_loss.detach()}
         metrics = {f"behaviour/{name}": value for name, value in found.items()}

@@ -82,10 +82,12 @@ def play(env: PixelEnv, policy: Policy, *, episode: int, seed: int, keep_frames:
 
 
 def play_episodes(
-    env: PixelEnv, policy: Policy, *, episodes: int, seed: int, keep_frames: int = 0
+    env: PixelEnv, policy: Policy, *, episodes: int, seed: int, first: int = 0, keep_frames: int = 0
 ) -> list[Episode]:
-    """Play the episodes 0 to `episodes` - 1 of the environment's seed; keep the frames of the first few."""
-    return [play(env, policy, episode=n, seed=seed, keep_frames=n < keep_frames) for n in range(episodes)]
+    """Play `episodes` episodes of the environment's seed, from number `first` on; keep frames of a few."""
+    return [
+        play(env, policy, episode=first + n, seed=seed, keep_frames=n < keep_frames) for n in range(episodes)
+    ]
 
 
 def summarise(played: Sequence[Episode]) -> dict[str, float]:

@@ -171,7 +171,7 @@ def fit(
         wrapped.train()
         with fabric.autocast():
             losses, _ = wrapped.finetune_losses(images, actions, rewards, is_first)
-        descend(fabric, wrapped, optimizer, model.total(losses))
+        descend(fabric, optimizer, model.total(losses))
     return np.array(rows, np.float64)
 
 

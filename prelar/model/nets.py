@@ -7,6 +7,7 @@ so one network serves a training batch and an acting step without anybody switch
 from __future__ import annotations
 
 from collections.abc import Mapping
+from contextlib import nullcontext
 from itertools import pairwise
 
 import torch
@@ -52,7 +53,10 @@ EPS = 1e-5
 
 
 class MLP(nn.Module):
-    """`layers` hidden layers of `units` with ELU, then a linear layer to `outputs`."""
+    """`layers` hidden layers of `units` with ELU, then a linear layer to `outputs`.
+
+    Under autocast the last layer stays in the weights' own precision, as published.
+    """
 
     def __init__(self, inputs: int, outputs: int, *, units: int, layers: int) -> None:
         super().__init__()
@@ -64,7 +68,10 @@ class MLP(nn.Module):
         """(…, inputs) -> (…, outputs)."""
         for layer in self.hidden:
             x = F.elu(layer(x))
-        out: Tensor = self.out(x)
+        kind = x.device.type
+        off = torch.autocast(kind, enabled=False) if torch.amp.is_autocast_available(kind) else nullcontext()
+        with off:
+            out: Tensor = self.out(x.to(self.out.weight.dtype))
         return out
 
 

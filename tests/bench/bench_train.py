@@ -192,7 +192,7 @@ def pretraining(cfg: Config, fabric: Fabric, plain: bool) -> Step:
         images = normalise(frames.to(fabric.device, non_blocking=True))
         with fabric.autocast():
             losses, _ = module.pretrain_losses(images, is_first.to(fabric.device, non_blocking=True))
-        return descend(fabric, module, wrapped, model.total(losses))
+        return descend(fabric, wrapped, model.total(losses))
 
     def as_written() -> object:
         losses, _ = module.pretrain_losses(plain_images(frames, fabric), is_first.to(fabric.device))

@@ -134,7 +134,7 @@ def run_seed(folder: Path, seed: int) -> dict[str, list[float]]:
 
 
 def play(seed: int, *, expert: bool) -> Floats:
-    """Returns of `CHANCE_EPISODES` of the curve's episodes under random actions, or the scripted expert's."""
+    """Returns of `CHANCE_EPISODES` episodes like the curve's, of random actions or the scripted expert."""
     draw = np.random.default_rng([seed, 1])
     totals = []
     with Simulator(SETTINGS["task"], time_limit=PRESET["time_limit"]) as simulator:

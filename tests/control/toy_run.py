@@ -60,6 +60,7 @@ def run(
     *,
     method: str = "prelar",
     bonus: float = 1.0,
+    seed: int = 0,
     sizes: dict[str, int] | None = None,
     **changes: Any,
 ) -> None:
@@ -74,7 +75,7 @@ def run(
         model,
         lambda: DotWorld(preset.time_limit),
         preset,
-        seed=0,
+        seed=seed,
         bonus=bonus,
         snapshots=snapshots,
         log_folder=root / "log",
