@@ -15,10 +15,7 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Any, Literal, get_args
 
-from ruamel.yaml import YAML
-from ruamel.yaml.error import YAMLError
-
-from prelar.config import PARAMS, Config, parse_config, read_yaml
+from prelar.config import PARAMS, Config, parse_config, parse_yaml, read_yaml
 from prelar.errors import UserError
 from prelar.names import check_names
 
@@ -89,8 +86,8 @@ def words_to_grid(words: Iterable[str]) -> dict[str, list[Any]]:
     for word in words:
         key, found, text = word.partition("=")
         try:
-            values = YAML(typ="safe", pure=True).load(f"[{text}]") if found else []
-        except YAMLError:
+            values = parse_yaml(f"[{text}]") if found else []
+        except ValueError:
             values = []
         if not values:
             raise UserError(f"{word}: not a sweep over a key; write it like seed=0,1,2")

@@ -6,10 +6,10 @@ range, is refused before anything expensive starts. Presets of the scales that a
 
 from __future__ import annotations
 
+import itertools
 import os
 from pathlib import Path
 from typing import Annotated, Any, Literal
-from urllib.parse import urlsplit
 
 from pydantic import (
     BaseModel,
@@ -21,19 +21,27 @@ from pydantic import (
     model_validator,
 )
 from ruamel.yaml import YAML
-from ruamel.yaml.error import YAMLError
 
-from prelar.errors import UserError, one_line
+from prelar.errors import UserError, one_line, printable, shown
+from prelar.files import read_bytes
+from prelar.urls import check_url
 
 PARAMS = Path("params.yaml")
+YAML_BYTES, YAML_DEPTH, YAML_NODES = 1 << 17, 64, 100_000
 CLASSES = 8  # of a group of a discrete latent action, as in prelar.model.actions
+MOST = 10**9  # of what a run counts
+WIDEST = 2**16  # of what lies in memory at once: a layer's units, a batch, a segment
+PARALLEL = 1024  # of processes and threads
 
-Count = Annotated[int, Field(ge=1)]
-Natural = Annotated[int, Field(ge=0)]
+Count = Annotated[int, Field(ge=1, le=MOST)]
+Natural = Annotated[int, Field(ge=0, le=MOST)]
+Width = Annotated[int, Field(ge=1, le=WIDEST)]
+Workers = Annotated[int, Field(ge=1, le=PARALLEL)]
+Seed = Annotated[int, Field(ge=0, le=2**63 - 1)]
 Rate = Annotated[float, Field(gt=0, le=1)]
 Share = Annotated[float, Field(ge=0, le=1)]
-Weight = Annotated[float, Field(ge=0)]
-Text = Annotated[str, Field(min_length=1)]
+Weight = Annotated[float, Field(ge=0, le=1e6)]
+Text = Annotated[str, Field(min_length=1, max_length=4096)]
 
 
 def _found_anywhere(value: Any) -> Any:
@@ -45,12 +53,10 @@ def _found_anywhere(value: Any) -> Any:
 
 def _root(value: str) -> str:
     """`data`, an absolute folder, or a URL without anything secret in it."""
-    if "://" in value:
-        parts = urlsplit(value)
-        if "@" in parts.netloc or parts.query or parts.fragment:
-            raise ValueError("give the URL alone; credentials come from the environment")
-    elif value != "data" and not Path(value).is_absolute():
+    if "://" not in value and value != "data" and not Path(value).is_absolute():
         raise ValueError(f"{value}: give data, an absolute folder or a URL such as s3://bucket/prefix")
+    if value != "data":
+        check_url(value)
     return value
 
 
@@ -61,9 +67,9 @@ class _Frozen(BaseModel):
 class Sample(_Frozen):
     """Size of the embedded stand-in archive."""
 
-    clips: Annotated[int, Field(ge=8)]
+    clips: Annotated[int, Field(ge=8, le=MOST)]
     parts: Annotated[int, Field(ge=1, le=99)]
-    seed: Natural
+    seed: Seed
 
 
 class Ssv2(_Frozen):
@@ -72,10 +78,10 @@ class Ssv2(_Frozen):
     source: Text | list[Text]
     labels: Text | None
     clip_seconds: Annotated[float, Field(ge=0.5, le=30)]
-    min_frames: Annotated[int, Field(ge=2)]
+    min_frames: Annotated[int, Field(ge=2, le=WIDEST)]
     max_bad: Share
-    batch: Count
-    workers: Count
+    batch: Width
+    workers: Workers
     runner: Literal["local", "dask"]
     dask: Text | None
     ffmpeg: Text | None
@@ -94,13 +100,13 @@ class Rlbench(_Frozen):
     image_size: Annotated[int, Field(ge=16, le=2048)]
     renderer: Literal["opengl", "opengl3"]
     action_mode: Literal["joint_velocity", "joint_position", "gripper_pose"]
-    timeout: Annotated[float, Field(gt=0)]
+    timeout: Annotated[float, Field(gt=0, le=1e6)]
     cameras: Annotated[list[Text], Field(min_length=1)] | None
     noise: Weight
     keep_failures: bool
-    seed: Natural
+    seed: Seed
     max_bad: Share
-    workers: Count
+    workers: Workers
 
     _places = field_validator("path")(_found_anywhere)
 
@@ -115,14 +121,14 @@ class Pretrain(_Frozen):
     """One scale's pre-training: the length of the run, the batch and the sizes of the world model."""
 
     steps: Natural
-    batch: Count
-    length: Annotated[int, Field(ge=3)]
+    batch: Width
+    length: Annotated[int, Field(ge=3, le=WIDEST)]
     lr: Rate
-    cnn_depth: Annotated[int, Field(ge=2, multiple_of=2)]
-    hidden: Count
-    deter: Count
-    stoch: Count
-    discrete: Annotated[int, Field(ge=2)]
+    cnn_depth: Annotated[int, Field(ge=2, le=WIDEST, multiple_of=2)]
+    hidden: Width
+    deter: Width
+    stoch: Width
+    discrete: Annotated[int, Field(ge=2, le=WIDEST)]
     log_every: Count
     video_every: Count
     checkpoint_every: Count
@@ -135,22 +141,22 @@ class Finetune(_Frozen):
     prefill: Count
     pretrain_updates: Natural
     train_every: Count
-    batch: Count
-    length: Annotated[int, Field(ge=6)]
+    batch: Width
+    length: Annotated[int, Field(ge=6, le=WIDEST)]
     lr: Rate
     actor_lr: Rate
     critic_lr: Rate
     hold: Natural
     beta: Weight
-    horizon: Annotated[int, Field(ge=2)]
+    horizon: Annotated[int, Field(ge=2, le=WIDEST)]
     discount: Rate
     lam: Share
     entropy: Weight
-    units: Count
-    layers: Count
+    units: Width
+    layers: Annotated[int, Field(ge=1, le=64)]
     slow_every: Count
     replay: Count
-    envs: Count
+    envs: Workers
     eval_every: Count
     eval_episodes: Count
     time_limit: Annotated[int, Field(ge=1, le=500)]
@@ -186,13 +192,13 @@ class Evaluate(_Frozen):
     episodes: Count
     time_limit: Annotated[int, Field(ge=1, le=500)]
     clips: Count
-    observed: Count
-    length: Count
-    probe_episodes: Annotated[int, Field(ge=6)]
+    observed: Width
+    length: Width
+    probe_episodes: Annotated[int, Field(ge=6, le=MOST)]
     probe_updates: Natural
-    offline_episodes: Annotated[int, Field(ge=4)]
+    offline_episodes: Annotated[int, Field(ge=4, le=MOST)]
     offline_updates: Count
-    offline_batch: Count
+    offline_batch: Width
     offline_seeds: Count
 
     @model_validator(mode="after")
@@ -224,26 +230,26 @@ class Config(_Frozen):
     method: Literal["dreamerv2", "apv", "contextwm", "prelar"]
     dataset: Literal["ssv2", "rlbench"]
     task: Text
-    seed: Natural
+    seed: Seed
     scale: Literal["smoke", "lite", "paper"]
     beta: Weight
     beta_a: Weight
     beta_c: Weight
     consistency: Literal["order", "sign"]
-    action_dim: Count
+    action_dim: Width
     action_kind: Literal["gaussian", "deterministic", "discrete"]
-    action_window: Annotated[int, Field(ge=2)]
+    action_window: Annotated[int, Field(ge=2, le=WIDEST)]
     naive: bool
     bonus: Weight
     dual_reward: bool
     context_frame: Literal["random", "first", "last"]
     context_augment: Literal["none", "erase"]
     device: Literal["auto", "cpu", "cuda"]
-    devices: Count
+    devices: Workers
     precision: Literal["fp32", "bf16"]
     compile: Literal["auto", "always", "never"]
     deterministic: bool
-    threads: Count
+    threads: Workers
     data_root: Text
     sample: Sample
     ssv2: Ssv2
@@ -295,13 +301,45 @@ class Config(_Frozen):
 
 
 def read_yaml(path: Path) -> Any:
-    """Read a YAML 1.2 file, in which `1e-05` is a number. Raises `UserError` where it cannot be read."""
+    """Read a YAML file as `parse_yaml` does. Raises `UserError` where it cannot be read."""
     try:
-        return YAML(typ="safe", pure=True).load(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise UserError(f"{path}: no such file; run from the top of the project") from None
-    except YAMLError as error:
-        raise UserError(f"{path}: not YAML ({one_line(error)}); mend the line it names") from None
+        return parse_yaml(read_bytes(path, YAML_BYTES))
+    except ValueError as error:
+        if not path.exists():
+            raise UserError(f"{path}: no such file; run from the top of the project") from None
+        raise UserError(f"{path}: not YAML ({error}); mend what that names") from None
+
+
+def parse_yaml(content: bytes | str) -> Any:
+    """The value of a YAML 1.2 text, in which `1e-05` is a number. Raises `ValueError` with a short reason.
+
+    Refused are more than `YAML_BYTES` bytes, text that is not UTF-8, and values of more than `YAML_DEPTH`
+    levels or `YAML_NODES` nodes, where an alias counts as what it stands for.
+    """
+    if len(content) > YAML_BYTES:
+        raise ValueError(f"more than {YAML_BYTES} bytes")
+    yaml = YAML(typ="safe", pure=True)
+    yaml.max_depth = YAML_DEPTH
+    try:
+        top = yaml.compose(content.decode("utf-8-sig") if isinstance(content, bytes) else content)
+        _check_extent(top)
+        return None if top is None else yaml.constructor.construct_document(top)
+    except Exception as error:  # ruamel raises many kinds, for dates, numbers and keys too
+        raise ValueError(one_line(error)[:300]) from None
+
+
+def _check_extent(top: Any) -> None:
+    """Raise `ValueError` where a graph of YAML's nodes, with aliases followed, is too deep or too large."""
+    level, left = [] if top is None else [top], YAML_NODES
+    for _ in range(YAML_DEPTH + 1):
+        found = (inner for node in level if not isinstance(node.value, str) for inner in node.value)
+        flat = (node for inner in found for node in (inner if isinstance(inner, tuple) else (inner,)))
+        level = list(itertools.islice(flat, left + 1))
+        left -= len(level)
+        if left < 0:
+            raise ValueError(f"more than {YAML_NODES} values, with aliases followed")
+    if level:
+        raise ValueError("nested too deeply")
 
 
 def load_config(path: Path = PARAMS) -> Config:
@@ -322,17 +360,18 @@ def _explain(error: ValidationError) -> str:
     problems: dict[str, str] = {}
     for detail in error.errors(include_url=False):
         names = [str(part) for part in detail["loc"] if part not in ("str", "constrained-str", "none")]
-        key = ".".join(name for name in names if not name.startswith(("list[", "constrained")))
+        key = printable(
+            ".".join(name for name in names if not name.startswith(("list[", "constrained"))), 100
+        )
         if detail["type"] == "extra_forbidden":
             problems[key] = f"{key}: unknown key; {_suggest(key)}"
         elif detail["type"] == "missing":
             problems[key] = f"{key}: missing; add it"
         elif detail["type"] == "value_error":
-            problems[key] = f"{key}: {str(detail['msg']).removeprefix('Value error, ')}"
+            problems[key] = f"{key}: {printable(str(detail['msg']).removeprefix('Value error, '), 300)}"
         else:
-            problems.setdefault(
-                key, f"{key} = {detail['input']!r}: {detail['msg'].replace('Input should', 'should')}"
-            )
+            should = detail["msg"].replace("Input should", "should")
+            problems.setdefault(key, f"{key} = {shown(detail['input'])}: {should}")
     return "; ".join(list(problems.values())[:3])
 
 
@@ -343,6 +382,8 @@ def _suggest(key: str) -> str:
     *groups, name = key.split(".")
     model: Any = Config
     for group in groups:
+        if group not in model.model_fields:
+            return "remove it"
         model = model.model_fields[group].annotation
     close = difflib.get_close_matches(name, list(model.model_fields), n=1, cutoff=0.5)
     return f"did you mean {'.'.join([*groups, close[0]])}?" if close else "remove it"

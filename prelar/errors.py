@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import io
 import os
+import reprlib
 import sys
 from collections.abc import Callable
 from typing import Any
@@ -39,6 +40,16 @@ class UserError(Exception):
 def one_line(error: BaseException) -> str:
     """What an error says, printable and its lines joined, or its kind where it says nothing."""
     return printable(" ".join(str(error).split())) or type(error).__name__
+
+
+def shown(value: object) -> str:
+    """A value as a message shows it: its repr, cut, however large it is."""
+    short = reprlib.Repr()
+    short.maxlevel, short.maxstring, short.maxother = 3, 80, 80
+    try:
+        return printable(short.repr(value), 120)
+    except ValueError:  # an integer of thousands of digits
+        return f"a huge {type(value).__name__}"
 
 
 def run_main(main: Callable[[], None]) -> None:

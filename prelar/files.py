@@ -13,7 +13,7 @@ import re
 import shutil
 import sys
 import uuid
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +21,7 @@ from prelar.errors import UserError, one_line, printable
 
 LOCKS = Path("data/.locks")
 STAGING = Path("data/.staging")
+DEPTH = 64
 
 _SURROGATE = re.compile(rb"\\ud[89a-f]", re.IGNORECASE)
 
@@ -80,10 +81,15 @@ def read_bytes(path: Path, most: int) -> bytes:
 def parse_json(content: bytes | str) -> Any:
     """Parse JSON from elsewhere. Whatever is wrong with it is a `ValueError` that says so in a short line.
 
-    Refused are a key that stands twice in an object and text that is no Unicode.
+    Refused are a key that stands twice in an object, text that is no Unicode, and more than `DEPTH` levels.
     """
     try:
         parsed = json.loads(content, object_pairs_hook=_object)
+        level = [parsed]
+        for _ in range(DEPTH + 1):
+            level = [inner for value in level for inner in _inside(value)]
+        if level:
+            raise ValueError("nested too deeply")
         if _SURROGATE.search(content if isinstance(content, bytes) else content.encode()):
             json.dumps(parsed, ensure_ascii=False).encode()
     except RecursionError:
@@ -103,6 +109,12 @@ def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
         twice = collections.Counter(key for key, _ in pairs).most_common(1)[0][0]
         raise ValueError(f"the key {printable(twice, 100)} stands twice in an object")
     return made
+
+
+def _inside(value: Any) -> Iterable[Any]:
+    """The objects and arrays right inside a value of JSON."""
+    held = value.values() if isinstance(value, dict) else value if isinstance(value, list) else ()
+    return [inner for inner in held if isinstance(inner, dict | list)]
 
 
 def walk(folder: Path) -> Iterator[Path]:

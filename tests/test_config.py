@@ -11,11 +11,26 @@ import pytest
 from pydantic import ValidationError
 
 from prelar import config
-from prelar.config import Config, Finetune, keys, load_config, read_yaml
+from prelar.config import (
+    YAML_BYTES,
+    YAML_NODES,
+    Config,
+    Finetune,
+    keys,
+    load_config,
+    parse_yaml,
+    read_yaml,
+)
 from prelar.errors import UserError
 from prelar.model import actions
 
 ROOT = Path(__file__).parents[1]
+LAUGHS = "a0: &a0 [x, x]\n" + "".join(
+    f"a{i}: &a{i} [{', '.join([f'*a{i - 1}'] * 9)}]\n" for i in range(1, 12)
+)
+MERGED = "a0: &a0 {x: 1}\n" + "".join(
+    f"a{i}: &a{i} {{<<: [{', '.join([f'*a{i - 1}'] * 9)}]}}\n" for i in range(1, 12)
+)
 
 
 @pytest.fixture
@@ -102,7 +117,20 @@ def test_a_preset_belongs_to_one_stage_and_one_scale() -> None:
             "data_root: s3://key:hush@shelf ",
             ["data_root: give the URL alone", "environment"],
         ),
+        ("data_root: data ", "data_root: http://shelf/x ", ["data_root: http:// is no kind of storage"]),
+        ("data_root: data ", "data_root: s3://a/b::http://h ", ["data_root: a chain of URLs"]),
         ("method: prelar", "method: [prelar", ["not YAML"]),
+        ("steps: 500", f"steps: {'9' * 30}", ["scales.smoke.pretrain.steps = 99", "less than or equal to"]),
+        ("seed: 0", f"seed: {2**63}", ["seed = 9223372036854775808", "less than or equal to"]),
+        ("beta: 1.0", f"beta: 1{'0' * 400}", ["beta = 1000"]),
+        ("deter: 64", "deter: 100000", ["scales.smoke.pretrain.deter = 100000", "65536"]),
+        ("threads: 2", "threads: 0x" + "f" * 9000, ["threads = a huge int"]),
+        ("task: drawer-open", f"task: [{'x, ' * 2000}x]", ["task = ['x', 'x', 'x'", "...", "string"]),
+        ("task: drawer-open", "task: drawer-open\nno.such: 1", ["no.such: unknown key; remove it"]),
+        ("task: drawer-open", f"task: drawer-open\n{'x' * 500}: 1", ["xxx…: unknown key"]),
+        ("task: drawer-open", 'task: drawer-open\n"a\\nb": 1', ["a\\nb: unknown key"]),
+        ("task: drawer-open", "task: drawer-open\n1: 1", ["1 = 1: Keys should be strings"]),
+        ("task: drawer-open", "task: 2020-01-01", ["task = datetime.date(2020, 1, 1)"]),
     ],
 )
 def test_bad_values_are_named_with_a_remedy(
@@ -110,6 +138,22 @@ def test_bad_values_are_named_with_a_remedy(
 ) -> None:
     message = refuse(tmp_path, params.replace(old, new, 1))
     assert all(text in message for text in told), message
+    assert len(message) < 1000
+
+
+def test_files_that_are_no_params_end_in_one_line(tmp_path: Path) -> None:
+    for made, told in (
+        (lambda path: path.mkdir(), "not a regular file"),
+        (lambda path: path.write_bytes(b"method: \xff"), "utf-8"),
+        (lambda path: path.write_text("[" * 20_000), "depth"),
+        (lambda path: path.write_text("a: &a [*a]"), "nested too deeply"),
+        (lambda path: path.write_text("[]"), "valid dictionary"),
+    ):
+        path = tmp_path / f"{told}.yaml"
+        made(path)
+        with pytest.raises(UserError, match=told) as failure:
+            load_config(path)
+        assert str(path) in str(failure.value) and "\n" not in str(failure.value)
 
 
 @pytest.mark.parametrize(
@@ -192,3 +236,38 @@ def test_entry_points_refuse_bad_params_at_once(
         assert done.returncode == 2, (command, done.stderr)
         assert done.stderr.count("\n") == 1 and told in done.stderr, (command, done.stderr)
         assert not (tmp_path / ".prefect/server.log").exists(), f"{command} started a server"
+
+
+@pytest.mark.parametrize(
+    ("text", "told"),
+    [
+        (LAUGHS.encode(), f"more than {YAML_NODES} values"),
+        (MERGED.encode(), f"more than {YAML_NODES} values"),
+        (b"&a [*a]", "nested too deeply"),
+        (b"&a {b: *a}", "nested too deeply"),
+        (b"[" * 100_000, "depth"),
+        (b"{" * 100_000, "depth"),
+        (b"- " * 60_000, "depth"),
+        (b"a: \xff", "utf-8"),
+        (b"a: " + b"9" * 5000, "digits"),
+        (b"a: 2020-99-99 99:99:99", "month"),
+        (b"? {a: b}\n: c", "unhashable"),
+        (b"a: 1\na: 2", "duplicate key"),
+        (b"a: !!python/object/apply:os.system [ls]", "constructor"),
+        (b"a: *b", "undefined alias"),
+        (b"---\n---\n", "single document"),
+        (b"a: \x07", "not allowed"),
+        (b"#" * (YAML_BYTES + 1), f"more than {YAML_BYTES} bytes"),
+    ],
+)
+def test_yaml_that_cannot_be_read_is_a_value_error(text: bytes, told: str) -> None:
+    with pytest.raises(ValueError, match=told) as failure:
+        parse_yaml(text)
+    assert "\n" not in str(failure.value)
+
+
+def test_good_yaml_is_read_with_its_aliases() -> None:
+    text = b"\xef\xbb\xbfa: &a {x: 1e-05, y: [1, 2]}\nb: {<<: *a, x: 3}\nc: *a\n"
+    one = {"x": 1e-5, "y": [1, 2]}
+    assert parse_yaml(text) == {"a": one, "b": one | {"x": 3}, "c": one}
+    assert parse_yaml("") is None

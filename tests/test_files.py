@@ -88,6 +88,7 @@ def test_publish_from_another_file_system(tmp_path: Path, elsewhere: Path) -> No
     [
         (b"{", "Expecting"),
         (b"[" * 100_000, "nested too deeply"),
+        (b'{"a":' * 100 + b"1" + b"}" * 100, "nested too deeply"),
         (b"9" * 5_000, "digits"),
         (b'{"a": 1, "a": 2}', "the key a stands twice"),
         (rb'["\ud800"]', "no Unicode"),

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import fnmatch
-import json
 import math
 import re
 import subprocess
@@ -12,10 +11,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ruamel.yaml import YAML
-from ruamel.yaml.error import YAMLError
-
+from prelar.config import parse_yaml
 from prelar.errors import UserError
+from prelar.files import parse_json
 from prelar.report.provenance import WRITTEN_BY_RUNS, flatten
 from prelar.report.sections import pretraining, task
 from prelar.tables import parse_tsv
@@ -142,11 +140,11 @@ def _parse(name: str, commit: str | None, baseline: str | None, root: Path, read
         )
     before = _git(root, "show", f"{baseline}:./{PARAMS}") if baseline else None
     try:
-        figures = json.loads(read(f"{EVALUATE}/{METRICS}") or b"{}") | json.loads(metrics)
+        figures = parse_json(read(f"{EVALUATE}/{METRICS}") or b"{}") | parse_json(metrics)
         flat = _flat(params)
         known = _flat((before or "").encode())
         inputs = _inputs(read(LOCK) or b"")
-    except (ValueError, YAMLError, AttributeError):
+    except (ValueError, TypeError, AttributeError):
         raise UserError(f"{name}: its {METRICS}, {PARAMS} or {LOCK} cannot be read; run it again") from None
     curves = {name: _curve(read, *place) for name, place in CURVES.items()}
     pictures = {file: read(f"{EVALUATE}/{file}") for file in PICTURES}
@@ -160,7 +158,7 @@ def _parse(name: str, commit: str | None, baseline: str | None, root: Path, read
         if known
         else {},
         inputs=inputs,
-        metrics={key: float(value) for key, value in figures.items() if isinstance(value, int | float)},
+        metrics={key: float(value) for key, value in figures.items() if isinstance(value, float | int)},
         curves={name: curve for name, curve in curves.items() if curve[0]},
         media={file: content for file, content in pictures.items() if content},
     )
@@ -174,13 +172,13 @@ def _modified(root: Path, baseline: str, commit: str | None) -> tuple[str, ...]:
 
 def _inputs(lock: bytes) -> dict[str, str]:
     """Path → hash of the outputs in a dvc.lock."""
-    stages = (YAML(typ="safe", pure=True).load(lock) or {}).get("stages") or {}
+    stages = (parse_yaml(lock) or {}).get("stages") or {}
     outs = [item for stage in stages.values() for item in stage.get("outs") or []]
     return {str(item["path"]): str(item["md5"]) for item in outs if "md5" in item and "path" in item}
 
 
 def _flat(text: bytes) -> dict[str, Any]:
-    return flatten(YAML(typ="safe", pure=True).load(text) or {})
+    return flatten(parse_yaml(text) or {})
 
 
 def _curve(read: Read, path: str, column: str) -> Curve:
@@ -224,7 +222,11 @@ def _git(root: Path, *arguments: str) -> str | None:
     """What a git command prints, or None where it fails or git is missing."""
     try:
         done = subprocess.run(
-            ["git", "-C", str(root), *arguments], capture_output=True, text=True, timeout=60
+            ["git", "-C", str(root), *arguments],
+            capture_output=True,
+            encoding="utf-8",
+            errors="replace",
+            timeout=60,
         )
     except (OSError, subprocess.TimeoutExpired):
         return None

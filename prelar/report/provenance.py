@@ -10,10 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ruamel.yaml import YAML
-from ruamel.yaml.error import YAMLError
-
-from prelar.config import Config, read_yaml
+from prelar.config import Config, parse_yaml, read_yaml
 from prelar.report.privacy import presentable
 
 WRITTEN_BY_RUNS = ("dvc.lock", "metrics.json")
@@ -94,7 +91,11 @@ def _git(root: Path, *arguments: str) -> str | None:
     """What a git command prints, or None where it fails or git is missing."""
     try:
         done = subprocess.run(
-            ["git", "-C", str(root), *arguments], capture_output=True, text=True, timeout=60
+            ["git", "-C", str(root), *arguments],
+            capture_output=True,
+            encoding="utf-8",
+            errors="replace",
+            timeout=60,
         )
     except (OSError, subprocess.TimeoutExpired):
         return None
@@ -106,8 +107,8 @@ def _changed_params(root: Path, config: Config) -> dict[str, Any]:
     if committed is None:
         return {}
     try:
-        before = flatten(YAML(typ="safe", pure=True).load(committed) or {})
-    except (YAMLError, AttributeError):
+        before = flatten(parse_yaml(committed) or {})
+    except (ValueError, AttributeError):
         return {}
     now = flatten(config.model_dump(mode="json"))
     return {key: value for key, value in now.items() if key not in before or before[key] != value}

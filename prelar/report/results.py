@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import base64
 import functools
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,6 +11,7 @@ from typing import Any
 
 from prelar.config import Config
 from prelar.errors import UserError
+from prelar.files import parse_json
 
 PAGE = Path("reports/index.html")
 METRICS = Path("metrics.json")
@@ -138,6 +138,6 @@ def read_json(path: Path) -> Any:
     if not path.exists():
         return None
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except json.JSONDecodeError as error:
+        return parse_json(path.read_bytes())
+    except ValueError as error:
         raise UserError(f"{path}: not JSON ({error}); run `dvc repro evaluate` again") from None
