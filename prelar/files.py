@@ -70,12 +70,12 @@ def read_bytes(path: Path, most: int) -> bytes:
         if not path.is_file():
             raise ValueError("not a regular file" if path.exists() else "missing")
         with path.open("rb") as handle:
-            content = handle.read(most + 1)
+            size = os.fstat(handle.fileno()).st_size
+            if size > most:
+                raise ValueError(f"{size} bytes, more than {most}")
+            return handle.read(size)
     except OSError as error:
         raise ValueError(f"cannot be read: {error.strerror}") from None
-    if len(content) > most:
-        raise ValueError(f"{path.stat().st_size} bytes, more than {most}")
-    return content
 
 
 def parse_json(content: bytes | str) -> Any:

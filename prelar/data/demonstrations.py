@@ -60,6 +60,14 @@ class Job:
         return f"{self.task}-v{self.variation}-e{self.episode}-{camera}"
 
 
+def same_episode(folder: Path, one: str, other: str) -> UserError:
+    """What is wrong where two places below a folder hold one episode."""
+    first, second = sorted((one, other))
+    return UserError(
+        f"rlbench.path = {folder}: {first} and {second} are the same episode; leave one of them there"
+    )
+
+
 @dataclasses.dataclass(frozen=True)
 class Episode:
     """What came of a job.

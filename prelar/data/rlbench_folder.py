@@ -8,8 +8,8 @@ Other data sets hold all variations of a task together, and name each episode's 
     <task>/all_variations/episodes/episode<j>/…                     pictures and pickle as above
     <task>/all_variations/episodes/episode<j>/variation_number.pkl  a pickle of a number
 
-The pickles are anybody's: they are read by an unpickler that knows the few names such files need, builds
-inert stand-ins for them, and refuses all others. RLBench is not needed.
+The pickles are anybody's: they are read here, not by `pickle`, step by step and so far as such files need it.
+The few names that they need are inert stand-ins, and all others are refused. RLBench is not needed.
 
 Data sets are recorded with all five cameras or with some of them: those that any episode has are expected of
 every episode. Actions are those of `prelar.data.rlbench_steps`.
@@ -18,9 +18,10 @@ every episode. Actions are those of `prelar.data.rlbench_steps`.
 from __future__ import annotations
 
 import dataclasses
-import pickle
+import io
+import pickletools
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -28,20 +29,25 @@ import numpy as np
 import numpy.typing as npt
 from PIL import Image
 
-from prelar.data.demonstrations import ALIGNMENT, Array, Episode, Job
-from prelar.data.rlbench_steps import MOTIONS, RATE, WIDTH, RlbenchDemonstrations, step_arrays
+from prelar import files
+from prelar.data.demonstrations import Array, Episode, Job, same_episode
+from prelar.data.rlbench_steps import ALIGNMENT, MOTIONS, RATE, WIDTH, RlbenchDemonstrations, step_arrays
 from prelar.data.store import SIZE, Frames
-from prelar.errors import UserError, one_line
+from prelar.errors import UserError, one_line, printable
 from prelar.names import RLBENCH_CAMERAS, among
 
 CAMERAS = RLBENCH_CAMERAS
 MAX_PIXELS = 2048 * 2048
+MAX_PICTURE = 64 << 20
 MAX_BYTES = 256 << 20
+MAX_VARIATION = 4 << 10
+MAX_STEPS = 2_000_000  # of a pickle: some 700 a step of a demonstration
 EPISODE = re.compile(
     r"(?P<task>[^/]+)/(?:variation(?P<variation>\d+)|all_variations)/episodes/episode(?P<episode>\d+)"
 )
 TOGETHER = "all_variations"
 LOW_DIM, VARIATION = "low_dim_obs.pkl", "variation_number.pkl"
+PICTURE = re.compile(r"(?:rgb_)?(\d+)\.png")
 
 Numbers = npt.NDArray[np.float64]
 
@@ -63,15 +69,16 @@ class RlbenchFolder(RlbenchDemonstrations):
         for path in self.folder.glob("*/*/episodes/episode*"):
             place = path.relative_to(self.folder).as_posix()
             parts = EPISODE.fullmatch(place)
-            if not parts or not path.is_dir() or (self.tasks and parts["task"] not in self.tasks):
+            if not parts or not path.is_dir():
+                continue
+            task = printable(parts["task"])
+            if self.tasks and task not in self.tasks:
                 continue
             variation = int(parts["variation"]) if parts["variation"] else _variation_or_none(path) or 0
-            other = found.setdefault((parts["task"], variation, int(parts["episode"])), place)
+            key = task, variation, int(parts["episode"])
+            other = found.setdefault(key, place)
             if other != place:
-                raise UserError(
-                    f"rlbench.path = {self.folder}: {min(place, other)} and {max(place, other)} are the same "
-                    "episode; leave one of them there"
-                )
+                raise same_episode(self.folder, other, place)
         if not found:
             raise UserError(
                 f"rlbench.path = {self.folder}: holds no <task>/variation<i>/episodes/episode<j> and no "
@@ -126,63 +133,72 @@ def open_folder(
 
 def read_pictures(folder: Path, length: int) -> Frames:
     """A camera's pictures 0 to length - 1, uint8 (length, 64, 64, 3). `ValueError` names a bad one."""
-    numbers = {int(path.stem) for path in folder.glob("*.png") if path.stem.isdecimal()}
+    paths: dict[int, Path] = {}
+    for path in folder.glob("*.png"):
+        named = PICTURE.fullmatch(path.name)
+        if named and paths.setdefault(int(named[1]), path) != path:
+            raise ValueError(f"{folder.name}/{int(named[1])}.png: there under two names")
     expected = set(range(length))
-    if numbers != expected:
-        odd = min(numbers ^ expected)
+    if paths.keys() != expected:
+        odd = min(paths.keys() ^ expected)
         state = "missing" if odd in expected else f"left over: the episode has {length} steps"
         raise ValueError(f"{folder.name}/{odd}.png: {state}")
     frames = np.empty((length, SIZE, SIZE, 3), dtype=np.uint8)
     for number in range(length):
-        path = folder / f"{number}.png"
         try:
-            with Image.open(path, formats=["PNG"]) as picture:
-                if picture.width * picture.height > MAX_PIXELS:
-                    raise ValueError(f"{picture.width}x{picture.height} pixels")
-                colours = picture.convert("RGB")
+            frames[number] = _picture(files.read_bytes(paths[number], MAX_PICTURE))
         except Exception as error:
-            raise ValueError(f"{folder.name}/{path.name}: {_without_path(error, path)}") from None
-        if colours.size != (SIZE, SIZE):
-            colours = colours.resize((SIZE, SIZE), Image.Resampling.BICUBIC)
-        frames[number] = np.asarray(colours)
+            raise ValueError(f"{folder.name}/{paths[number].name}: {one_line(error)}") from None
     return frames
 
 
-def _without_path(error: Exception, path: Path) -> str:
-    return one_line(error).replace(str(path), path.name)
+def _picture(content: bytes) -> Frames:
+    """A PNG as uint8 (64, 64, 3); its header is judged before anything is decoded."""
+    try:
+        picture = Image.open(io.BytesIO(content), formats=["PNG"])
+    except Image.UnidentifiedImageError:
+        raise ValueError("cannot identify a PNG in it") from None
+    with picture:
+        if picture.width * picture.height > MAX_PIXELS:
+            raise ValueError(f"{picture.width}x{picture.height} pixels, more than {MAX_PIXELS}")
+        colours = picture.convert("RGB")
+    if colours.size != (SIZE, SIZE):
+        colours = colours.resize((SIZE, SIZE), Image.Resampling.BICUBIC)
+    return np.asarray(colours)
 
 
 def read_low_dim(path: Path, action_mode: str = "joint_velocity") -> dict[str, Array]:
-    """`actions` (T, 8) and `gripper` (T, 8) of an episode's pickle. Raises `ValueError` where it is unfit."""
+    """`actions` (T, 8) and `gripper` (T, 8) of an episode's pickle. Raises `ValueError` where it is unfit.
+
+    The pickle is a Demo, or a list of its observations.
+    """
     try:
-        if path.stat().st_size > MAX_BYTES:
-            raise ValueError(f"{path.stat().st_size} bytes, more than {MAX_BYTES}")
-        with path.open("rb") as handle:
-            steps = _Reader(handle).load().state["_observations"]
-        rows = [_row(step.state, MOTIONS[action_mode]) for step in steps]
-    except FileNotFoundError:
-        raise ValueError(f"{path.name}: missing") from None
-    except Exception as error:
-        raise ValueError(f"{path.name}: {one_line(error)}") from None
-    if not rows:
-        raise ValueError(f"{path.name}: no step")
+        held = load_pickle(files.read_bytes(path, MAX_BYTES))
+        steps = held.state.get("_observations") if isinstance(held, _Record) else held
+        if not isinstance(steps, list):
+            raise ValueError("holds no Demo")
+        if not steps:
+            raise ValueError("no step")
+        rows = [_row(number, step, MOTIONS[action_mode]) for number, step in enumerate(steps)]
+    except ValueError as error:
+        raise ValueError(f"{path.name}: {error}") from None
     motion, pose, opening = (np.array(column) for column in zip(*rows, strict=True))
-    return step_arrays(action_mode, motion, pose, opening)
+    return step_arrays(motion, pose, opening)
 
 
 def read_variation(path: Path) -> int:
     """The number of an episode's variation. Raises `ValueError` where the pickle holds none."""
     try:
-        with path.open("rb") as handle:
-            number = _Reader(handle).load()
-        found = int(_number(number, "the variation"))
-    except FileNotFoundError:
-        raise ValueError(f"{path.name}: missing") from None
-    except Exception as error:
-        raise ValueError(f"{path.name}: {one_line(error)}") from None
-    if found < 0:
-        raise ValueError(f"{path.name}: the variation is {found}")
-    return found
+        return _whole(load_pickle(files.read_bytes(path, MAX_VARIATION)))
+    except ValueError as error:
+        raise ValueError(f"{path.name}: {error}") from None
+
+
+def _whole(value: Any) -> int:
+    number = _number(value, "the variation")
+    if not (0 <= number < 1 << 31 and number.is_integer()):
+        raise ValueError(f"the variation is {number:.10g}")
+    return int(number)
 
 
 def _variation_or_none(folder: Path) -> int | None:
@@ -193,113 +209,239 @@ def _variation_or_none(folder: Path) -> int | None:
         return None
 
 
-def _row(step: dict[str, Any], motion: str) -> tuple[Numbers, Numbers, float]:
+def _row(number: int, step: Any, motion: str) -> tuple[Numbers, Numbers, float]:
     """Motion, gripper's pose and opening of one observation."""
-    pose = _vector(step["gripper_pose"])
-    return _vector(step[motion]), pose, _number(step["gripper_open"], "gripper_open")
+    if not isinstance(step, _Record):
+        raise ValueError(f"step {number} is no observation")
+    told = step.state
+    try:
+        return (
+            _vector(told[motion], motion),
+            _vector(told["gripper_pose"], "gripper_pose"),
+            _number(told["gripper_open"], "gripper_open"),
+        )
+    except KeyError as error:
+        raise ValueError(f"step {number} holds no {error.args[0]}") from None
 
 
 def _number(value: Any, name: str) -> float:
     if isinstance(value, _Scalar):
-        return float(np.frombuffer(value.content, dtype=value.kind.numpy, count=1)[0])
+        return value.number()
     if not isinstance(value, (int, float)):
-        raise ValueError(f"{name} is a {type(value).__name__}")
-    return float(value)
+        raise ValueError(f"{name} is no number")
+    try:
+        return float(value)
+    except OverflowError:
+        raise ValueError(f"{name} is too large") from None
 
 
-def _vector(value: Any) -> Numbers:
+def _vector(value: Any, name: str) -> Numbers:
     if not isinstance(value, _Numbers):
-        raise ValueError("a joint or pose vector is missing")
-    vector = value.array()
-    if vector.shape != (WIDTH,):
-        raise ValueError(f"a joint or pose vector has shape {vector.shape}, not ({WIDTH},)")
-    return vector
+        raise ValueError(f"{name} is no array")
+    return value.vector(name)
 
 
-# --- The restricted unpickler -------------------------------------------------------------------------------
+# --- The reader of pickles ----------------------------------------------------------------------------------
 
 
 class _Record:
-    """Stands in for RLBench's Demo and Observation: holds the attributes, does nothing."""
+    """Stands in for RLBench's Demo and observations: holds the attributes, does nothing."""
 
-    def __init__(self) -> None:
+    def __init__(self, *_: object) -> None:
         self.state: dict[str, Any] = {}
 
-    def __setstate__(self, state: Any) -> None:
+    def build(self, state: Any) -> None:
+        """Take the attributes."""
         if not isinstance(state, dict):
             raise ValueError("an object's state is no dict")
         self.state = state
 
 
 class _Kind:
-    """Stands in for numpy's dtype: plain numbers only."""
+    """Stands in for numpy's dtype; only plain numbers can be used."""
 
     _CODES = frozenset({"f8", "f4", "f2", "i8", "i4", "i2", "i1", "u8", "u4", "u2", "u1", "b1"})
 
-    def __init__(self, code: str, *_: object) -> None:
-        if code not in self._CODES:
-            raise ValueError(f"dtype {code!r} is refused")
+    def __init__(self, code: Any = None, *_: object) -> None:
         self.code = code
-        self.order = "<"
+        self.order: Any = "<"
 
-    def __setstate__(self, state: Any) -> None:
-        if not isinstance(state, tuple) or len(state) < 2 or state[1] not in ("<", ">", "|", "="):
-            raise ValueError("a dtype's state is refused")
-        self.order = state[1]
+    def build(self, state: Any) -> None:
+        """Take the order of bytes."""
+        self.order = state[1] if isinstance(state, tuple) and len(state) > 1 else None
 
-    @property
-    def numpy(self) -> np.dtype[Any]:
-        """The real dtype."""
-        return np.dtype(self.order + self.code)
+    def numbers(self, content: Any, count: int) -> Numbers:
+        """`count` numbers, float64 (count), that are all of the bytes `content`."""
+        known = isinstance(self.code, str) and isinstance(self.order, str)
+        if not known or self.code not in self._CODES or self.order not in {"<", ">", "|", "="}:
+            raise ValueError("numbers of a kind that is refused")
+        dtype = np.dtype(self.order.replace("=", "<") + self.code)
+        if not isinstance(content, (bytes, bytearray)) or len(content) != count * dtype.itemsize:
+            raise ValueError("numbers that do not fit their bytes")
+        return np.frombuffer(content, dtype=dtype).astype(np.float64)
 
 
 class _Numbers:
     """Stands in for numpy's ndarray: shape, kind and bytes, checked when they are used."""
 
     def __init__(self, *_: object) -> None:
-        self.state: Any = None
+        self._told: tuple[Any, ...] = ()
 
-    def __setstate__(self, state: Any) -> None:
-        self.state = state
+    def build(self, state: Any) -> None:
+        """Take version, shape, kind, order and bytes."""
+        self._told = state[1:] if isinstance(state, tuple) else ()
 
-    def array(self) -> Numbers:
-        """The numbers as float64. Raises `ValueError` where shape, kind and bytes disagree."""
-        _, shape, kind, by_column, content = self.state
-        if not isinstance(kind, _Kind) or not isinstance(content, bytes):
-            raise ValueError("an array's content is refused")
-        flat = np.frombuffer(content, dtype=kind.numpy)
-        return flat.reshape(shape, order="F" if by_column else "C").astype(np.float64)
+    @classmethod
+    def of(cls, content: Any, kind: Any, shape: Any, *order: Any) -> _Numbers:
+        """Stands in for what makes an array of a buffer."""
+        made = cls()
+        made.build((None, shape, kind, order, content))
+        return made
+
+    def vector(self, name: str) -> Numbers:
+        """A vector of `WIDTH` as float64. Raises `ValueError` with its name for others."""
+        if len(self._told) != 4:
+            raise ValueError(f"{name} is no array")
+        shape, kind, _, content = self._told
+        if shape != (WIDTH,) or not isinstance(kind, _Kind):
+            raise ValueError(f"{name} is no vector of {WIDTH} numbers")
+        return kind.numbers(content, WIDTH)
 
 
 class _Scalar:
     """Stands in for numpy's scalars."""
 
-    def __init__(self, kind: _Kind, content: bytes) -> None:
-        if not isinstance(kind, _Kind) or not isinstance(content, bytes):
-            raise ValueError("a scalar's content is refused")
-        self.kind, self.content = kind, content
+    def __init__(self, kind: Any = None, content: Any = None) -> None:
+        self._kind, self._content = kind, content
+
+    def number(self) -> float:
+        """The number."""
+        if not isinstance(self._kind, _Kind):
+            raise ValueError("a number of a kind that is refused")
+        return float(self._kind.numbers(self._content, 1)[0])
 
 
-_KNOWN: dict[tuple[str, str], type] = {
-    ("rlbench.demo", "Demo"): _Record,
-    ("rlbench.backend.observation", "Observation"): _Record,
-    ("numpy", "ndarray"): _Numbers,
-    ("numpy", "dtype"): _Kind,
-    **{(f"numpy.{core}.multiarray", "_reconstruct"): _Numbers for core in ("core", "_core")},
-    **{(f"numpy.{core}.multiarray", "scalar"): _Scalar for core in ("core", "_core")},
+def _bytes_of(text: Any = None, encoding: Any = None) -> bytes:
+    """Stands in for the encoder by which pickles before protocol 3 hold bytes."""
+    if not isinstance(text, str) or encoding != "latin1":
+        raise ValueError("an encoding that is refused")
+    return text.encode("latin1")
+
+
+_CORES = ("numpy.core", "numpy._core")
+_KNOWN: dict[str, Callable[..., Any]] = {
+    "rlbench.demo Demo": _Record,
+    "rlbench.backend.observation Observation": _Record,
+    "rlbench.backend.observation UnimanualObservation": _Record,
+    "numpy ndarray": _Numbers,
+    "numpy dtype": _Kind,
+    "_codecs encode": _bytes_of,
+    **{f"{core}.multiarray _reconstruct": _Numbers for core in _CORES},
+    **{f"{core}.multiarray scalar": _Scalar for core in _CORES},
+    **{f"{core}.numeric _frombuffer": _Numbers.of for core in _CORES},
 }
 
 
-class _Reader(pickle.Unpickler):
-    """Reads a pickle in which nothing but the known names occurs, and builds stand-ins for them."""
+@dataclasses.dataclass(frozen=True, slots=True)
+class _Name:
+    """A known name in a pickle. It can be called, and nothing can be changed by it."""
 
-    def find_class(self, module: str, name: str) -> Any:
-        """The stand-in for a known name. Raises `ValueError` for all others."""
-        try:
-            return _KNOWN[module, name]
-        except KeyError:
-            raise ValueError(f"names {module}.{name}, which no demonstration needs: refused") from None
+    name: str
 
-    def persistent_load(self, identity: Any) -> Any:
-        """Refused."""
-        raise ValueError("refers to something outside of the file: refused")
+    def __post_init__(self) -> None:
+        if self.name not in _KNOWN:
+            shown = printable(self.name.replace(" ", "."), 100)
+            raise ValueError(f"names {shown}, which no demonstration needs: refused")
+
+    def call(self, arguments: Any) -> Any:
+        """What the stand-in makes of the arguments."""
+        if not isinstance(arguments, tuple):
+            raise ValueError("damaged (a call without arguments)")
+        return _KNOWN[self.name](*arguments)
+
+
+_CONSTANTS = {"NONE": None, "NEWTRUE": True, "NEWFALSE": False}
+_EMPTY: dict[str, Callable[[], Any]] = {"EMPTY_DICT": dict, "EMPTY_LIST": list, "EMPTY_TUPLE": tuple}
+_TUPLES = {"TUPLE1": 1, "TUPLE2": 2, "TUPLE3": 3}
+_GETS = {"GET", "BINGET", "LONG_BINGET"}
+_PUTS = {"PUT", "BINPUT", "LONG_BINPUT"}
+_PASSED = {"PROTO", "FRAME", "STOP"}
+_VALUES = {
+    *("BININT", "BININT1", "BININT2", "INT", "LONG", "LONG1", "FLOAT", "BINFLOAT"),
+    *("UNICODE", "SHORT_BINUNICODE", "BINUNICODE", "BINUNICODE8"),
+    *("SHORT_BINBYTES", "BINBYTES", "BINBYTES8", "BYTEARRAY8"),
+}
+
+
+class _Reader:
+    """The stack and the memo of a pickle in reading."""
+
+    def __init__(self) -> None:
+        self.stack: list[Any] = []
+        self.marks: list[int] = []
+        self.memo: dict[int, Any] = {}
+
+    def do(self, name: str, value: Any) -> None:
+        """One step of the pickle: an opcode of `pickletools` and its argument."""
+        stack = self.stack
+        if name in _VALUES:
+            stack.append(value)
+        elif name == "MEMOIZE" or name in _PUTS:
+            self.memo[len(self.memo) if value is None else value] = stack[-1]
+        elif name in _GETS:
+            stack.append(self.memo[value])
+        elif name in _TUPLES:
+            stack[-_TUPLES[name] :] = [tuple(stack[-_TUPLES[name] :])]
+        elif name == "MARK":
+            self.marks.append(len(stack))
+        elif name == "TUPLE":
+            stack.append(tuple(self._marked()))
+        elif name in _CONSTANTS:
+            stack.append(_CONSTANTS[name])
+        elif name in _EMPTY:
+            stack.append(_EMPTY[name]())
+        elif name == "BUILD":
+            state = stack.pop()
+            stack[-1].build(state)
+        elif name in {"REDUCE", "NEWOBJ"}:
+            arguments = stack.pop()
+            stack.append(stack.pop().call(arguments))
+        elif name in {"APPEND", "APPENDS"}:
+            items = [stack.pop()] if name == "APPEND" else self._marked()
+            stack[-1].extend(items)
+        elif name in {"SETITEM", "SETITEMS"}:
+            items = [stack.pop(-2), stack.pop()] if name == "SETITEM" else self._marked()
+            pairs = zip(items[::2], items[1::2], strict=True)
+            stack[-1].update({key: item for key, item in pairs if isinstance(key, str)})
+        elif name == "GLOBAL":
+            stack.append(_Name(value))
+        elif name == "STACK_GLOBAL":
+            stack[-2:] = [_Name(" ".join(stack[-2:]))]
+        elif name not in _PASSED:
+            raise ValueError(f"holds {name}, which no demonstration needs: refused")
+
+    def _marked(self) -> list[Any]:
+        """What was laid on the stack since the last mark."""
+        mark = self.marks.pop()
+        items = self.stack[mark:]
+        del self.stack[mark:]
+        return items
+
+
+def load_pickle(content: bytes) -> Any:
+    """What a pickle holds: plain values and stand-ins. Raises `ValueError` where it is damaged or refused.
+
+    Its steps are taken one by one and their number is limited; nothing that it names is imported, and what
+    it calls or changes are stand-ins of its own. Of a dict only what has a text as its key is kept.
+    """
+    reader = _Reader()
+    try:
+        for count, (opcode, value, _) in enumerate(pickletools.genops(content)):
+            if count >= MAX_STEPS:
+                raise ValueError(f"takes more than {MAX_STEPS} steps")
+            reader.do(opcode.name, value)
+        return reader.stack.pop()
+    except (AttributeError, IndexError, KeyError, TypeError, MemoryError, OverflowError):
+        raise ValueError("damaged: not a pickle of a demonstration") from None
+    except ValueError as error:
+        raise ValueError(one_line(error)) from None

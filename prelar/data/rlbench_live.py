@@ -25,11 +25,11 @@ from pathlib import Path
 from typing import Any
 
 from prelar.data import rlbench_simulator
-from prelar.data.demonstrations import ALIGNMENT, Episode, Job
+from prelar.data.demonstrations import Episode, Job
 from prelar.data.rlbench_crew import Crew
 from prelar.data.rlbench_display import given_display
 from prelar.data.rlbench_process import ROOT, count_variations, surroundings
-from prelar.data.rlbench_steps import RlbenchDemonstrations
+from prelar.data.rlbench_steps import ALIGNMENT, RlbenchDemonstrations
 from prelar.data.store import SIZE
 from prelar.errors import UserError, run_main
 from prelar.names import RLBENCH_CAMERAS

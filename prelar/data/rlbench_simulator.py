@@ -67,7 +67,7 @@ def demo_arrays(demo: Sequence[Any], cameras: Sequence[str], action_mode: str) -
         np.stack([getattr(step, name) for step in steps]) for name in (MOTIONS[action_mode], "gripper_pose")
     )
     opening = np.array([step.gripper_open for step in steps], dtype=np.float64)
-    return {**found, **step_arrays(action_mode, motion, pose, opening)}
+    return {**found, **step_arrays(motion, pose, opening)}
 
 
 def store_arrays(path: Path, arrays: dict[str, npt.NDArray[Any]]) -> None:

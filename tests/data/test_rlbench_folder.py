@@ -2,9 +2,13 @@
 
 import os
 import pickle
+import pickletools
 import shutil
+import struct
 import sys
+import tracemalloc
 import types
+import zlib
 from pathlib import Path
 from typing import Any
 
@@ -12,8 +16,19 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from prelar.data import rlbench_folder
 from prelar.data.demonstrations import fault
-from prelar.data.rlbench_folder import CAMERAS, LOW_DIM, VARIATION, RlbenchFolder, open_folder, read_low_dim
+from prelar.data.rlbench_folder import (
+    CAMERAS,
+    LOW_DIM,
+    VARIATION,
+    RlbenchFolder,
+    open_folder,
+    read_low_dim,
+    read_pictures,
+    read_variation,
+)
+from prelar.data.rlbench_steps import RATE
 from prelar.errors import UserError
 
 LENGTH = 5
@@ -29,11 +44,14 @@ def rlbench(monkeypatch: pytest.MonkeyPatch) -> types.SimpleNamespace:
     made = {}
     for package in ("rlbench", "rlbench.backend"):
         monkeypatch.setitem(sys.modules, package, types.ModuleType(package))
-    for module, name in (("rlbench.demo", "Demo"), ("rlbench.backend.observation", "Observation")):
-        made[name] = type(name, (), {"__module__": module})
-        stand_in = types.ModuleType(module)
-        setattr(stand_in, name, made[name])
-        monkeypatch.setitem(sys.modules, module, stand_in)
+    for module, *names in (
+        ("rlbench.demo", "Demo"),
+        ("rlbench.backend.observation", "Observation", "UnimanualObservation", "BimanualObservation"),
+    ):
+        monkeypatch.setitem(sys.modules, module, types.ModuleType(module))
+        for name in names:
+            made[name] = type(name, (), {"__module__": module})
+            setattr(sys.modules[module], name, made[name])
     return types.SimpleNamespace(**made)
 
 
@@ -90,7 +108,7 @@ def test_episode_is_read_whole(tmp_path: Path, episode: Path) -> None:
     picture = np.asarray(Image.open(episode / "wrist_rgb" / "4.png"))
     assert np.array_equal(collected.frames["wrist"][4], picture)
     actions = collected.arrays["actions"]
-    assert np.allclose(actions[1], [*(np.arange(7) / 10 + 1), 1.0]) and not actions[-1].any()
+    assert np.allclose(actions[1], [*(np.arange(7) / 10 + 2), 1.0]) and not actions[-1].any()
     assert np.allclose(collected.arrays["gripper"][1], [0.2, 0.4, 0.6, 0, 0, 0, 2, 1])
 
 
@@ -166,13 +184,168 @@ def test_other_sizes_are_resized(tmp_path: Path, rlbench: types.SimpleNamespace)
     assert reason_of(tmp_path) == ""
 
 
-@pytest.mark.parametrize("core", ["numpy.core.multiarray", "numpy._core.multiarray"])
-def test_arrays_of_numpy_1_and_2_are_read(tmp_path: Path, rlbench: types.SimpleNamespace, core: str) -> None:
-    raw = pickle.dumps(demo(rlbench), protocol=3)
-    here = b"numpy._core.multiarray" if b"numpy._core" in raw else b"numpy.core.multiarray"
+@pytest.mark.parametrize("core", ["numpy.core", "numpy._core"])
+@pytest.mark.parametrize("protocol", range(2, pickle.HIGHEST_PROTOCOL + 1))
+def test_pickles_of_any_protocol_and_numpy_say_the_same(
+    tmp_path: Path, rlbench: types.SimpleNamespace, core: str, protocol: int
+) -> None:
+    changed = np.arange(7, dtype=">f4")
+    changed.flags.writeable = False
+    held = demo(
+        rlbench, joint_velocities=changed, gripper_open=np.float32(0), joint_positions=np.arange(14.0)[::2]
+    )
+    held._observations[3].misc["columns"] = np.asfortranarray(np.eye(3)[:, :2])
+    held._observations[3].misc["names"] = np.array(["a", "b"])
+    raw = pickle.dumps(held, protocol=protocol)
+    for module in ("multiarray", "numeric"):
+        here, there = (f"{name}.{module}" for name in (np._core.__name__, core))
+        if protocol >= 4:
+            here, there = (f"{chr(len(name))}{name}" for name in (here, there))
+        raw = raw.replace(here.encode(), there.encode())
     path = tmp_path / LOW_DIM
-    path.write_bytes(raw.replace(here, core.encode()))
+    path.write_bytes(without_frames(raw))
+    read = read_low_dim(path)
+    assert read["actions"].shape == (LENGTH, 8)
+    assert np.array_equal(read["actions"][1], [*range(7), 0.0])
+    assert np.allclose(read["actions"][2, :7], np.arange(7) / 10 + 3)
+    assert np.array_equal(read_low_dim(path, "joint_position")["actions"][1], [*range(0, 14, 2), 0.0])
+
+
+def without_frames(raw: bytes) -> bytes:
+    """A pickle whose lengths of frames, which may have changed, are left out."""
+    frames = [place for opcode, _, place in pickletools.genops(raw) if opcode.name == "FRAME"]
+    for place in reversed([place for place in frames if place is not None]):
+        raw = raw[:place] + raw[place + 9 :]
+    return raw
+
+
+def test_observations_of_forks_and_bare_lists_are_read(
+    tmp_path: Path, rlbench: types.SimpleNamespace
+) -> None:
+    path = tmp_path / LOW_DIM
+    path.write_bytes(pickle.dumps(demo(rlbench)))
+    wanted = read_low_dim(path)
+    path.write_bytes(pickle.dumps(demo(rlbench)._observations))
+    assert np.array_equal(read_low_dim(path)["actions"], wanted["actions"])
+    rlbench.Observation = rlbench.UnimanualObservation
+    path.write_bytes(pickle.dumps(demo(rlbench, perception_data={}, task_low_dim_state=None)))
+    assert np.array_equal(read_low_dim(path)["gripper"], wanted["gripper"])
+    rlbench.Observation = rlbench.BimanualObservation
+    path.write_bytes(pickle.dumps(demo(rlbench)))
+    with pytest.raises(ValueError, match=r"observation\.BimanualObservation, which no demonstration needs"):
+        read_low_dim(path)
+
+
+@pytest.mark.parametrize(
+    ("held", "reason"),
+    [
+        ({"_observations": []}, "holds no Demo"),
+        (3, "holds no Demo"),
+        ([1, 2], "step 0 is no observation"),
+        ([[]], "step 0 is no observation"),
+        ([], "no step"),
+    ],
+)
+def test_pickles_of_other_things_are_reasons_in_words(tmp_path: Path, held: object, reason: str) -> None:
+    path = tmp_path / LOW_DIM
+    path.write_bytes(pickle.dumps(held))
+    with pytest.raises(ValueError, match=f"{LOW_DIM}: {reason}"):
+        read_low_dim(path)
+
+
+def test_fields_that_lack_are_named(tmp_path: Path, rlbench: types.SimpleNamespace) -> None:
+    held, path = demo(rlbench), tmp_path / LOW_DIM
+    del held._observations[1].gripper_pose
+    path.write_bytes(pickle.dumps(held))
+    with pytest.raises(ValueError, match="step 1 holds no gripper_pose"):
+        read_low_dim(path)
+
+
+@pytest.mark.parametrize("mode", ["joint_velocity", "joint_position", "gripper_pose"])
+def test_actions_lead_from_each_frame_to_the_next(
+    tmp_path: Path, rlbench: types.SimpleNamespace, mode: str
+) -> None:
+    """Steps as a simulator makes them: it moves with the velocities that it then tells."""
+    length, random = 40, np.random.default_rng(0)
+    velocities = np.cumsum(random.normal(size=(length, 7)), axis=0)
+    positions = np.cumsum(velocities / RATE, axis=0)
+    held = demo(rlbench, length)
+    for number, step in enumerate(held._observations):
+        step.joint_velocities, step.joint_positions = velocities[number], positions[number]
+    path = tmp_path / LOW_DIM
+    path.write_bytes(pickle.dumps(held))
+    read = read_low_dim(path, mode)
+    actions = read["actions"][:-1, :7]
+    wanted = read["gripper"][1:, :7] if mode == "gripper_pose" else positions[1:]
+    reached = positions[:-1] + actions / RATE if mode == "joint_velocity" else actions
+    assert np.allclose(reached, wanted, atol=1e-4)
+
+
+HUGE = struct.pack("<I", 1 << 31)
+STEPS = {
+    "a memo of 2**31": b"\x80\x04Nr" + HUGE + b".",
+    "bytes of 2 GB that are not there": b"\x80\x04B" + HUGE + b"x.",
+    "bytes of 8 EB that are not there": b"\x80\x04\x8e" + struct.pack("<Q", 1 << 62) + b"x.",
+    "a frame of 8 EB": b"\x80\x04\x95" + struct.pack("<Q", 1 << 62) + b"N.",
+    "state for a name": b"\x80\x04cnumpy.core.multiarray\nscalar\nN}V__init__\nI1\ns\x86b.",
+    "state for the name of a dict": b"\x80\x04cnumpy\ndtype\n}V_CODES\nNsb.",
+    "a name from outside": b"\x80\x04cos\nsystem\n(X\x04\x00\x00\x00true\x85R.",
+    "a name behind a dot": b"\x80\x04\x8c\x0crlbench.demo\x8c\x0eDemo.__class__\x93.",
+    "an extension": b"\x80\x04\x82\x01.",
+    "a buffer from outside": b"\x80\x05\x97.",
+    "a persistent id": b"\x80\x04NQ.",
+    "a digit too many": b"I" + b"9" * 5_000 + b"\n.",
+    "no stack": b"\x80\x04\x85\x85b.",
+}
+
+
+@pytest.mark.parametrize("content", STEPS.values(), ids=STEPS.keys())
+def test_hostile_pickles_cost_nothing_and_change_nothing(
+    tmp_path: Path, rlbench: types.SimpleNamespace, content: bytes
+) -> None:
+    path = tmp_path / LOW_DIM
+    tracemalloc.start()
+    for name, read in ((LOW_DIM, read_low_dim), (VARIATION, read_variation)):
+        (tmp_path / name).write_bytes(content)
+        with pytest.raises(ValueError, match=f"^{name}: "):
+            read(tmp_path / name)
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak < 10 << 20
+    path.write_bytes(pickle.dumps(demo(rlbench)))
     assert read_low_dim(path)["actions"].shape == (LENGTH, 8)
+
+
+def test_pickles_are_read_to_their_limits(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name, read in ((LOW_DIM, read_low_dim), (VARIATION, read_variation)):
+        with (tmp_path / name).open("wb") as handle:
+            handle.truncate(1 << 40)
+        with pytest.raises(ValueError, match=f"{name}: 1099511627776 bytes, more than"):
+            read(tmp_path / name)
+        (tmp_path / name).unlink()
+        os.mkfifo(tmp_path / name)
+        with pytest.raises(ValueError, match=f"{name}: not a regular file"):
+            read(tmp_path / name)
+        (tmp_path / name).unlink()
+    monkeypatch.setattr(rlbench_folder, "MAX_STEPS", 1000)
+    (tmp_path / LOW_DIM).write_bytes(b"\x80\x04" + b"}" * 2000 + b".")
+    with pytest.raises(ValueError, match="takes more than 1000 steps"):
+        read_low_dim(tmp_path / LOW_DIM)
+
+
+def test_keys_that_take_long_to_compare_are_passed_over(tmp_path: Path) -> None:
+    """A tuple of itself twice, sixty times over: its hash would take for ever."""
+    doubled = b"N" + b"".join(b"\x94h" + bytes([level]) + b"\x86" for level in range(60))
+    (tmp_path / LOW_DIM).write_bytes(b"\x80\x04}" + doubled + b"Ns.")
+    with pytest.raises(ValueError, match="holds no Demo"):
+        read_low_dim(tmp_path / LOW_DIM)
+
+
+@pytest.mark.parametrize("number", [2**31, 2**40, -1, 1.5, float("nan"), 10**400])
+def test_variations_beyond_the_index_are_reasons(tmp_path: Path, number: float) -> None:
+    (tmp_path / VARIATION).write_bytes(pickle.dumps(number))
+    with pytest.raises(ValueError, match=f"{VARIATION}: the variation is"):
+        read_variation(tmp_path / VARIATION)
 
 
 @pytest.mark.parametrize("opening", [1, 1.0, np.float64(1), np.float32(1)])
@@ -227,7 +400,7 @@ def test_velocities_that_are_not_finite_are_a_fault(
     tmp_path: Path, episode: Path, rlbench: types.SimpleNamespace
 ) -> None:
     (episode / LOW_DIM).write_bytes(pickle.dumps(demo(rlbench, joint_velocities=np.full(7, np.nan))))
-    assert reason_of(tmp_path) == "actions: not finite at frame 2"
+    assert reason_of(tmp_path) == "actions: not finite at frame 1"
 
 
 def test_bad_pictures_are_reasons(tmp_path: Path, episode: Path) -> None:
@@ -245,6 +418,51 @@ def test_bad_pictures_are_reasons(tmp_path: Path, episode: Path) -> None:
     assert reason_of(tmp_path) == "front_rgb/5.png: left over: the episode has 5 steps"
     (episode / "front_rgb" / "5.png").unlink()
     assert reason_of(tmp_path) == ""
+
+
+def png(width: int, height: int, *more: tuple[bytes, bytes]) -> bytes:
+    """The beginning of a PNG that tells a size, without its pixels, and more chunks."""
+    head = struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)
+    chunks = [(b"IHDR", head), *more, (b"IDAT", zlib.compress(bytes(1000))), (b"IEND", b"")]
+    packed = (
+        struct.pack(">I", len(data)) + name + data + struct.pack(">I", zlib.crc32(name + data))
+        for name, data in chunks
+    )
+    return b"\x89PNG\r\n\x1a\n" + b"".join(packed)
+
+
+@pytest.mark.parametrize(
+    ("content", "reason"),
+    [
+        (png(100_000, 100_000), "10000000000|100000x100000|exceeds"),
+        (png(4_000, 4_000), "4000x4000 pixels, more than"),
+        (png(64, 64), "truncated|cannot|broken|image file"),
+        (png(64, 64, (b"iTXt", b"a\0\1\0\0\0" + zlib.compress(bytes(200 << 20)))), "."),
+    ],
+    ids=["header", "pixels", "data", "text"],
+)
+def test_pictures_that_unpack_to_too_much_are_refused(tmp_path: Path, content: bytes, reason: str) -> None:
+    (tmp_path / "0.png").write_bytes(content)
+    tracemalloc.start()
+    with pytest.raises(ValueError, match=rf"/0\.png: .*({reason})"):
+        read_pictures(tmp_path, 1)
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak < 20 << 20
+
+
+def test_pictures_under_other_names(tmp_path: Path) -> None:
+    for number in range(3):
+        Image.new("RGB", (64, 64), (number, 0, 0)).save(tmp_path / f"rgb_{number:04d}.png")
+    assert read_pictures(tmp_path, 3)[:, 0, 0, 0].tolist() == [0, 1, 2]
+    (tmp_path / "1.png").write_bytes(b"")
+    with pytest.raises(ValueError, match=r"1\.png: there under two names"):
+        read_pictures(tmp_path, 3)
+    (tmp_path / "1.png").unlink()
+    (tmp_path / "rgb_0001.png").unlink()
+    os.mkfifo(tmp_path / "1.png")
+    with pytest.raises(ValueError, match=r"1\.png: not a regular file"):
+        read_pictures(tmp_path, 3)
 
 
 def test_folders_without_episodes_are_refused(tmp_path: Path) -> None:
