@@ -113,7 +113,8 @@ def words(node: dict[str, Any], schema: dict[str, Any]) -> str:
         return f"list of {words(node['items'], schema)}"
     name = {"string": "text", "boolean": "true or false"}.get(kind, kind)
     signs = {"exclusiveMinimum": "> ", "minimum": "≥ ", "maximum": "≤ ", "multipleOf": "a multiple of "}
-    bounds = [f"{sign}{node[key]:g}" for key, sign in signs.items() if key in node]
+    given = [(sign, node[key]) for key, sign in signs.items() if key in node]
+    bounds = [f"{sign}{int(bound):,}" if bound == int(bound) else f"{sign}{bound:g}" for sign, bound in given]
     return f"{name} {', '.join(bounds)}" if bounds else name
 
 
