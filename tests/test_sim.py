@@ -149,6 +149,40 @@ def test_pictures_have_the_asked_size(drawer: Simulator, camera: str, width: int
     assert picture.std() > 10
 
 
+@pytest.mark.parametrize("camera", CAMERAS)
+@pytest.mark.parametrize(("width", "height"), [(64, 64), (97, 50)])
+def test_a_pixel_is_the_mean_of_four_drawn_ones(
+    drawer: Simulator, camera: str, width: int, height: int
+) -> None:
+    """Halves are rounded up."""
+    drawer.reset(0, 0)
+    drawn = drawer.draw(camera, 2 * width, 2 * height).astype(int)
+    total = drawn[::2, ::2] + drawn[::2, 1::2] + drawn[1::2, ::2] + drawn[1::2, 1::2]
+    assert np.array_equal(drawer.render(camera, width, height), (total + 2) // 4)
+
+
+@pytest.mark.parametrize(("task", "camera"), [("drawer-open", "corner"), ("push", "topview")])
+def test_edges_move_gradually(task: str, camera: str) -> None:
+    """Under a slow motion, frames are and change as pictures drawn much larger and brought to their size."""
+    seen: dict[str, list[np.ndarray]] = {"jagged": [], "rendered": [], "ideal": []}
+    with Simulator(task, camera=camera) as simulator:
+        simulator.reset(0, 0)
+        for _ in range(12):
+            simulator.step([0.1, 0.2, -0.2, 0])
+            seen["jagged"].append(simulator.draw(camera, 64, 64))
+            seen["rendered"].append(simulator.render())
+            large = simulator.draw(camera, 512, 512).reshape(64, 8, 64, 8, 3)
+            seen["ideal"].append(large.mean((1, 3)))
+    frames = {name: np.stack(found).astype(float) for name, found in seen.items()}
+    wrong = {name: (np.abs(found - frames["ideal"]) > 40).any(-1).mean() for name, found in frames.items()}
+    assert wrong["rendered"] < 0.001 and wrong["rendered"] < wrong["jagged"] / 10
+    changes = {name: np.diff(found, axis=0) for name, found in frames.items()}
+    noise = {name: np.square(found - changes["ideal"]).mean() for name, found in changes.items()}
+    assert noise["rendered"] < noise["jagged"] / 3
+    jumps = {name: (np.abs(found) > 40).any(-1).sum() for name, found in changes.items()}
+    assert jumps["rendered"] < jumps["jagged"] / 2
+
+
 def test_large_pictures_are_possible(drawer: Simulator) -> None:
     drawer.reset(0, 0)
     assert drawer.render("corner", 800, 600).shape == (600, 800, 3)

@@ -1,4 +1,4 @@
-"""Rendering of Meta-World at 64×64: our simulator against gymnasium's `render()` as it comes.
+"""Rendering of Meta-World: our frames of 64×64, drawn at 128×128, against gymnasium's `render()` at 128×128.
 
 Each reading is a process of its own: in software, gymnasium's viewer draws into whichever context is current.
 A picture of both, enlarged, side by side, goes to reports/render.png.
@@ -21,8 +21,10 @@ from PIL import Image
 from prelar import gl
 
 TASK, CAMERA = "drawer-open", "corner"
+DRAWN = 128
 PAIRS = 5
 SECONDS = 3.0
+PIXELS = 512
 PICTURE = Path("reports/render.png")
 
 Frame = npt.NDArray[np.uint8]
@@ -38,10 +40,11 @@ def run() -> dict[str, float]:
         f"render_vs_gymnasium: {middle:.1f} (from {min(ratios):.1f} to {max(ratios):.1f}, {PAIRS} pairs), "
         f"picture: {PICTURE}"
     )
-    both = np.concatenate([np.asarray(Image.open(picture(who))) for who in ("ours", "gymnasium")], axis=1)
-    Image.fromarray(both).resize((8 * both.shape[1], 8 * both.shape[0]), Image.Resampling.NEAREST).save(
-        PICTURE
-    )
+    shown = [
+        Image.open(picture(who)).resize((PIXELS, PIXELS), Image.Resampling.NEAREST)
+        for who in ("ours", "gymnasium")
+    ]
+    Image.fromarray(np.concatenate([np.asarray(one) for one in shown], axis=1)).save(PICTURE)
     for who in ("ours", "gymnasium"):
         picture(who).unlink()
     return {"render_fps": statistics.median(ours for ours, _ in readings), "render_vs_gymnasium": middle}
@@ -90,8 +93,8 @@ def gymnasium() -> Callable[[], Any]:
         "Meta-World/MT1",
         env_name=f"{TASK}-v3",
         render_mode="rgb_array",
-        width=64,
-        height=64,
+        width=DRAWN,
+        height=DRAWN,
         camera_name=CAMERA,
     )
     env.reset(seed=0)
