@@ -22,7 +22,7 @@ def surround(folder: Path) -> dict[str, str | None]:
     root, programs, orders = (folder / name for name in ("coppelia", "programs", "orders"))
     for path in (root, programs, orders):
         path.mkdir(parents=True)
-    for name in ("libcoppeliaSim.so.1", "simAddOnScript_PyRep.lua"):
+    for name in ("libcoppeliaSim.so.1", "libqxcb.so", "libsimExtOMPL.so", "simAddOnScript_PyRep.lua"):
         (root / name).touch()
     (programs / "Xvfb").write_text(XVFB)
     (programs / "Xvfb").chmod(0o755)

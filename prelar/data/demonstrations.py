@@ -27,14 +27,16 @@ from typing import Any, Protocol
 
 import numpy as np
 import numpy.typing as npt
+from PIL import Image
 
 from prelar import files, gl, sim
 from prelar.data import store
 from prelar.data.store import FRAME, SIZE, Frames, Row
 from prelar.errors import UserError
 from prelar.names import check_camera, check_task
-from prelar.sim import ACTION_DIM, GRIPPER_DIM, MAX_STEPS, Simulator
+from prelar.sim import ACTION_DIM, GRIPPER_DIM, MAX_STEPS, SUPERSAMPLING, Simulator
 
+RESIZE = f"brought to {SIZE}x{SIZE} by means of whole blocks of pixels, or else by Pillow's bicubic"
 ALIGNMENT = "actions[t] is taken after frame t and leads to frame t + 1; zero at the last frame of a clip"
 HELD_OUT, ENOUGH, TURN = 10, 4, 5
 TAIL = 10
@@ -137,6 +139,14 @@ def staging_key(source: Source, jobs: Sequence[Job]) -> str:
 
 
 # --- From episodes to clips ---------------------------------------------------------------------------------
+
+
+def at_size(picture: Image.Image) -> Image.Image:
+    """A picture brought to 64x64 without aliasing, as `RESIZE` says."""
+    width, height = picture.size
+    if width % SIZE or height % SIZE:
+        return picture.resize((SIZE, SIZE), Image.Resampling.BICUBIC)
+    return picture.reduce((width // SIZE, height // SIZE))
 
 
 def fault(episode: Episode, cameras: Iterable[str], arrays: Mapping[str, int]) -> str | None:
@@ -320,7 +330,9 @@ class Metaworld:
     def attributes(self) -> dict[str, Any]:
         """The source and how it was asked."""
         source = {"name": "metaworld", "noise": self.noise, "seed": self.seed}
-        return {"source": source, "resize": f"rendered at {SIZE}x{SIZE}", "alignment": ALIGNMENT}
+        side = SUPERSAMPLING * SIZE
+        resize = f"drawn at {side}x{side}, means of {SUPERSAMPLING}x{SUPERSAMPLING} pixels"
+        return {"source": source, "resize": resize, "alignment": ALIGNMENT}
 
 
 @functools.lru_cache(maxsize=1)

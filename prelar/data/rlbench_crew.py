@@ -30,11 +30,11 @@ import numpy as np
 from PIL import Image
 
 from prelar import files
-from prelar.data.demonstrations import Episode, Job
+from prelar.data.demonstrations import Episode, Job, at_size
 from prelar.data.rlbench_display import Display
 from prelar.data.rlbench_process import DIED, DeadError, HungError, Simulator
 from prelar.data.rlbench_steps import RATE
-from prelar.data.store import SIZE, Frames
+from prelar.data.store import Frames
 from prelar.errors import UserError, one_line
 
 if TYPE_CHECKING:
@@ -300,7 +300,4 @@ class Crew:
 
 def _at_size(frames: Frames) -> Frames:
     """Pictures brought to 64x64."""
-    if frames.shape[1:3] == (SIZE, SIZE):
-        return frames
-    resized = [Image.fromarray(frame).resize((SIZE, SIZE), Image.Resampling.BICUBIC) for frame in frames]
-    return np.stack([np.asarray(picture) for picture in resized])
+    return np.stack([np.asarray(at_size(Image.fromarray(frame))) for frame in frames])

@@ -30,7 +30,7 @@ import numpy.typing as npt
 from PIL import Image
 
 from prelar import files
-from prelar.data.demonstrations import Array, Episode, Job, same_episode
+from prelar.data.demonstrations import RESIZE, Array, Episode, Job, at_size, same_episode
 from prelar.data.rlbench_steps import ALIGNMENT, MOTIONS, RATE, WIDTH, RlbenchDemonstrations, step_arrays
 from prelar.data.store import SIZE, Frames
 from prelar.errors import UserError, one_line, printable
@@ -110,9 +110,8 @@ class RlbenchFolder(RlbenchDemonstrations):
 
     def attributes(self) -> dict[str, Any]:
         """The source; the folder is the user's and stays unnamed."""
-        resize = f"Pillow bicubic to {SIZE}x{SIZE}"
         source = {"name": "rlbench_folder", "action_mode": self.action_mode}
-        return {"source": source, "resize": resize, "alignment": ALIGNMENT}
+        return {"source": source, "resize": RESIZE, "alignment": ALIGNMENT}
 
 
 def open_folder(
@@ -161,10 +160,7 @@ def _picture(content: bytes) -> Frames:
     with picture:
         if picture.width * picture.height > MAX_PIXELS:
             raise ValueError(f"{picture.width}x{picture.height} pixels, more than {MAX_PIXELS}")
-        colours = picture.convert("RGB")
-    if colours.size != (SIZE, SIZE):
-        colours = colours.resize((SIZE, SIZE), Image.Resampling.BICUBIC)
-    return np.asarray(colours)
+        return np.asarray(at_size(picture.convert("RGB")))
 
 
 def read_low_dim(path: Path, action_mode: str = "joint_velocity") -> dict[str, Array]:

@@ -15,6 +15,7 @@ import argparse
 import dataclasses
 import difflib
 import importlib.util
+import itertools
 import os
 import re
 import shutil
@@ -25,7 +26,7 @@ from pathlib import Path
 from typing import Any
 
 from prelar.data import rlbench_simulator
-from prelar.data.demonstrations import Episode, Job
+from prelar.data.demonstrations import RESIZE, Episode, Job
 from prelar.data.rlbench_crew import Crew
 from prelar.data.rlbench_display import given_display
 from prelar.data.rlbench_process import ROOT, count_variations, surroundings
@@ -35,7 +36,7 @@ from prelar.errors import UserError, run_main
 from prelar.names import RLBENCH_CAMERAS
 
 LIBRARY = "libcoppeliaSim.so.1"
-PLUGINS = ("libqxcb.so", "libsimExtOMPL.so")
+PLUGINS = {"libsimExtOMPL.so": ("",), "libqxcb.so": ("", "platforms")}  # and the folders where they may lie
 SCRIPT = "simAddOnScript_PyRep.lua"
 SETUP = "run `make rlbench-setup`"
 
@@ -45,7 +46,7 @@ class RlbenchLive(RlbenchDemonstrations):
     """Demos of `tasks`, named by their files; none: all tasks that RLBench has.
 
     variations: how many of each task, from the first on, or as many as it has; None: all that it has.
-    episodes: of each variation. size: pixels of a rendered picture's side, brought to 64. renderer: "opengl",
+    episodes: of each variation. size: pixels of a drawn picture's side, brought to 64. renderer: "opengl",
     or "opengl3" with shadows, which is several times slower. action_mode: what counts as an action, as
     `prelar.data.rlbench_steps` says. timeout: seconds after which an attempt hangs.
     """
@@ -54,7 +55,7 @@ class RlbenchLive(RlbenchDemonstrations):
     variations: int | None
     episodes: int
     cameras: tuple[str, ...] = RLBENCH_CAMERAS
-    size: int = SIZE
+    size: int = 2 * SIZE
     renderer: str = "opengl"
     action_mode: str = "joint_velocity"
     seed: int = 0
@@ -98,12 +99,8 @@ class RlbenchLive(RlbenchDemonstrations):
         """The source and how it was asked."""
         asked = ("renderer", "size", "action_mode", "seed")
         source = {"name": "rlbench", **{name: getattr(self, name) for name in asked}}
-        resize = "none" if self.size == SIZE else f"Pillow bicubic to {SIZE}x{SIZE}"
-        return {
-            "source": source,
-            "resize": f"rendered at {self.size}x{self.size}, {resize}",
-            "alignment": ALIGNMENT,
-        }
+        resize = f"drawn at {self.size}x{self.size}, {RESIZE}"
+        return {"source": source, "resize": resize, "alignment": ALIGNMENT}
 
     @property
     def settings(self) -> dict[str, Any]:
@@ -172,14 +169,19 @@ def _missing_simulator() -> list[str]:
         return [f"{ROOT} = {root} lacks {LIBRARY}, {remedy}"]
     if not (Path(root) / SCRIPT).exists():
         return [f"{ROOT} = {root} lacks PyRep's {SCRIPT}, {SETUP}"]
-    loaded = [library, *(Path(root) / name for name in PLUGINS)]
-    absent = sorted(set().union(*map(_missing_libraries, loaded)))
+    plugins = {
+        name: [path for place in places if (path := Path(root, place, name)).exists()]
+        for name, places in PLUGINS.items()
+    }
+    if lacking := [name for name, paths in plugins.items() if not paths]:
+        return [f"{ROOT} = {root} lacks {' and '.join(lacking)}, unpack CoppeliaSim 4.1.0 there anew"]
+    absent = sorted(set().union(*map(_missing_libraries, [library, *itertools.chain(*plugins.values())])))
     return [f"CoppeliaSim lacks the libraries {', '.join(absent)}, install them"] if absent else []
 
 
 def _missing_libraries(library: Path) -> set[str]:
     """Shared libraries that a library needs and the loader does not find."""
-    if not library.exists() or shutil.which("ldd") is None:
+    if shutil.which("ldd") is None:
         return set()
     try:
         told = subprocess.run(

@@ -10,8 +10,9 @@ runs, then one a request: `{"steps": n}` when the demo is stored, or `{"reason":
 `"spoilt": true` where the scene may not be sound any more. Instead of the settings, `{"count": tasks}` asks
 how many variations tasks have, for which no CoppeliaSim is launched: `{"variations": {task: n}}`.
 
-What CoppeliaSim prints goes to the standard output. The process ends with its parent, whatever the simulator
-is doing, and at once where CoppeliaSim crashes.
+What CoppeliaSim prints goes to the standard output, the traceback of an unexpected error to the standard
+error; both are the simulator's log. The process ends with its parent, whatever the simulator is doing, and at
+once where CoppeliaSim crashes.
 
 A demo is an `.npz`: uint8 (T, size, size, 3) per camera, and `actions` and `gripper` of
 `prelar.data.rlbench_steps`.
@@ -29,6 +30,7 @@ import random
 import re
 import signal
 import sys
+import traceback
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -151,6 +153,8 @@ class Bench:
         except Exception as error:
             if self._log.reason is not None:
                 return {"reason": in_words(self._log.reason)}
+            print(f"attempt {json.dumps(request)}:", file=sys.stderr)
+            traceback.print_exc()
             return {"reason": in_words(str(error) or type(error).__name__), "spoilt": True}
         store_arrays(Path(request["path"]), arrays)
         return {"steps": len(arrays["actions"])}
@@ -197,6 +201,7 @@ def main() -> None:
         try:
             bench = Bench(**settings)
         except Exception as error:
+            traceback.print_exc()
             tell(reason=in_words(f"{type(error).__name__}: {error}"))
             return
         _crash_at_once()

@@ -7,10 +7,11 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from PIL import Image
 
 from prelar.data import demonstrations
 from prelar.data.demonstration_suites import changed_share, demonstration_suites
-from prelar.data.demonstrations import Episode, Job, Metaworld, Splits, clips, fault
+from prelar.data.demonstrations import Episode, Job, Metaworld, Splits, at_size, clips, fault
 from prelar.data.store import SIZE, Store, StoreWriter
 from prelar.data.validation import facts, validate
 from prelar.errors import UserError
@@ -64,7 +65,35 @@ def test_clips_made_by_us_carry_the_digests_of_their_frames(tmp_path: Path) -> N
     assert first.attrs["index_sha256"] != other.attrs["index_sha256"]
 
 
+@pytest.mark.parametrize(
+    ("height", "width"), [(64, 64), (128, 128), (192, 320), (64, 4096), (100, 90), (480, 640), (40, 128)]
+)
+def test_pictures_are_brought_to_size_by_area(height: int, width: int) -> None:
+    """Fine stripes become grey whatever the size, and a wide picture of noise its mean, block by block."""
+    rows, columns = np.mgrid[:height, :width]
+    for stripes in (rows, columns, rows + columns):
+        if min(height, width) >= 2 * SIZE:
+            picture = np.repeat((stripes % 2 * 255).astype(np.uint8)[..., None], 3, axis=-1)
+            grey = np.asarray(at_size(Image.fromarray(picture)))[2:-2, 2:-2]
+            assert np.ptp(grey) <= 86 and abs(grey.mean() - 127.5) <= 3
+    noise = np.random.default_rng(0).integers(0, 256, (height, width, 3), np.uint8)
+    brought = np.asarray(at_size(Image.fromarray(noise)))
+    assert brought.shape == (SIZE, SIZE, 3) and abs(brought.mean() - noise.mean()) < 3
+    if not (height % SIZE or width % SIZE):
+        blocks = noise.reshape(SIZE, height // SIZE, SIZE, width // SIZE, 3)
+        assert np.abs(brought - blocks.mean((1, 3))).max() <= 1
+
+
 # --- Meta-World ---------------------------------------------------------------------------------------------
+
+
+def test_frames_are_means_of_what_is_drawn_twice_as_large(episode: Episode) -> None:
+    with Simulator(episode.job.task) as simulator:
+        simulator.reset(SOURCE.seed, demonstrations.FIRST_EPISODE + episode.job.episode)
+        for camera in SOURCE.cameras:
+            drawn = simulator.draw(camera, 2 * SIZE, 2 * SIZE).astype(int)
+            total = drawn.reshape(SIZE, 2, SIZE, 2, 3).sum((1, 3))
+            assert np.array_equal(episode.frames[camera][0], (total + 2) // 4)
 
 
 def test_episode_is_whole_and_sound(episode: Episode) -> None:

@@ -179,9 +179,13 @@ def test_variations_together_are_told_apart_by_their_numbers(
         source.jobs()
 
 
-def test_other_sizes_are_resized(tmp_path: Path, rlbench: types.SimpleNamespace) -> None:
-    write_episode(tmp_path / "a/variation0/episodes/episode0", demo(rlbench), size=128)
+def test_larger_pictures_become_means(tmp_path: Path, rlbench: types.SimpleNamespace) -> None:
+    folder = write_episode(tmp_path / "a/variation0/episodes/episode0", demo(rlbench), size=256)
     assert reason_of(tmp_path) == ""
+    source = RlbenchFolder(tmp_path)
+    frames = source.collect(source.jobs()[0]).frames["front"]
+    recorded = np.asarray(Image.open(folder / "front_rgb/3.png")).astype(int)
+    assert np.array_equal(frames[3], (recorded.reshape(64, 4, 64, 4, 3).sum((1, 3)) + 8) // 16)
 
 
 @pytest.mark.parametrize("core", ["numpy.core", "numpy._core"])

@@ -19,6 +19,7 @@ import numpy as np
 import psutil
 import pytest
 
+from prelar.config import load_config
 from prelar.data import rlbench_crew, rlbench_display, rlbench_live, rlbench_process, rlbench_simulator
 from prelar.data.demonstrations import Episode, Job, fault
 from prelar.data.rlbench_crew import Crew
@@ -123,9 +124,22 @@ def test_variations_are_asked_of_rlbench(
         planned(None)
 
 
-def test_larger_pictures_are_brought_to_64(standin: Path, tmp_path: Path) -> None:
-    episode = collect(replace(SOURCE, tasks=("push_button",), episodes=1, size=96), tmp_path / "demos")[0]
+@pytest.mark.parametrize("size", [32, 64, 96, 128])
+def test_pictures_of_any_size_are_brought_to_64(standin: Path, tmp_path: Path, size: int) -> None:
+    source = replace(SOURCE, tasks=("push_button",), episodes=1, size=size)
+    with Crew(source, source.jobs(), 1, tmp_path / "demos") as crew:
+        episode = crew.result(source.jobs()[0])
+    with np.load(tmp_path / "demos/push_button-v0-e0.npz") as content:
+        drawn = content["front"]
+    assert drawn.shape == (8, size, size, 3)
     assert fault(episode, SOURCE.cameras, SOURCE.arrays) is None
+    if size == 128:
+        total = sum(drawn[:, y::2, x::2].astype(int) for y in (0, 1) for x in (0, 1))
+        assert np.array_equal(episode.frames["front"], (total + 2) // 4)
+
+
+def test_pictures_are_drawn_large_unless_asked_otherwise() -> None:
+    assert SOURCE.size == load_config().rlbench.image_size == 128
 
 
 def test_action_mode_decides_what_is_written_down(standin: Path, tmp_path: Path) -> None:
@@ -158,6 +172,17 @@ def test_failed_planning_is_tried_ten_times(standin: Path, tmp_path: Path) -> No
 def test_spoilt_scene_costs_one_attempt(standin: Path, tmp_path: Path) -> None:
     orders(standin, push_button="spoil", open_drawer="work spoil work")
     assert reasons(collect(SOURCE, tmp_path / "demos")) == [None] * 4
+
+
+def test_unexpected_errors_leave_their_traceback_in_the_log(standin: Path, tmp_path: Path) -> None:
+    orders(standin, launch="fail", push_button="work spoil", open_drawer="fail")
+    collect(SOURCE, tmp_path / "demos")
+    log = (tmp_path / "demos/simulator0.log").read_text()
+    assert log.count("Traceback (most recent call last):") == 2
+    launch, attempt = log.split('attempt {"task": "push_button", "variation": 0, ')
+    assert "in launch" in launch and launch.rstrip().endswith("RuntimeError: no licence")
+    assert "in _reset" in attempt
+    assert "RuntimeError: Expected to be resetting 8 objects, but there were 7." in attempt
 
 
 def test_worn_simulator_is_replaced(standin: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -397,6 +422,15 @@ def test_check_looks_into_coppeliasim(standin: Path, tmp_path: Path, monkeypatch
     )
     (programs / "ldd").chmod(0o755)
     assert missing().endswith("CoppeliaSim lacks the libraries libQt5Core.so.5, install them")
+    (programs / "ldd").write_text("#!/bin/sh\n")
+    for name in ("libsimExtOMPL.so", "libqxcb.so"):
+        plugin = library.with_name(name)
+        plugin.rename(plugin.with_suffix(".away"))
+        assert missing().endswith(f"lacks {name}, unpack CoppeliaSim 4.1.0 there anew")
+        plugin.with_suffix(".away").rename(plugin)
+    (standin / "coppelia/platforms").mkdir()
+    library.with_name("libqxcb.so").rename(standin / "coppelia/platforms/libqxcb.so")
+    rlbench_live.check()
     library.rename(library.with_suffix(""))
     assert f"lacks libcoppeliaSim.so.1, run `ln -s libcoppeliaSim.so {library}`" in missing()
     library.with_suffix("").unlink()

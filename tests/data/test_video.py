@@ -81,6 +81,17 @@ def test_frames_are_those_of_a_second_decoder(decoder: Decoder, quirk: str) -> N
     assert difference <= 2
 
 
+@pytest.mark.parametrize("line", ["X", "Y", "X+Y"])
+def test_fine_stripes_become_grey(decoder: Decoder, line: str) -> None:
+    stripes = f"geq=lum='16+219*mod({line}\\,2)':cb=128:cr=128"
+    lossless = ("-c:v", "libx264", "-qp", "0")
+    content = archives.clip(2, 320, 240, filters=stripes, options=lossless, suffix=".mp4")
+    (clip,) = decoder.decode([content])
+    assert clip.frames is not None
+    grey = clip.frames[:, 2:-2, 2:-2]
+    assert np.ptp(grey) <= 30 and abs(grey.mean() - 127.5) <= 3
+
+
 def numbered(frames: int, **more: object) -> bytes:
     """A clip whose frames get brighter, so that order and repetition show."""
     filters = f"geq=lum='16+N*200/{frames}':cb=128:cr=128"

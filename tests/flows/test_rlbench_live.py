@@ -73,7 +73,7 @@ def test_flow_survives_what_simulators_do_and_being_killed(project: Project, tmp
     assert store.attrs["source"] == {
         "name": "rlbench",
         "renderer": "opengl",
-        "size": 64,
+        "size": 128,
         "action_mode": "joint_velocity",
         "seed": 0,
     }
