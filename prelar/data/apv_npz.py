@@ -3,13 +3,18 @@
 A file holds `image` uint8 (T, 64, 64, 3) and, where present, `action` (T, A) and `gripper_pose` (T, 8). Its
 name ends in `-<length>.npz`; names of the form `<task>-v<variation>-e<episode>-<camera>-<length>.npz` tell
 which files show one episode. Any other file is an episode of its own: the folder it lies in names the task.
+Where both kinds lie in a folder, the rarer one is left out.
 
-A file gives the action at the moment of its frame, which is the motion towards the next frame.
+A file tells with each frame the action that led to it, as replay files of DreamerV2 and its descendants do,
+whose format this is, and as RLBench's joint velocities do. The first one led to no frame here and is dropped.
 """
 
 from __future__ import annotations
 
+import collections
 import dataclasses
+import itertools
+import math
 import re
 import zipfile
 from collections.abc import Mapping, Sequence
@@ -20,9 +25,11 @@ import numpy as np
 import numpy.typing as npt
 
 from prelar import files
-from prelar.data.demonstrations import ALIGNMENT, Array, Episode, Job
+from prelar.data import zips
+from prelar.data.demonstrations import Array, Episode, Job, same_episode
+from prelar.data.rlbench_steps import ALIGNMENT, ahead
 from prelar.data.store import Frames
-from prelar.errors import UserError, one_line
+from prelar.errors import UserError, one_line, printable
 from prelar.names import among
 
 NAMED = re.compile(
@@ -31,6 +38,7 @@ NAMED = re.compile(
 LENGTH = re.compile(r".*-(\d+)\.npz")
 ONLY_CAMERA = "camera"
 MAX_BYTES = 2 << 30
+MAX_WIDTH = 1024
 COLUMNS = {"actions": "action", "gripper": "gripper_pose"}
 
 
@@ -60,10 +68,11 @@ class ApvNpz:
 
     def jobs(self) -> list[Job]:
         """Episodes by task, variation and number, with the files of the cameras."""
+        wanted = [job for job in _jobs(self.folder) if not self.tasks or job.task in self.tasks]
+        seen = [tuple(file for file in job.files if file[0] in self.cameras) for job in wanted]
         return [
-            dataclasses.replace(job, files=tuple(file for file in job.files if file[0] in self.cameras))
-            for job in _jobs(self.folder)
-            if not self.tasks or job.task in self.tasks
+            dataclasses.replace(job, files=files or job.files[:1])
+            for job, files in zip(wanted, seen, strict=True)
         ]
 
     def collect(self, job: Job) -> Episode:
@@ -73,7 +82,9 @@ class ApvNpz:
         digests: dict[str, str] = {}
         for camera, name in job.files:
             try:
-                digests[camera] = files.digest(self.folder / name)
+                if camera not in self.cameras:
+                    raise ValueError(f"is of camera {camera}, not of {' or '.join(self.cameras)}")
+                digests[camera] = _digest(self.folder / name)
                 content = read_npz(self.folder / name)
                 expected = LENGTH.fullmatch(name)
                 if expected and len(content["image"]) != int(expected[1]):
@@ -85,7 +96,7 @@ class ApvNpz:
                     if not np.array_equal(arrays[key], aligned[key], equal_nan=True):
                         raise ValueError(f"its {COLUMNS[key]} is not that of the other cameras")
             except Exception as error:
-                reason = f"{name}: {one_line(error)}"
+                reason = f"{printable(name)}: {one_line(error)}"
                 return Episode(job, reason=reason, digests=digests)
         return Episode(job, frames, arrays, digests=digests)
 
@@ -106,10 +117,27 @@ def open_folder(
     if not jobs:
         raise UserError(f"rlbench.path = {folder}: holds no .npz episode; name the folder with the episodes")
     among("rlbench.tasks", tasks, {job.task for job in jobs})
-    recorded = {camera for job in jobs if not tasks or job.task in tasks for camera, _ in job.files}
+    jobs = [job for job in jobs if not tasks or job.task in tasks]
+    recorded = {camera for job in jobs for camera, _ in job.files} if cameras else _main_cameras(jobs)
     seen = among("rlbench.cameras", cameras, sorted(recorded))
     source = ApvNpz(folder, seen, (), tuple(tasks or ()))
     return dataclasses.replace(source, widths=_widths(folder, source.jobs()))
+
+
+def _main_cameras(jobs: Sequence[Job]) -> set[str]:
+    """Cameras of the episodes whose files' names tell them, or that of the others if these are more."""
+    single = [job for job in jobs if job.files[0][0] == ONLY_CAMERA]
+    if 2 * len(single) > len(jobs):
+        return {ONLY_CAMERA}
+    return {camera for job in jobs for camera, _ in job.files} - {ONLY_CAMERA}
+
+
+def _digest(path: Path) -> str:
+    if not path.is_file():
+        raise ValueError("not a regular file")
+    if path.stat().st_size > MAX_BYTES:
+        raise ValueError(f"{path.stat().st_size} bytes, more than {MAX_BYTES}")
+    return files.digest(path)
 
 
 def read_npz(path: Path) -> dict[str, npt.NDArray[Any]]:
@@ -117,26 +145,49 @@ def read_npz(path: Path) -> dict[str, npt.NDArray[Any]]:
 
     Raises `ValueError` where it is too large, and one of many errors where it is broken.
     """
-    with zipfile.ZipFile(path) as archive:
+    with zips.open_zip(path) as archive:
         size = sum(entry.file_size for entry in archive.infolist())
         if size > MAX_BYTES:
             raise ValueError(f"unpacks to {size} bytes, more than {MAX_BYTES}")
-    with np.load(path, allow_pickle=False) as content:
-        wanted = ("image", *COLUMNS.values())
-        found = {key: content[key] for key in wanted if key in content}
+        found = {}
+        for key in ("image", *COLUMNS.values()):
+            if _shape(archive, key) is not None:
+                with archive.open(f"{key}.npy") as handle:
+                    found[key] = np.lib.format.read_array(handle, allow_pickle=False)
     if "image" not in found:
         raise ValueError("holds no `image`")
     return found
+
+
+def _shape(archive: zipfile.ZipFile, key: str) -> tuple[int, ...] | None:
+    """The shape of an array in a file, None where there is none.
+
+    Raises `ValueError` where it holds Python objects, or less than its header tells.
+    """
+    if f"{key}.npy" not in archive.namelist():
+        return None
+    with archive.open(f"{key}.npy") as handle:
+        version = np.lib.format.read_magic(handle)
+        if version not in ((1, 0), (2, 0)):
+            raise ValueError(f"`{key}` is of an unknown version {version}")
+        header = (
+            np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
+        )
+        shape, _, dtype = header(handle)
+    told, there = math.prod(shape) * dtype.itemsize, archive.getinfo(f"{key}.npy").file_size
+    if dtype.hasobject:
+        raise ValueError(f"`{key}` is a pickle of Python objects: refused")
+    if min(shape, default=0) < 0 or told > there:
+        raise ValueError(f"`{key}` tells of {told} bytes and has {there}")
+    return tuple(shape)
 
 
 def _aligned(content: Mapping[str, npt.NDArray[Any]], name: str) -> Array:
     """An array of the file as the store wants it: float32, no action after the last frame."""
     if COLUMNS[name] not in content:
         raise ValueError(f"holds no `{COLUMNS[name]}`")
-    values = content[COLUMNS[name]].astype(np.float32)
-    if name == "actions":
-        values[-1:] = 0
-    return values
+    values = content[COLUMNS[name]]
+    return ahead(values) if name == "actions" else values.astype(np.float32)
 
 
 def _jobs(folder: Path) -> list[Job]:
@@ -144,31 +195,35 @@ def _jobs(folder: Path) -> list[Job]:
         raise UserError(f"rlbench.path = {folder}: no such folder; name the folder with the .npz episodes")
     named: dict[tuple[str, int, int], dict[str, str]] = {}
     single: dict[str, list[str]] = {}
-    for path in sorted(folder.rglob("*.npz")):
+    for path in sorted(path for path in files.walk(folder) if path.suffix == ".npz"):
         name = path.relative_to(folder).as_posix()
         parts = NAMED.fullmatch(path.name)
         if parts:
-            key = parts["task"], int(parts["variation"]), int(parts["episode"])
-            named.setdefault(key, {})[parts["camera"]] = name
+            key = printable(parts["task"]), int(parts["variation"]), int(parts["episode"])
+            other = named.setdefault(key, {}).setdefault(printable(parts["camera"]), name)
+            if other != name:
+                raise same_episode(folder, other, name)
         else:
-            single.setdefault(path.parent.name, []).append(name)
-    jobs = [Job(*key, files=tuple(sorted(files.items()))) for key, files in sorted(named.items())]
+            single.setdefault(printable(path.parent.name), []).append(name)
+    jobs = [Job(*key, files=tuple(sorted(found.items()))) for key, found in sorted(named.items())]
     for task, names in sorted(single.items()):
-        jobs += [Job(task, 0, number, files=((ONLY_CAMERA, name),)) for number, name in enumerate(names)]
+        free = (number for number in itertools.count() if (task, 0, number) not in named)
+        jobs += [
+            Job(task, 0, number, files=((ONLY_CAMERA, name),))
+            for number, name in zip(free, names, strict=False)
+        ]
     return jobs
 
 
 def _widths(folder: Path, jobs: list[Job]) -> tuple[tuple[str, int], ...]:
-    """Per-frame arrays of the first file that can be read."""
+    """Per-frame arrays and their widths, as most of the episodes that can be read have them."""
+    told = collections.Counter[tuple[tuple[str, int], ...]]()
     for job in jobs:
-        for _, name in job.files:
-            try:
-                content = read_npz(folder / name)
-            except Exception:
-                continue
-            return tuple(
-                (key, content[column].shape[1])
-                for key, column in COLUMNS.items()
-                if column in content and content[column].ndim == 2
-            )
-    return ()
+        try:
+            with zips.open_zip(folder / job.files[0][1]) as archive:
+                shapes = {key: _shape(archive, column) for key, column in COLUMNS.items()}
+        except Exception:
+            continue
+        pairs = ((key, shape[1]) for key, shape in shapes.items() if shape is not None and len(shape) == 2)
+        told[tuple((key, width) for key, width in pairs if 0 < width <= MAX_WIDTH)] += 1
+    return told.most_common(1)[0][0] if told else ()

@@ -219,7 +219,8 @@ def clips(episode: Episode, source: Source, label_id: int, splits: Splits) -> It
     A clip's sha256 is that of its file, or of the bytes of its frames where no file of its own holds them.
     """
     job = episode.job
-    reason = episode.reason or fault(episode, source.cameras, source.arrays)
+    beyond = store.misfit({"variation": job.variation, "episode": job.episode})
+    reason = episode.reason or beyond or fault(episode, source.cameras, source.arrays)
     split = None if reason else splits.deal(job.task)
     for camera in source.cameras:
         row = {

@@ -36,7 +36,7 @@ import pyarrow.parquet as pq
 
 from prelar import files
 from prelar.data.remote import Piece, Published, follow
-from prelar.errors import UserError
+from prelar.errors import UserError, printable
 
 SCHEMA = 1
 SIZE = 64
@@ -298,9 +298,12 @@ class StoreWriter:
 
         `frames` is uint8 (n, 64, 64, 3) with n >= 1, each of `arrays` float32 (n, D). None stands for a bad
         clip: then `row` gives the `reason`, the store gets nothing, None is returned. `row` holds columns of
-        `INDEX_SCHEMA`; `frames`, `start` and `status` are filled in.
+        `INDEX_SCHEMA`; `frames`, `start` and `status` are filled in. What is not printable in it is escaped,
+        and a clip with a value that the index cannot hold is bad.
         """
-        entry = _checked_row(row)
+        entry, beyond = _checked_row(row), misfit(row)
+        if beyond and not entry.get("reason"):
+            frames, entry["reason"] = None, beyond
         if frames is None:
             if not entry.get("reason"):
                 raise ValueError(f"clip {entry['id']}: a bad clip needs a reason")
@@ -406,10 +409,28 @@ class _Journal:
 
 
 def _checked_row(row: Row) -> dict[str, Any]:
+    """A row as the index can hold it: texts are printable, and a value that has no place has none."""
     unknown = set(row) - set(INDEX_SCHEMA.names)
     if unknown or not row.get("id") or {"start", "status"} & set(row):
         raise ValueError(f"row {dict(row)}: an id is needed, start and status are filled in, no other keys")
-    return {key: value for key, value in row.items() if value is not None}
+    return {
+        key: printable(value) if isinstance(value, str) else value
+        for key, value in row.items()
+        if value is not None and not _beyond(key, value)
+    }
+
+
+def misfit(row: Row) -> str | None:
+    """What of a row the index cannot hold, in words; None where it can hold all."""
+    for key, value in row.items():
+        if value is not None and _beyond(key, value):
+            return f"its {key}, {printable(str(value), 100)}, is more than the index holds"
+    return None
+
+
+def _beyond(key: str, value: Any) -> bool:
+    kind = INDEX_SCHEMA.field(key).type
+    return pa.types.is_integer(kind) and not -(1 << kind.bit_width - 1) <= value < 1 << kind.bit_width - 1
 
 
 def _write_json(path: Path, content: dict[str, Any]) -> None:

@@ -1,13 +1,18 @@
 """Episode files of APV's format: grouping by name, alignment, broken files in words."""
 
 import hashlib
+import os
+import re
+import zipfile
 from pathlib import Path
 
 import numpy as np
 import pytest
 
+from prelar.data import demonstrations
 from prelar.data.apv_npz import ApvNpz, open_folder, read_npz
 from prelar.data.demonstrations import Splits, clips, fault
+from prelar.data.store import StoreWriter
 from prelar.errors import UserError
 
 
@@ -74,12 +79,12 @@ def test_given_tasks_and_cameras_are_kept(folder: Path) -> None:
         open_folder(folder, None, ["overhead"])
 
 
-def test_content_is_kept_and_the_last_action_dropped(folder: Path) -> None:
+def test_content_is_kept_and_actions_stand_at_the_frame_before(folder: Path) -> None:
     source = open_folder(folder)
     episode = source.collect(source.jobs()[0])
     raw = np.load(folder / "open_drawer-v1-e0-front-6.npz", allow_pickle=False)
     assert np.array_equal(episode.frames["front"], raw["image"])
-    assert np.array_equal(episode.arrays["actions"][:-1], raw["action"][:-1])
+    assert np.array_equal(episode.arrays["actions"][:-1], raw["action"][1:])
     assert not episode.arrays["actions"][-1].any()
     assert np.array_equal(episode.arrays["gripper"], raw["gripper_pose"])
 
@@ -170,6 +175,147 @@ def test_pickled_content_is_never_loaded(tmp_path: Path) -> None:
     np.savez(path, image=np.array([{"any": "object"}] * 6, dtype=object))
     source = open_folder(tmp_path)
     assert "pickle" in str(source.collect(source.jobs()[1]).reason).lower()
+
+
+def test_actions_lead_from_each_frame_to_the_next(tmp_path: Path) -> None:
+    """A replay file tells with a frame how it was reached, and begins with a dummy; so do joint velocities."""
+    moved = np.random.default_rng(0).normal(size=(10, 2)).astype(np.float32)
+    moved[0] = 0
+    place = np.cumsum(moved, axis=0)
+    write(tmp_path / "reach" / "20220101T000000-abc-10.npz", 10, action=moved, gripper_pose=place)
+    source = open_folder(tmp_path)
+    arrays = source.collect(source.jobs()[0]).arrays
+    assert np.allclose(arrays["gripper"][:-1] + arrays["actions"][:-1], arrays["gripper"][1:], atol=1e-5)
+    assert source.attributes()["alignment"] != demonstrations.ALIGNMENT
+
+
+@pytest.mark.parametrize(
+    "names",
+    [
+        ("a/pick/pick-v0-e0-front-6.npz", "b/pick/pick-v0-e0-front-6.npz"),
+        ("pick-v0-e0-front-6.npz", "pick-v0-e0-front-7.npz"),
+        ("pick-v0-e0-front-6.npz", "pick-v00-e000-front-6.npz"),
+    ],
+)
+def test_two_files_of_one_episode_and_camera_are_refused(tmp_path: Path, names: tuple[str, str]) -> None:
+    for name in names:
+        write(tmp_path / name)
+    with pytest.raises(UserError, match=f"{names[0]} and {names[1]} are the same episode; leave one"):
+        open_folder(tmp_path)
+
+
+def test_files_of_one_name_in_two_folders_are_told_apart(tmp_path: Path) -> None:
+    for name in ("a/pick/x-6.npz", "b/pick/x-6.npz", "b/pick/y-6.npz"):
+        write(tmp_path / name)
+    jobs = open_folder(tmp_path).jobs()
+    assert [(job.task, job.episode, job.files[0][1]) for job in jobs] == [
+        ("pick", 0, "a/pick/x-6.npz"),
+        ("pick", 1, "b/pick/x-6.npz"),
+        ("pick", 2, "b/pick/y-6.npz"),
+    ]
+
+
+def test_an_odd_name_spoils_no_other_episode(tmp_path: Path) -> None:
+    for name in ("pick-v0-e0-front-6.npz", "pick-v0-e1-front-6.npz", "pick/odd-6.npz"):
+        write(tmp_path / name)
+    source = open_folder(tmp_path)
+    jobs = source.jobs()
+    assert source.cameras == ("front",) and [job.episode for job in jobs] == [0, 1, 2]
+    reasons = [source.collect(job).reason for job in jobs]
+    assert reasons == [None, None, "pick/odd-6.npz: is of camera camera, not of front"]
+    for number in range(2):
+        write(tmp_path / f"reach/{number}-6.npz")
+    write(tmp_path / "reach/2-6.npz")
+    source = open_folder(tmp_path)
+    assert source.cameras == ("camera",)
+    assert sum(source.collect(job).reason is None for job in source.jobs()) == 4
+    assert open_folder(tmp_path, None, ["front"]).cameras == ("front",)
+
+
+def member(path: Path, name: str, content: bytes) -> None:
+    """Put a member into an episode file."""
+    with zipfile.ZipFile(path, "a") as archive:
+        archive.writestr(name, content)
+
+
+def header(shape: str, dtype: str = "<f4") -> bytes:
+    """The beginning of an array in a file, without its numbers."""
+    told = f"{{'descr': '{dtype}', 'fortran_order': False, 'shape': {shape}}}\n".encode()
+    return b"\x93NUMPY\x01\x00" + len(told).to_bytes(2, "little") + told
+
+
+@pytest.mark.parametrize(
+    ("content", "reason"),
+    [
+        (b"no array", "."),
+        (b"", "."),
+        (header("(1099511627776, 8)"), "tells of 35184372088832 bytes"),
+        (header("(-6, 8)"), "tells of"),
+        (header("(6, 8)"), "tells of 192 bytes and has"),
+        (header("(6, 8)", "|O"), "pickle"),
+        (header("9" * 5000), "."),
+        (b"\x93NUMPY\x09\x00" + bytes(100), "unknown version"),
+    ],
+    ids=["text", "nothing", "too long", "negative", "cut", "objects", "digits", "version"],
+)
+def test_an_array_that_is_none_is_the_reason_of_its_file(folder: Path, content: bytes, reason: str) -> None:
+    path = folder / "open_drawer-v1-e0-front-6.npz"
+    write(path, action=None)
+    member(path, "action.npy", content)
+    source = open_folder(folder)
+    assert source.arrays == {"actions": 8, "gripper": 8}
+    reasons = [source.collect(job).reason for job in source.jobs()]
+    assert re.search(f"^{path.name}: .*{reason}", str(reasons[0]))
+    assert reasons[1:] == [None] * 3
+
+
+@pytest.mark.filterwarnings("ignore:Duplicate name")
+def test_odd_files_are_reasons_and_other_episodes_come_in(folder: Path, tmp_path: Path) -> None:
+    path = folder / "open_drawer-v1-e0-front-6.npz"
+    member(path, "action.npy", b"again")
+    source = open_folder(folder)
+    assert source.collect(source.jobs()[0]).reason == f"{path.name}: a name stands twice in its directory"
+    path.unlink()
+    os.mkfifo(path)
+    assert source.collect(source.jobs()[0]).reason == f"{path.name}: not a regular file"
+    path.unlink()
+    with path.open("wb") as handle:
+        handle.truncate(1 << 40)
+    assert str(source.collect(source.jobs()[0]).reason).startswith(f"{path.name}: 1099511627776 bytes, more")
+    write(path, action=np.zeros((6, 3), np.float32))
+    write(folder / "open_drawer-v1-e0-left_shoulder-6.npz", action=np.zeros((6, 3), np.float32))
+    source = open_folder(folder)
+    assert source.arrays["actions"] == 8
+    faults = [fault(source.collect(job), source.cameras, source.arrays) for job in source.jobs()]
+    assert faults == ["actions: shape (6, 3), expected (6, 8)", None, None, None]
+
+
+@pytest.mark.parametrize(
+    ("name", "reason"),
+    [
+        (b"pick-v99999999999-e3-front-6.npz", "its variation, 99999999999, is more than the index holds"),
+        (b"pick-v1-e2147483648-front-6.npz", "its episode, 2147483648, is more than the index holds"),
+        (b"pi\xffck-v0-e0-front-6.npz", None),
+        (b"a\xff/pi\x1bck-v0-e0-front-6.npz", None),
+    ],
+)
+def test_what_the_index_cannot_hold_is_a_row_with_its_reason(
+    tmp_path: Path, name: bytes, reason: str | None
+) -> None:
+    write(tmp_path / "good-v0-e0-front-6.npz")
+    odd = Path(os.fsdecode(os.path.join(os.fsencode(tmp_path), name)))  # noqa: PTH118
+    write(odd)
+    source = open_folder(tmp_path)
+    with StoreWriter(tmp_path / "x.zarr", arrays=source.arrays) as writer:
+        for job in source.jobs():
+            for frames, row, arrays in clips(source.collect(job), source, 0, Splits(source.jobs(), [])):
+                writer.append(frames, row, **arrays)
+        store = writer.finish({})
+    rows = {row["task"]: row for row in store.index.to_pylist()}
+    assert rows.pop("good")["status"] == "ok"
+    ((task, row),) = rows.items()
+    assert row["reason"] == reason and task.isprintable() and row["id"].isprintable()
+    assert row["status"] == ("bad" if reason else "ok")
 
 
 def test_oversized_files_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -14,7 +14,16 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from prelar.data import store as module
-from prelar.data.store import INDEX_SCHEMA, Layout, Store, StoreWriter, index_path, pair_index, read_index
+from prelar.data.store import (
+    FRAME,
+    INDEX_SCHEMA,
+    Layout,
+    Store,
+    StoreWriter,
+    index_path,
+    pair_index,
+    read_index,
+)
 from prelar.errors import UserError
 
 ATTRS = {"source": {"clips": 3}, "resize": "rule", "ffmpeg": "7"}
@@ -281,3 +290,19 @@ def test_attributes_hold_schema_and_source(tmp_path: Path) -> None:
     attrs = json.loads((tmp_path / "a.zarr/zarr.json").read_text())["attributes"]
     assert attrs["schema"] == 1
     assert attrs["resize"] == "rule"
+
+
+def test_a_row_that_the_index_cannot_hold_is_bad_when_it_is_made(tmp_path: Path) -> None:
+    frames = np.zeros((2, *FRAME), np.uint8)
+    with StoreWriter(tmp_path / "x.zarr") as writer:
+        assert writer.append(frames, {"id": "1", "variation": 2**40, "width": 64}) is None
+        assert writer.append(frames, {"id": "2", "label": "a\ud800\x1b\n", "variation": 2**31 - 1}) == 0
+        assert writer.append(None, {"id": "\udcff", "episode": -(2**31) - 1, "reason": "torn"}) is None
+        rows = writer.finish({}).index.to_pylist()
+    assert [(row["id"], row["status"], row["reason"]) for row in rows] == [
+        ("1", "bad", "its variation, 1099511627776, is more than the index holds"),
+        ("2", "ok", None),
+        ("\\udcff", "bad", "torn"),
+    ]
+    assert [row["variation"] for row in rows] == [None, 2**31 - 1, None] and rows[0]["width"] == 64
+    assert rows[1]["label"] == "a\\ud800\\x1b\\n"

@@ -97,7 +97,7 @@ def test_store_is_the_source_in_order(tmp_path: Path, recorded: apv_npz.ApvNpz, 
     raw = np.load(recorded.folder / f"{clip['id']}-{clip['frames']}.npz", allow_pickle=False)
     assert np.array_equal(store.read(clip["start"], clip["frames"]), raw["image"])
     actions = store.array("actions")[clip["start"] : clip["start"] + clip["frames"]]
-    assert np.array_equal(actions[:-1], raw["action"][:-1]) and not actions[-1].any()
+    assert np.array_equal(actions[:-1], raw["action"][1:]) and not actions[-1].any()
     assert store.attrs["source"] == {"name": "apv_npz"} and "actions[t]" in store.attrs["alignment"]
 
     def validated(max_bad: float) -> dict[str, Any]:

@@ -1,0 +1,40 @@
+"""Zip files from elsewhere: opened within bounds, and whatever they raise in one place."""
+
+from __future__ import annotations
+
+import io
+import lzma
+import struct
+import zipfile
+import zlib
+from pathlib import Path
+
+MAX_DIRECTORY = 4 << 20
+ERRORS = (
+    *(zipfile.BadZipFile, zlib.error, lzma.LZMAError, struct.error, EOFError, OSError),
+    *(NotImplementedError, RuntimeError, ValueError, KeyError, IndexError, OverflowError),
+)
+"""What opening and reading a zip can raise where it is broken, locked or of an unknown compression."""
+
+
+class _Bounded(io.FileIO):
+    """A file of which no more than `MAX_DIRECTORY` bytes are read at once."""
+
+    def read(self, size: int | None = -1) -> bytes:
+        if size is not None and size > MAX_DIRECTORY:
+            raise ValueError(f"a directory of {size} bytes, more than {MAX_DIRECTORY}")
+        return super().read(-1 if size is None else size)
+
+
+def open_zip(path: Path) -> zipfile.ZipFile:
+    """Open a zip file for reading. Raises one of `ERRORS`, and so may all that is read of it.
+
+    Its directory is bounded before it is read, and no name may stand in it twice.
+    """
+    if not path.is_file():
+        raise ValueError("not a regular file")
+    with _Bounded(path) as handle, zipfile.ZipFile(handle) as archive:
+        names = archive.namelist()
+    if len(set(names)) < len(names):
+        raise ValueError("a name stands twice in its directory")
+    return zipfile.ZipFile(path)
