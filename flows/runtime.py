@@ -7,7 +7,6 @@ What the user has set already stays.
 from __future__ import annotations
 
 import contextlib
-import ctypes
 import fcntl
 import os
 import signal
@@ -21,6 +20,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from prelar.errors import UserError, run_main
+from prelar.parents import end_with, end_with_dvc
 
 HOME = Path(".prefect")
 API = "PREFECT_API_URL"
@@ -60,7 +60,8 @@ def _reach_this_machine() -> None:
 
 
 def run(main: Callable[[], None]) -> None:
-    """Run a flow's entry point, `run_main`, and see that the process ends soon after it."""
+    """Run a flow's entry point, `run_main`, and see that the process ends soon after it, and with DVC."""
+    end_with_dvc()
     status = 1
     try:
         run_main(main)
@@ -219,10 +220,3 @@ def serve(listener: int, parent: int) -> None:
     from prefect.server.api.server import create_app
 
     uvicorn.run(create_app(ephemeral=True, final=True), fd=listener, log_level="error")
-
-
-def end_with(parent: int, number: int = signal.SIGTERM) -> None:
-    """Let the system signal this process, also after an `exec`, when its parent process ends in any way."""
-    ctypes.CDLL(None, use_errno=True).prctl(1, number)
-    if os.getppid() != parent:
-        sys.exit()

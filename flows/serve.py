@@ -26,7 +26,7 @@ NIGHTLY = "0 3 * * *"
 ANYWHERE = ("0.0.0.0", "::")
 BOUND = """
 import os, sys
-from flows.runtime import end_with
+from prelar.parents import end_with
 end_with(int(sys.argv[1]))
 os.execv(sys.argv[2], sys.argv[2:])
 """

@@ -14,6 +14,7 @@ from prelar.config import Config
 from prelar.errors import run_main
 from prelar.files import exclusive
 from prelar.names import checked_config
+from prelar.parents import end_with_dvc
 
 STAGES = {
     "sample": "render the embedded sample archive, in the shape of Something-Something V2, to data/sample",
@@ -41,6 +42,7 @@ HELPERS = {
 
 def main() -> None:
     """Parse the command line and run one command."""
+    end_with_dvc()
     arguments = build_parser().parse_args()
     if arguments.command == "doctor":
         from prelar import doctor

@@ -5,8 +5,7 @@ they are. It appears under its name whole or not at all.
 
 A snapshot is the state of an unfinished run after some step. Snapshots lie in `data/.resume/<key>/`, outside
 every output that DVC tracks. The key is a hash of the run's params, inputs and code, so that no run finds
-another's; the folder is removed when its run completes, so that a finished run leaves nothing to resume. A
-run is complete when its outputs are published and the process that started it is still there to take them.
+another's; the folder is removed when its run completes, so that a finished run leaves nothing to resume.
 """
 
 from __future__ import annotations
@@ -14,7 +13,6 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import json
-import os
 import sys
 from collections.abc import Iterable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -141,7 +139,6 @@ class Snapshots:
     def __init__(self, key: str, *, root: Path = RESUME, keep: int = 2) -> None:
         self.folder = root / key
         self._keep = keep
-        self._parent = os.getppid()
         self._writer = ThreadPoolExecutor(1, thread_name_prefix="snapshot")
         self._pending: Future[None] | None = None
 
@@ -198,15 +195,10 @@ class Snapshots:
     def remove(self) -> None:
         """Remove everything that this run could resume from, and runs of its stage that never ended.
 
-        Call it when the outputs are published. Where the process that started this one is gone meanwhile, as
-        when DVC was killed, nobody takes the outputs, and DVC removes them before it starts the stage again.
-        The snapshots then stay, so that the next start of the same run soon ends.
+        Call it when the outputs are published.
         """
         self.wait()
         stage = self.folder.name.rpartition("-")[0]
-        if os.getppid() != self._parent:
-            print(f"{stage}: what started it is gone; {self.folder} stays for the next start", flush=True)
-            return
         for path in [self.folder, *(self.folder.parent.glob(f"{stage}-*") if stage else ())]:
             remove(path)
 

@@ -125,7 +125,7 @@ class MetricLog:
 
     What the folder held before is removed; `content` puts back the log of the run that is resumed. The log is
     kept in memory as well and never read from the disk again, so that it stays whole where somebody removes
-    the folder while the run goes on, as DVC does before it starts a stage.
+    the folder while the run goes on.
     """
 
     def __init__(self, folder: Path, content: Mapping[str, str] | None = None) -> None:

@@ -5,8 +5,10 @@ All take the same steps. The first one alone writes: logs, videos, snapshots and
 
 from __future__ import annotations
 
+import atexit
 import logging
 import os
+import socket
 from collections.abc import Mapping
 
 import torch
@@ -18,13 +20,16 @@ from torch import Tensor
 from prelar.errors import UserError
 
 BACKENDS = {"cpu": "gloo", "cuda": "cpu:gloo,cuda:nccl"}
+LOOPBACK = "127.0.0.1"
+INTERFACE = {"GLOO_SOCKET_IFNAME": "lo", "NCCL_SOCKET_IFNAME": "lo"}
 
 
 def launch(*, accelerator: str, precision: str, devices: int | None) -> Fabric:
     """Start, or join, the processes of a run of `devices` processes, a device each.
 
-    Those that torchrun started count instead of `devices`. None stands for a stage of one process. Raises
-    `UserError` where a device lacks, and where torchrun starts several processes of a stage of one.
+    Those that are started here meet and talk on this machine's loopback interface. Those that torchrun
+    started count instead of `devices`. None stands for a stage of one process. Raises `UserError` where a
+    device lacks, and where torchrun starts several processes of a stage of one.
     """
     logging.getLogger("lightning_fabric").setLevel(logging.WARNING)
     count, nodes = devices or 1, 1
@@ -45,8 +50,29 @@ def launch(*, accelerator: str, precision: str, devices: int | None) -> Fabric:
         strategy="auto" if count * nodes == 1 else shared,
         precision=precision,  # type: ignore[arg-type]
     )
+    server = _server() if count > 1 and "LOCAL_RANK" not in os.environ else None
     fabric.launch()
+    del server  # torch has its own hold on it by now
+    if fabric.world_size > 1:
+        atexit.register(dist.destroy_process_group)  # while its threads can still be ended in order
     return fabric
+
+
+def _server() -> dist.TCPStore:
+    """The server at which processes of this machine meet, which torch by itself opens on all interfaces."""
+    for name, interface in INTERFACE.items():
+        os.environ.setdefault(name, interface)
+    listener = socket.create_server((LOOPBACK, 0))
+    port = listener.getsockname()[1]
+    os.environ |= {"MASTER_ADDR": LOOPBACK, "MASTER_PORT": str(port)}
+    return dist.TCPStore(
+        LOOPBACK,
+        port,
+        is_master=True,
+        wait_for_workers=False,
+        multi_tenant=True,
+        master_listen_fd=listener.detach(),
+    )
 
 
 class Processes:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import errno
 import json
-import os
 from pathlib import Path
 from typing import Any
 
@@ -185,22 +184,6 @@ def test_a_finished_run_takes_those_with_it_that_never_ended(tmp_path: Path) -> 
     snapshots = Snapshots("pretrain-2", root=tmp_path)
     snapshots.remove()
     assert [path.name for path in tmp_path.iterdir()] == ["finetune-1"]
-
-
-def test_a_run_that_nobody_waits_for_keeps_its_snapshots(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    snapshots = Snapshots("pretrain-2", root=tmp_path)
-    snapshots.save(7, state(7))
-    with monkeypatch.context() as orphaned:
-        orphaned.setattr(os, "getppid", lambda: 1)
-        snapshots.remove()
-    assert f"{snapshots.folder} stays for the next start" in capsys.readouterr().out
-    again = Snapshots("pretrain-2", root=tmp_path)
-    found = again.latest()
-    assert found is not None and found[0] == 7
-    again.remove()
-    assert list(tmp_path.iterdir()) == []
 
 
 def test_a_snapshot_holds_the_state_of_its_moment(tmp_path: Path) -> None:

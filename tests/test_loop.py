@@ -95,7 +95,7 @@ def test_kills_anywhere_leave_the_end_as_it_would_have_been(
 def test_the_log_stays_whole_when_its_folder_is_removed_beneath_it(
     tmp_path: Path, undisturbed: dict[str, bytes], kills: list[dict[str, Any]]
 ) -> None:
-    """As DVC does when a second `dvc repro` comes while a first one's stage lives on."""
+    """As somebody does who cleans up while a run goes on."""
     folder = tmp_path / "run"
     for kill in kills:
         assert run(folder, **kill) == KILLED

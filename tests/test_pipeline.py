@@ -23,6 +23,7 @@ FREE = {
     "prelar.ffmpeg_binary",
     "prelar.files",
     "prelar.names",
+    "prelar.parents",
     "prelar.space",
     "flows",
     "flows.tracking",
@@ -50,7 +51,7 @@ def modules_under(path: str) -> set[str]:
 
 @pytest.mark.parametrize("name", STAGES)
 def test_no_shell_stands_between_dvc_and_a_stage(name: str) -> None:
-    """A stage sees by its parent that DVC was killed; not every shell gives way to its last command."""
+    """A stage ends with its parent, which is to be DVC; not every shell gives way to its last command."""
     assert STAGES[name]["cmd"].startswith("exec python -m ")
 
 

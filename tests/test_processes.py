@@ -52,6 +52,12 @@ def wait_for_snapshot(folder: Path, process: subprocess.Popen[str]) -> None:
         time.sleep(0.01)
 
 
+def addresses(*processes: psutil.Process) -> set[str]:
+    """The addresses at which processes listen."""
+    found = [connection for process in processes for connection in process.net_connections()]
+    return {connection.laddr.ip for connection in found if connection.status == psutil.CONN_LISTEN}
+
+
 def losses(files: dict[str, bytes]) -> list[float]:
     text = files["reports/pretrain/plots/metrics/loss/total.tsv"].decode()
     return [float(row.split("\t")[1]) for row in text.splitlines()[1:]]
@@ -87,6 +93,7 @@ def test_a_signal_to_one_stops_all_after_the_same_step(
     process = command(folder)
     wait_for_snapshot(folder, process)
     others = psutil.Process(process.pid).children()
+    assert addresses(psutil.Process(process.pid), *others) == {"127.0.0.1"}
     process.send_signal(signal.SIGTERM)
     status, _, complaints = ended(process)
     assert (status, complaints) == (143, "")
