@@ -1,10 +1,10 @@
 """Something-Something V2 as it is met on disks: byte-split archive parts, or a folder of extracted clips.
 
 The videos are one gzip'd tar, split into pieces. A piece comes raw, raw under a `.zip` name, or wrapped in a
-real zip. Content decides, never the name. The pieces in order are read as one stream: nothing is
-unpacked twice and the archive is not copied. What a tar may hold but a data set has no use for (links,
-devices, paths that leave the folder, absurd sizes and names) is refused by name and reason, and the reading
-goes on.
+real zip. Content decides, never the name: the first piece is a gzip stream of a tar of webm clips. The pieces
+in order are read as one stream: nothing is unpacked twice and the archive is not copied. What a tar may hold
+but a data set has no use for (links, devices, paths that leave the folder, absurd sizes and names) is refused
+by name and reason, and the reading goes on.
 """
 
 from __future__ import annotations
@@ -15,22 +15,29 @@ import io
 import itertools
 import re
 import tarfile
-import zipfile
 import zlib
-from collections.abc import Callable, Iterator, Sequence
-from pathlib import Path
+from collections.abc import Callable, Collection, Iterator, Sequence
+from pathlib import Path, PurePosixPath
 from typing import IO
 
+from prelar import files
+from prelar.data import zips
 from prelar.data.video import Part
-from prelar.errors import UserError
+from prelar.errors import UserError, one_line
 
+ENDINGS = (".webm", ".mp4", ".m4v", ".mov", ".mkv", ".avi")
 MAX_CLIP = 64 << 20
 MAX_NAME = 200
-MAX_EXTENSION = 1 << 20
+MAX_EXTENSION = 64 << 10
+MAX_EXTENSIONS = 8  # before an entry
+MAX_ENTRIES = 2_000_000
+LOOKED_AT = 64 << 10  # bytes of a gzip stream that tell what is in it
 BLOCK = 512
 
 _ENDINGS = re.compile(r"(\.(zip|gz|tgz|tar|bin))+$", re.IGNORECASE)
 _NUMBERED = re.compile(r"^(.*?)[-_.](?:part)?(\d{1,4})$")
+_LENGTH = re.compile(rb"(\d{1,7}) ")
+_SIZE = re.compile(rb"\d{1,19}")
 _REFUSED = {
     tarfile.SYMTYPE: "a symbolic link",
     tarfile.LNKTYPE: "a hard link",
@@ -63,10 +70,10 @@ class Piece:
     size: int
 
     def open(self) -> IO[bytes]:
-        """The piece's bytes as a stream."""
+        """The piece's bytes as a stream. Raises one of `zips.ERRORS`, and so may reading it."""
         if self.inner is None:
             return self.path.open("rb")
-        return zipfile.ZipFile(self.path).open(self.inner)
+        return zips.open_zip(self.path).open(self.inner)
 
     @property
     def name(self) -> str:
@@ -80,7 +87,7 @@ class Piece:
 def find_pieces(paths: Sequence[Path]) -> list[Piece]:
     """The archive's pieces among `paths`, in order. Raises `UserError` where they are none, or not complete.
 
-    Files that are neither a piece nor look like one (labels, notes) are passed over.
+    Files that are neither a piece nor look like one (labels, notes, other archives) are passed over.
     """
     pieces = [piece for path in paths if (piece := _sniff(path)) is not None]
     groups: dict[str, list[Piece]] = {}
@@ -89,7 +96,10 @@ def find_pieces(paths: Sequence[Path]) -> list[Piece]:
     begun = {stem: group for stem, group in groups.items() if any(_is_head(piece) for piece in group)}
     if not begun:
         where = paths[0].parent if paths else "the source"
-        raise UserError(f"{where}: no archive part that begins a gzip stream; is the first part there?")
+        raise UserError(
+            f"{where}: no archive part that begins a gzip stream of webm clips; is the first part there, and "
+            "whole?"
+        )
     if len(begun) > 1:
         raise UserError(
             f"{paths[0].parent}: parts of several archives ({', '.join(sorted(begun))}); keep one"
@@ -98,9 +108,12 @@ def find_pieces(paths: Sequence[Path]) -> list[Piece]:
     return _ordered(stem, group)
 
 
-def begins_archive(paths: Sequence[Path]) -> bool:
-    """Whether some file among `paths` is a piece that begins an archive."""
-    return any((piece := _sniff(path)) is not None and _is_head(piece) for path in paths)
+def first_piece(paths: Sequence[Path]) -> Path | None:
+    """The file among `paths` that begins an archive of clips, None where there is none."""
+    return next(
+        (path for path in paths if (piece := _sniff(path)) is not None and _is_head(piece)),
+        None,
+    )
 
 
 def _ordered(stem: str, group: list[Piece]) -> list[Piece]:
@@ -125,12 +138,18 @@ def _split(name: str) -> tuple[str, int]:
 
 
 def _sniff(path: Path) -> Piece | None:
-    """The piece that a file holds, judged by its content, or None."""
+    """The piece that a file holds, judged by its content, or None.
+
+    A zip that cannot be opened is held for bytes that only look like one.
+    """
     if path.name.startswith(".") or not path.is_file():
         return None
-    if zipfile.is_zipfile(path) and _begins(path, b"PK"):
-        with zipfile.ZipFile(path) as archive:
-            held = [info for info in archive.infolist() if not info.is_dir()]
+    if zips.begins_zip(path):
+        try:
+            with zips.open_zip(path) as archive:
+                held = [info for info in archive.infolist() if not info.is_dir()]
+        except zips.ERRORS:
+            return Piece(path, None, path.stat().st_size)
         if len(held) != 1 or held[0].flag_bits & 1:
             return None
         return Piece(path, held[0].filename, held[0].file_size)
@@ -139,14 +158,27 @@ def _sniff(path: Path) -> Piece | None:
     return Piece(path, None, path.stat().st_size)
 
 
-def _begins(path: Path, magic: bytes) -> bool:
-    with path.open("rb") as handle:
-        return handle.read(len(magic)) == magic
-
-
 def _is_head(piece: Piece) -> bool:
-    with piece.open() as handle:
-        return handle.read(3) == b"\x1f\x8b\x08"
+    """Whether a piece begins a gzip stream of a tar whose first file is a webm clip, so far as it tells."""
+    try:
+        with piece.open() as handle:
+            begin = handle.read(LOOKED_AT)
+        if not begin.startswith(b"\x1f\x8b\x08"):
+            return False
+        unpacking = zlib.decompressobj(wbits=31)
+        tar = unpacking.decompress(begin, LOOKED_AT)
+    except zips.ERRORS:
+        return False
+    try:
+        for info, name, size in _heads(stream := io.BytesIO(tar)):
+            if info.isreg() and not name.endswith("/"):
+                return name.lower().endswith(".webm")
+            _skip(stream, size)
+    except UserError:
+        return False
+    except EOFError:
+        return not unpacking.eof
+    return False
 
 
 # --- The pieces as one stream -----------------------------------------------------------------------------
@@ -201,49 +233,55 @@ def archive_members(
         raise UserError(
             f"{raw.name}: the archive ends early; its last part is missing or cut short"
         ) from None
-    except (gzip.BadGzipFile, zlib.error, zipfile.BadZipFile) as error:
-        raise UserError(f"{raw.name}: damaged ({error}); download this part again") from None
+    except zips.ERRORS as error:
+        raise UserError(f"{raw.name}: damaged ({one_line(error)}); download this part again") from None
 
 
 def tar_members(stream: IO[bytes]) -> Iterator[Member]:
     """The regular files of a tar read as a stream, and what was refused. Ids are unique."""
-    seen: set[str] = set()
+    seen: dict[str, int] = {}
     for name, member in _entries(stream):
         yield _unique(member if member.reason else _named(name, member), seen)
+        if len(seen) > MAX_ENTRIES:
+            raise UserError(
+                f"the archive holds more than {MAX_ENTRIES} files; this is not Something-Something V2"
+            )
 
 
 def _entries(stream: IO[bytes]) -> Iterator[tuple[str, Member]]:
     """Name and content of each entry that is not a folder."""
-    long_name: str | None = None
-    long_size: int | None = None
-    while (info := _header(stream)) is not None:
-        if info.type in (tarfile.GNUTYPE_LONGNAME, tarfile.XHDTYPE):
-            content = _content(stream, info.size, MAX_EXTENSION)
-            if content is None:
-                raise UserError(
-                    f"the archive holds a name of {info.size} bytes; this is not Something-Something V2"
-                )
-            if info.type == tarfile.GNUTYPE_LONGNAME:
-                long_name = content.rstrip(b"\0").decode("utf-8", "surrogateescape")
-            else:
-                long_name, long_size = _extended(content, long_name)
-            continue
-        name, long_name = long_name or info.name, None
-        size, long_size = long_size if long_size is not None else info.size, None
-        if (
-            info.type in (*tarfile.REGULAR_TYPES,)
-            and info.type != tarfile.GNUTYPE_SPARSE
-            and not name.endswith("/")
-        ):
+    for info, name, size in _heads(stream):
+        if info.type == tarfile.GNUTYPE_SPARSE:
+            raise UserError("the archive holds a sparse file; this is not Something-Something V2")
+        if info.isreg() and not name.endswith("/"):
             held = _content(stream, size, MAX_CLIP)
             reason = None if held is not None else f"refused: {size} bytes, more than a clip of {MAX_CLIP}"
             yield name, Member(_printable(name), held, reason)
         elif info.type in _REFUSED:
             yield name, Member(_printable(name), None, f"refused: {_REFUSED[info.type]}")
-        elif info.type == tarfile.GNUTYPE_SPARSE:
-            raise UserError("the archive holds a sparse file; this is not Something-Something V2")
         elif info.type != tarfile.DIRTYPE:
             _skip(stream, size)
+
+
+def _heads(stream: IO[bytes]) -> Iterator[tuple[tarfile.TarInfo, str, int]]:
+    """The header, the whole name and the size of each entry; whoever asks takes or skips what follows it."""
+    name: str | None = None
+    size: int | None = None
+    extensions = 0
+    while (info := _header(stream)) is not None:
+        if info.type not in (tarfile.GNUTYPE_LONGNAME, tarfile.XHDTYPE):
+            yield info, name or info.name, info.size if size is None else size
+            name, size, extensions = None, None, 0
+            continue
+        extensions += 1
+        content = _content(stream, info.size, MAX_EXTENSION)
+        if content is None or extensions > MAX_EXTENSIONS:
+            told = f"a name of {info.size} bytes" if content is None else f"{extensions} names of one file"
+            raise UserError(f"the archive holds {told}; this is not Something-Something V2")
+        if info.type == tarfile.GNUTYPE_LONGNAME:
+            name = content.rstrip(b"\0").decode("utf-8", "surrogateescape")
+        else:
+            name, size = _extended(content, name)
 
 
 def _header(stream: IO[bytes]) -> tarfile.TarInfo | None:
@@ -267,15 +305,19 @@ def _header(stream: IO[bytes]) -> tarfile.TarInfo | None:
 def _extended(content: bytes, name: str | None) -> tuple[str | None, int | None]:
     """Name and size from the records of a pax header; what it does not give stays as it was."""
     size: int | None = None
-    while content:
-        length, _, _ = content.partition(b" ")
-        if not length.isdigit() or not 0 < int(length) <= len(content):
+    begin = 0
+    while begin < len(content):
+        told = _LENGTH.match(content, begin)
+        end = begin + int(told[1]) if told else 0
+        if told is None or not told.end() <= end <= len(content):
             raise UserError("the archive is damaged (an unreadable pax header); download it again")
-        record, content = content[len(length) + 1 : int(length) - 1], content[int(length) :]
-        key, _, value = record.partition(b"=")
+        key, _, value = content[told.end() : end - 1].partition(b"=")
+        begin = end
         if key == b"path":
             name = value.decode("utf-8", "surrogateescape")
-        elif key == b"size" and value.isdigit():
+        elif key == b"size":
+            if not _SIZE.fullmatch(value):
+                raise UserError("the archive is damaged (an unreadable size); download it again")
             size = int(value)
     return name, size
 
@@ -316,7 +358,8 @@ def _named(name: str, member: Member) -> Member:
         return Member(shown, None, f"refused: a name of {len(name)} characters")
     if not parts or not name.isascii() or not name.isprintable():
         return Member(shown, None, "refused: a name of other than plain characters")
-    return Member(parts[-1].removesuffix(".webm"), member.content)
+    bare = PurePosixPath(parts[-1])
+    return Member(bare.stem if bare.suffix.lower() in ENDINGS else bare.name, member.content)
 
 
 def _printable(name: str) -> str:
@@ -324,30 +367,32 @@ def _printable(name: str) -> str:
     return shown if len(shown) <= MAX_NAME else f"{shown[:MAX_NAME]}…"
 
 
-def _unique(member: Member, seen: set[str]) -> Member:
-    """The member itself, or a refusal under another id where its id was seen before."""
-    identity, count = member.id, 1
-    while identity in seen:
-        count += 1
-        identity = f"{member.id}#{count}"
-    seen.add(identity)
-    if count == 1:
+def _unique(member: Member, seen: dict[str, int]) -> Member:
+    """The member itself, or a refusal under another id where its id was seen before, and how often."""
+    if member.id not in seen:
+        seen[member.id] = 1
         return member
+    identity = member.id
+    while identity in seen:
+        seen[member.id] += 1
+        identity = f"{member.id}#{seen[member.id]}"
+    seen[identity] = 1
     return Member(identity, None, member.reason or f"refused: {member.id} is there already")
 
 
 # --- Extracted clips --------------------------------------------------------------------------------------
 
 
-def find_clips(folder: Path) -> list[Path]:
-    """The webm files under a folder of extracted clips, in the order of their numbers."""
-    found = [path for path in folder.rglob("*.webm") if not path.name.startswith(".")]
-    return sorted(found, key=lambda path: (len(path.stem), path.stem, str(path)))
+def find_clips(folder: Path, endings: Collection[str] = (".webm",)) -> list[Path]:
+    """The files of clips under a folder of extracted clips, in the order of their numbers."""
+    found = [path for path in files.walk(folder) if path.suffix.lower() in endings]
+    shown = [path for path in found if not path.name.startswith(".")]
+    return sorted(shown, key=lambda path: (len(path.stem), path.stem, str(path)))
 
 
 def folder_members(clips: Sequence[Path]) -> Iterator[Member]:
     """The clips in files, read one at a time. Ids are unique."""
-    seen: set[str] = set()
+    seen: dict[str, int] = {}
     for path in clips:
         yield _unique(_file_member(path), seen)
 

@@ -67,19 +67,20 @@ def folder_source(folder: Path, labels_path: Path | None) -> Source:
     if not folder.is_dir():
         raise UserError(f"ssv2.source = {folder}: no such folder; name the folder with the archive's parts")
     entries = sorted(folder.iterdir())
-    found = labels_path or labels.find_labels([*entries, folder])
-    clips = archive.find_clips(folder)
+    begin = archive.first_piece(entries)
+    found = labels_path or labels.find_labels([*entries, folder], begin)
+    clips = archive.find_clips(folder) or ([] if begin else archive.find_clips(folder, archive.ENDINGS))
     if clips:
         return Source((), tuple(clips), found)
     return Source(tuple(archive.find_pieces([path for path in entries if path != found])), (), found)
 
 
 def own_videos(folder: Path, labels_path: Path | None) -> list[Path]:
-    """The videos of a folder that holds neither labels nor an archive: someone's own. Empty for others."""
+    """The videos of a folder without labels and without an archive of clips: someone's own. Else empty."""
     if labels_path is not None or not folder.is_dir():
         return []
     entries = sorted(folder.iterdir())
-    if labels.seek_labels([*entries, folder]) is not None or archive.begins_archive(entries):
+    if labels.seek_labels([*entries, folder]) is not None or archive.first_piece(entries) is not None:
         return []
     return videos.find_videos(folder)
 

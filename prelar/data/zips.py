@@ -26,6 +26,15 @@ class _Bounded(io.FileIO):
         return super().read(-1 if size is None else size)
 
 
+def begins_zip(path: Path) -> bool:
+    """Whether a file begins as zips do; what cannot be read does not."""
+    try:
+        with path.open("rb") as handle:
+            return handle.read(2) == b"PK"
+    except OSError:
+        return False
+
+
 def open_zip(path: Path) -> zipfile.ZipFile:
     """Open a zip file for reading. Raises one of `ERRORS`, and so may all that is read of it.
 

@@ -178,7 +178,7 @@ def test_pickled_content_is_never_loaded(tmp_path: Path) -> None:
 
 
 def test_actions_lead_from_each_frame_to_the_next(tmp_path: Path) -> None:
-    """A replay file tells with a frame how it was reached, and begins with a dummy; so do joint velocities."""
+    """A replay file tells with a frame how it was reached, and begins with a dummy; so do velocities."""
     moved = np.random.default_rng(0).normal(size=(10, 2)).astype(np.float32)
     moved[0] = 0
     place = np.cumsum(moved, axis=0)

@@ -14,7 +14,15 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from prelar.data import archive
-from prelar.data.archive import Member, archive_members, find_clips, find_pieces, folder_members, tar_members
+from prelar.data.archive import (
+    Member,
+    archive_members,
+    find_clips,
+    find_pieces,
+    first_piece,
+    folder_members,
+    tar_members,
+)
 from prelar.errors import UserError
 from tests import archives
 
@@ -104,6 +112,112 @@ def test_damaged_parts_are_named(tmp_path: Path) -> None:
     paths[1].write_bytes(content)
     with pytest.raises(UserError, match=r"-01\.zip: damaged"):
         read(tmp_path / "zip")
+
+
+def other_gzips() -> dict[str, bytes]:
+    film = archives.entry("film.mp4", b"film" * 500)
+    return {
+        "captions.csv.gz": gzip.compress(b"file,caption\n"),
+        "large.gz": gzip.compress(os.urandom(200_000)),
+        "zeros.gz": gzip.compress(bytes(200_000)),
+        "backup.tar.gz": archives.tar_gz([archives.entry("deep/", type=tarfile.DIRTYPE), film]),
+        "cut.gz": gzip.compress(b"x" * 2000)[:-12],
+        "bare.gz": b"\x1f\x8b\x08",
+        "torn.gz": b"\x1f\x8b\x08" + bytes(range(200)),
+    }
+
+
+@pytest.mark.parametrize("name", sorted(other_gzips()))
+def test_other_gzips_are_no_archive_and_harm_none(tmp_path: Path, name: str) -> None:
+    (tmp_path / name).write_bytes(other_gzips()[name])
+    with zipfile.ZipFile(tmp_path / "wrapped.zip", "w") as held:
+        held.writestr(name, other_gzips()[name])
+    seen = first_piece(sorted(tmp_path.iterdir()))
+    assert seen is None or name == "bare.gz"
+    if seen is None:
+        archives.source(tmp_path, CONTENTS, "zip", 3)
+        assert read(tmp_path) == CONTENTS
+
+
+def test_an_archive_is_known_by_its_first_clip(tmp_path: Path) -> None:
+    for number, piece in enumerate(archives.pieces(archives.clips_tar(CONTENTS), 2)):
+        (tmp_path / f"odd-{number}").write_bytes(piece)
+    assert first_piece(sorted(tmp_path.iterdir())) == tmp_path / "odd-0"
+    long = archives.entry(f"{'folder/' * 30}1.webm", b"one")
+    for form in (tarfile.GNU_FORMAT, tarfile.PAX_FORMAT):
+        (tmp_path / "odd-0").write_bytes(archives.tar_gz([long], form))
+        assert first_piece([tmp_path / "odd-0"]) is not None
+
+
+def broken_zip(path: Path, method: int, compression: int | None = None) -> Path:
+    """A zip of one file whose bytes are damaged, or whose compression has another number."""
+    with zipfile.ZipFile(path, "w", method) as held:
+        held.writestr(f"{archives.FOLDER}-01", os.urandom(4000))
+    content = bytearray(path.read_bytes())
+    if compression is None:
+        begin = content.index(b"-01") + 12
+        content[begin : begin + 60] = b"\xff" * 60
+    else:
+        for mark, place in ((b"PK\x03\x04", 8), (b"PK\x01\x02", 10)):
+            begin = content.index(mark) + place
+            content[begin : begin + 2] = compression.to_bytes(2, "little")
+    path.write_bytes(content)
+    return path
+
+
+@pytest.mark.parametrize(
+    ("method", "compression"),
+    [(zipfile.ZIP_LZMA, None), (zipfile.ZIP_BZIP2, None), (zipfile.ZIP_DEFLATED, None), (0, 99), (0, 14)],
+)
+def test_broken_zips_harm_nothing_as_others_and_are_named_as_parts(
+    tmp_path: Path, method: int, compression: int | None
+) -> None:
+    paths = archives.write_parts(tmp_path, archives.clips_tar(CONTENTS), "zip", 3)
+    (tmp_path / "notes.zip").write_bytes(paths[0].read_bytes().replace(b"PK\x01\x02", b"XX\x01\x02"))
+    assert read(tmp_path) == CONTENTS
+    broken_zip(paths[1], method, compression)
+    with pytest.raises(UserError, match=r"-01\.zip: (damaged|the archive ends early)"):
+        read(tmp_path)
+
+
+def pax(content: bytes) -> bytes:
+    head = tarfile.TarInfo("p")
+    head.size, head.type = len(content), tarfile.XHDTYPE
+    return head.tobuf(tarfile.GNU_FORMAT) + content + bytes(-len(content) % 512)
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        b"9" * 5_000 + b" path=a\n",
+        b"5011 size=" + b"9" * 5_000 + b"\n",
+        b"12 size=-10\n",
+        b"12 size=1e3\n",
+        b"0 a=\n",
+        b"3 a=bcd\n",
+        b"no length",
+        b"5 a=\n" * 20_000,
+    ],
+)
+def test_pax_headers_that_lie_end_in_a_line(content: bytes) -> None:
+    with pytest.raises(UserError, match=r"the archive (is damaged|holds)"):
+        list(tar_members(io.BytesIO(pax(content) + archives.entry("a.webm")[0].tobuf() + bytes(1024))))
+
+
+def test_pax_headers_are_bounded_together() -> None:
+    records = pax(b"5 a=\n" * 12_000)
+    end = archives.entry("a.webm")[0].tobuf() + bytes(1024)
+    assert [member.id for member in tar_members(io.BytesIO(records * archive.MAX_EXTENSIONS + end))] == ["a"]
+    with pytest.raises(UserError, match="9 names of one file"):
+        list(tar_members(io.BytesIO(records * 9 + end)))
+
+
+def test_many_files_of_one_name_are_told_apart_in_turn() -> None:
+    entries = [archives.entry(name) for name in ("1#2.webm", *["1.webm"] * 3_000)]
+    found = members(*entries)
+    assert len({member.id for member in found}) == len(found) == 3_001
+    assert [member.id for member in found[:4]] == ["1#2", "1", "1#3", "1#4"]
+    assert found[-1].reason == "refused: 1 is there already"
 
 
 def test_progress_counts_every_byte(tmp_path: Path) -> None:
@@ -209,6 +323,18 @@ def test_any_bytes_are_read_or_refused(noise: bytes, cut: int) -> None:
                 assert (member.content is None) == (member.reason is not None)
         except (UserError, EOFError):
             pass
+
+
+def test_extracted_clips_behind_links_are_found_once(tmp_path: Path) -> None:
+    away, source = tmp_path / "disk", tmp_path / "ssv2"
+    (away / "deep").mkdir(parents=True)
+    (source / "labels").mkdir(parents=True)
+    (away / "deep/2.webm").write_bytes(b"b")
+    (away / "1.webm").write_bytes(b"a")
+    (source / "20bn-something-something-v2").symlink_to(away)
+    (away / "deep/loop").symlink_to(source)
+    (source / "again").symlink_to(away / "deep")
+    assert [path.name for path in find_clips(source)] == ["1.webm", "2.webm"]
 
 
 def test_a_folder_of_extracted_clips(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gzip
 import sys
 from pathlib import Path
 
@@ -18,6 +19,7 @@ from prelar.data.ingest import (
     attributes,
     batches,
     folder_source,
+    own_videos,
     staging_key,
 )
 from prelar.data.labels import Labels, read_labels
@@ -186,3 +188,60 @@ def test_heavy_batches_are_cut(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(ingest, "MAX_BATCH_BYTES", 100)
     members = [Member(str(number), bytes(60)) for number in range(5)]
     assert [len(batch) for batch in batches(members, 4)] == [2, 2, 1]
+
+
+def videos_folder(path: Path) -> Path:
+    (path / "deep").mkdir(parents=True)
+    for name in ("film.mp4", "deep/cat.mp4"):
+        (path / name).write_bytes(bytes(4) + b"ftypmp42" + bytes(50))
+    return path
+
+
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [
+        ("captions.csv.gz", gzip.compress(b"file,caption\nfilm.mp4,a cup\n")),
+        ("backup.tar.gz", archives.tar_gz([archives.entry("film.mp4", bytes(2000))])),
+        ("notes.zip", b"PK\x03\x04" + bytes(100)),
+        ("notes-00.zip", b"PK\x03\x04" + bytes(100) + b"PK\x05\x06" + b"\xff" * 18),
+        ("train.json", b"[]"),
+        ("names.json", b"{"),
+    ],
+)
+def test_own_videos_beside_other_files(tmp_path: Path, name: str, content: bytes) -> None:
+    folder = videos_folder(tmp_path / "own")
+    (folder / name).write_bytes(content)
+    assert [path.name for path in own_videos(folder, None)] == ["cat.mp4", "film.mp4"]
+
+
+def test_an_archive_without_labels_is_named(tmp_path: Path) -> None:
+    folder = videos_folder(tmp_path / "own")
+    archives.write_parts(folder, archives.clips_tar(GOOD), "raw", 2)
+    assert own_videos(folder, None) == []
+    with pytest.raises(
+        UserError, match=rf"no labels .* for the archive that {archives.FOLDER}-00 begins; set"
+    ):
+        folder_source(folder, None)
+
+
+def test_clips_in_other_containers_and_labels_of_former_names(tmp_path: Path, decoder: Decoder) -> None:
+    for number in (1, 2, 3):
+        path = tmp_path / f"videos/{number}.mp4"
+        path.parent.mkdir(exist_ok=True)
+        path.write_bytes(archives.clip(frames=8 + number, suffix=".mp4"))
+    (tmp_path / "annotations").mkdir()
+    for name, content in archives.labels_files(["1", "2", "3"]).items():
+        (tmp_path / "annotations" / f"something-something-v2-{name}").write_bytes(content)
+    assert own_videos(tmp_path, None) == []
+    source = folder_source(tmp_path, None)
+    assert source.labels == tmp_path / "annotations"
+    done = ingest.ingest(decoder, list(source.members()), read_labels(source.labels), 8)
+    assert [(clip.row["id"], clip.row.get("label")) for clip in done] == [
+        (str(number), archives.TEMPLATES[number - 1].replace("[", "").replace("]", ""))
+        for number in (1, 2, 3)
+    ]
+    assert [len(clip.frames) if clip.frames is not None else clip.row["reason"] for clip in done] == [
+        9,
+        10,
+        11,
+    ]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 
 import pytest
@@ -74,6 +75,15 @@ def test_an_unknown_template_has_no_label_id(tmp_path: Path) -> None:
         ("labels.json", b'{"a": Infinity}', r"labels\.json: expected an object"),
         ("labels.json", b'{"a": 5000000000}', r"labels\.json: expected an object"),
         ("train.json", b"[" * 100_000, r"train\.json is not JSON"),
+        ("train.json", b'[{"id": "", "template": "a"}]', r"train\.json: expected a list"),
+        ("train.json", b'[{"id": null, "template": "a"}]', r"train\.json: expected a list"),
+        ("train.json", b'[{"id": {}, "template": "a"}]', r"train\.json: expected a list"),
+        ("train.json", b'[{"id": "1", "template": 1}]', r"train\.json: expected a list"),
+        ("train.json", rb'[{"id": "\ud800", "template": "a"}]', r"train\.json is not JSON .*no Unicode"),
+        ("train.json", b'[{"id": ' + b"1" * 5_000 + b"}]", r"train\.json is not JSON .*digits"),
+        ("labels.json", rb'{"\udfff": 1}', r"labels\.json is not JSON .*no Unicode"),
+        ("labels.json", b'{"a [b]": 1, "a b": 2}', r"labels\.json: expected an object"),
+        ("labels.json", b'{"a": 1, "a": 2}', r"labels\.json is not JSON .*twice"),
         ("test-answers.csv", b"7;" + b"x" * 200_000, r"test-answers\.csv: not a table"),
     ],
 )
@@ -100,6 +110,68 @@ def test_incomplete_packages_are_named(tmp_path: Path) -> None:
         read_labels(tmp_path / "locked.zip")
     with pytest.raises(UserError, match=r"no labels\.json"):
         read_labels(tmp_path / "nowhere")
+
+
+def test_labels_are_printable(tmp_path: Path) -> None:
+    entries = [{"id": "1\x1b[2J", "template": "Pushing\n[something] ü"}]
+    changed = {
+        "train.json": json.dumps(entries).encode(),
+        "labels.json": rb'{"Pushing\nsomething \u00fc": 3}',
+    }
+    labels = read_labels(folder(tmp_path, **changed))
+    assert labels.clips["1\\x1b[2J"] == Label("train", "Pushing\\nsomething ü", 3)
+
+
+FORMER = "something-something-v2-"
+
+
+@pytest.mark.parametrize("prefix", [FORMER, f"20bn-{FORMER}"])
+@pytest.mark.parametrize("shape", ["zip", "folder", "beside"])
+def test_labels_under_their_former_names(tmp_path: Path, shape: str, prefix: str) -> None:
+    wanted = read_labels(folder(tmp_path / "now"))
+    former = {f"{prefix}{name}": content for name, content in archives.labels_files(IDS).items()}
+    source = tmp_path / "source"
+    place = source if shape == "beside" else source / "annotations"
+    place.mkdir(parents=True)
+    if shape == "zip":
+        archives.labels_zip(source / "labels.zip", former)
+    else:
+        for name, content in former.items():
+            (place / name).write_bytes(content)
+    assert read_labels(find_labels([*sorted(source.iterdir()), source])) == wanted
+
+
+def test_former_names_beside_those_of_today(tmp_path: Path) -> None:
+    wanted = read_labels(folder(tmp_path))
+    copied = tmp_path / f"{FORMER}train.json"
+    copied.write_bytes((tmp_path / "train.json").read_bytes())
+    assert read_labels(tmp_path) == wanted
+    copied.write_bytes(b"[]")
+    with pytest.raises(UserError, match=r"holds two train\.json that differ"):
+        read_labels(tmp_path)
+    (tmp_path / "labels.json").unlink()
+    with pytest.raises(UserError, match=r"holds two train\.json|lacks labels\.json"):
+        read_labels(find_labels(sorted(tmp_path.iterdir())))
+
+
+def test_odd_files_beside_labels_are_passed_over(tmp_path: Path) -> None:
+    labels = archives.labels_zip(tmp_path / "z.zip", archives.labels_files(IDS))
+    whole = labels.read_bytes()
+    (tmp_path / "a.zip").write_bytes(whole.replace(b"PK\x01\x02", b"XX\x01\x02"))
+    (tmp_path / "b.zip").write_bytes(whole[:300])
+    (tmp_path / "train.json").write_bytes(b"captions of something else")
+    os.mkfifo(tmp_path / "c.zip")
+    assert find_labels(sorted(tmp_path.iterdir())) == labels
+    with pytest.raises(UserError, match=r"a\.zip: not a labels zip"):
+        read_labels(tmp_path / "a.zip")
+
+
+def test_labels_of_absurd_sizes_are_refused(tmp_path: Path) -> None:
+    folder(tmp_path)
+    with (tmp_path / "train.json").open("wb") as handle:
+        handle.truncate(1 << 40)
+    with pytest.raises(UserError, match=r"train\.json: 1099511627776 bytes, more than"):
+        read_labels(tmp_path)
 
 
 def test_missing_ids(tmp_path: Path) -> None:
