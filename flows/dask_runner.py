@@ -7,6 +7,7 @@ stores neither. A worker has this project's environment and the same ffmpeg.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -36,12 +37,18 @@ class Parcel:
         return content
 
 
+@functools.cache
+def _decoder(ffmpeg: str | None) -> Decoder:
+    """The decoder of this worker, which goes on with a video where the last portion of it ended."""
+    return Decoder(ffmpeg)
+
+
 @task(name="decode", task_run_name="decode-{number}", cache_policy=NO_CACHE, retries=1)
 def decode_parcel(
     number: int, parcel: Parcel, ffmpeg: str | None, version: str, known: Labels, min_frames: int
 ) -> Parcel:
     """Decode the portion in a parcel, on a Dask worker. Raises `UserError` where its ffmpeg is another."""
-    decoder = Decoder(ffmpeg)
+    decoder = _decoder(ffmpeg)
     if decoder.version != version:
         raise UserError(
             f"ffmpeg {decoder.version} on a Dask worker, {version} here; install the same, or set ssv2.ffmpeg"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import functools
 import hashlib
 import time
@@ -17,7 +18,7 @@ from tqdm import tqdm
 
 from flows import dask_runner, runtime, staging, tracking
 from prelar import files, space
-from prelar.config import Ssv2, load_config
+from prelar.config import Config, Ssv2, load_config
 from prelar.data import download, ingest
 from prelar.data.archive import Member
 from prelar.data.ingest import Ingested, Source
@@ -31,9 +32,6 @@ if TYPE_CHECKING:
 
 NAME = "ssv2"
 PARTS = f"{NAME}-parts-"
-SLOW_FPS = 12
-"""Frames a second of a video that takes little room."""
-
 
 _desks: dict[str, staging.Desk[list[Member], list[Ingested]]] = {}
 
@@ -63,7 +61,13 @@ def ssv2() -> str:
     config = load_config()
     settings = config.ssv2
     staging.clear_leftovers(NAME)
-    decoder = Decoder(settings.ffmpeg)
+    with contextlib.closing(Decoder(settings.ffmpeg, settings.workers)) as decoder:
+        return build(config, decoder)
+
+
+def build(config: Config, decoder: Decoder) -> str:
+    """The flow's work, with a decoder that is closed when it ends in any way, so that no ffmpeg goes on."""
+    settings = config.ssv2
     source, known = find(settings, decoder)
     folder = (
         files.STAGING / f"{NAME}-{ingest.staging_key(source, known, decoder.version, settings.min_frames)}"
@@ -71,7 +75,7 @@ def ssv2() -> str:
     built = folder / "built"
     if not built.is_file():
         with StoreWriter(folder / f"{NAME}.zarr") as writer:
-            needed = expected_bytes(source, known, settings.clip_seconds) - writer.frames * space.FRAME_BYTES
+            needed = expected_bytes(source, known) - writer.frames * space.FRAME_BYTES
             space.require(folder, needed, "the rest of the store")
             fill(writer, source, known, decoder, settings)
             ingest.append_missing(writer, known)
@@ -106,7 +110,9 @@ def find(settings: Ssv2, decoder: Decoder) -> tuple[Source, Labels]:
     own = ingest.own_videos(folder, labels) if folder else []
     if folder and own:
         with tqdm(desc="videos", total=len(own), unit="video", disable=None) as bar:
-            return ingest.videos_source(folder, own, decoder, settings.clip_seconds, bar.update)
+            return ingest.videos_source(
+                folder, own, decoder, settings.clip_seconds, bar.update, settings.min_frames
+            )
     source = find_archive(settings.source, settings.labels)
     assert source.labels is not None
     return source, read_labels(source.labels)
@@ -122,10 +128,10 @@ def find_archive(source: str | list[str], labels: str | None) -> Source:
     return ingest.files_source(paths[: len(source)], named)
 
 
-def expected_bytes(source: Source, known: Labels, clip_seconds: float) -> int:
+def expected_bytes(source: Source, known: Labels) -> int:
     """About how many bytes the frames of a source take, rather too few than too many."""
     if source.parts:
-        return int(len(source.parts) * clip_seconds * SLOW_FPS) * space.FRAME_BYTES
+        return sum(member.part.frames for member in source.parts if member.part) * space.FRAME_BYTES
     clips = min(len(source.clips), len(known.clips)) if source.clips else len(known.clips)
     return space.archive_bytes(clips, source.size or None)
 
@@ -142,21 +148,29 @@ def fill(writer: StoreWriter, source: Source, known: Labels, decoder: Decoder, s
         portions = ingest.batches(members, -(-settings.batch // staging.PORTIONS))
         way = dask_runner.decoded if settings.runner == "dask" else decoded
         for done in way(portions, decoder, known, settings):
-            ingest.append(writer, done)
+            ingest.append(writer, ingest.completed(decoder, done, known, settings.min_frames))
             bar.set_postfix(clips=writer.count, frames=writer.frames, refresh=False)
 
 
 def decoded(
     portions: Iterator[list[Member]], decoder: Decoder, known: Labels, settings: Ssv2
 ) -> Iterator[list[Ingested]]:
-    """The portions' results in order, from threads of this process."""
+    """The portions' results in order, from threads of this process.
+
+    Portions of one video take turns at one decode of it.
+    """
+
+    def announced() -> Iterator[list[Member]]:
+        for portion in portions:
+            decoder.announce([member.part for member in portion if member.part])
+            yield portion
 
     def work(portion: list[Member]) -> list[Ingested]:
         return ingest.ingest(decoder, portion, known, settings.min_frames)
 
     _desks[NAME] = desk = staging.Desk(work)
     return desk.in_order(
-        portions, lambda number: decode.submit(NAME, number), staging.PORTIONS * settings.workers
+        announced(), lambda number: decode.submit(NAME, number), staging.PORTIONS * settings.workers
     )
 
 

@@ -8,8 +8,9 @@ metadata say which model inferred them.
 from __future__ import annotations
 
 import json
+import os
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -18,12 +19,19 @@ import pyarrow.parquet as pq
 from tqdm import tqdm
 
 from prelar import api
+from prelar.data import videos
 from prelar.data.store import Frames, Store
 from prelar.data.video import Decoder
 from prelar.errors import UserError, printable
 from prelar.files import atomic_file, digest
 
 GROUP = 65_536
+SECONDS = 30.0
+"""Of a video, so much is in memory at a time."""
+
+
+class UndecodableError(Exception):
+    """A video that cannot be decoded; says why."""
 
 
 def run(
@@ -40,15 +48,15 @@ def run(
     model = api.load(checkpoint, device)
     if stored:
         store = Store.open(stored[0])
-        clips, total = read_store(store), store.num_clips
+        clips, total = read_store(store, model), store.num_clips
     else:
-        clips, total = read_videos(sources, Decoder(ffmpeg)), len(sources)
+        decoder = Decoder(ffmpeg, len(os.sched_getaffinity(0)))
+        clips, total = read_videos(sources, model, decoder), len(sources)
     schema = make_schema(model, checkpoint)
     written = rows = 0
     with atomic_file(output) as partial, pq.ParquetWriter(partial, schema, compression="zstd") as writer:
-        for name, frames in tqdm(clips, total=total, desc="actions", unit="clip", disable=None):
-            if len(frames) > 1:
-                found = model.infer(frames)
+        for name, found in tqdm(clips, total=total, desc="actions", unit="clip", disable=None):
+            if len(found):
                 writer.write_table(as_table(name, found, schema), row_group_size=GROUP)
                 written, rows = written + 1, rows + len(found)
         if not written:
@@ -81,21 +89,50 @@ def as_table(clip: str, actions: api.Floats, schema: pa.Schema) -> pa.Table:
     return pa.Table.from_arrays(columns, schema=schema)
 
 
-def read_store(store: Store) -> Iterator[tuple[str, Frames]]:
-    """The clips of a store in order: id and frames uint8 (n, 64, 64, 3)."""
+def read_store(store: Store, model: api.Loaded) -> Iterator[tuple[str, api.Floats]]:
+    """The clips of a store in order: id and latent actions (T-1, A)."""
     names = store.clip_index["id"].to_pylist()
     for name, start, length in zip(names, store.clip_start.tolist(), store.clip_length.tolist(), strict=True):
-        yield name, store.read(start, length)
+        yield name, model.infer(store.read(start, length))
 
 
-def read_videos(paths: Sequence[Path], decoder: Decoder) -> Iterator[tuple[str, Frames]]:
-    """The decoded videos: path as given and frames uint8 (n, 64, 64, 3), none for those that fail."""
+def read_videos(
+    paths: Sequence[Path], model: api.Loaded, decoder: Decoder
+) -> Iterator[tuple[str, api.Floats]]:
+    """The videos: path as given and latent actions (T-1, A), none of those that fail."""
     for path in paths:
         try:
-            content = path.read_bytes()
+            path.open("rb").close()
         except OSError as error:
             raise UserError(f"{path}: {error.strerror}; name video files, or a store") from None
-        (clip,) = decoder.decode([content])
+        found = [np.empty((0, model.action_dim), np.float32)]
+        try:
+            found += infer_pieces(model, read_video(path, decoder))
+        except UndecodableError as error:
+            print(printable(f"{path}: left out ({error})"), file=sys.stderr, flush=True)
+            del found[1:]
+        yield str(path), np.concatenate(found)
+
+
+def read_video(path: Path, decoder: Decoder) -> Iterator[Frames]:
+    """The frames of a video piece by piece, uint8 (n, 64, 64, 3). Raises `UndecodableError`."""
+    for member in videos.cut(path.name, path, decoder.seconds(path), SECONDS):
+        assert member.part is not None
+        clip = decoder.decode_part(member.part)
         if clip.frames is None:
-            print(printable(f"{path}: left out ({clip.reason})"), file=sys.stderr, flush=True)
-        yield str(path), clip.frames if clip.frames is not None else np.empty((0, 64, 64, 3), np.uint8)
+            raise UndecodableError(clip.reason)
+        yield clip.frames
+
+
+def infer_pieces(model: api.Loaded, pieces: Iterable[Frames]) -> Iterator[api.Floats]:
+    """The latent actions of a video that comes in pieces, as if it came whole.
+
+    A piece is led by the frames before it that the model looks at.
+    """
+    lead = int(model.spec.get("action_window", 2)) - 1
+    before = np.empty((0, 64, 64, 3), np.uint8)
+    for piece in pieces:
+        frames = np.concatenate([before, piece])
+        if len(frames) > 1:
+            yield model.infer(frames)[max(len(before) - 1, 0) :]
+        before = frames[-lead:]

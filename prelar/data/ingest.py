@@ -16,16 +16,18 @@ from pathlib import Path
 from typing import Any
 
 from prelar import files
-from prelar.data import archive, labels, store, video, videos, webm
+from prelar.data import archive, ffmpeg_log, labels, store, straight, video, videos, webm
 from prelar.data.archive import Member, Piece
 from prelar.data.labels import Labels
 from prelar.data.store import Frames, StoreWriter
+from prelar.data.straight import Clip
 from prelar.data.video import Decoder
 from prelar.errors import UserError
 
 NAME, OWN = "something-something-v2", "videos"
 MAX_BATCH_BYTES = 64 << 20
-FASTEST = 60  # frames a second that are allowed for when parts of videos are batched
+FRAME_OF_FILE = 512
+"""Bytes that a frame takes in the file of a clip, if that is not known: rather few than many."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -56,10 +58,14 @@ class Source:
 
 @dataclasses.dataclass(frozen=True)
 class Ingested:
-    """One clip on its way into the store: its frames, or None, and its row of the index."""
+    """One clip on its way into the store: its frames, or None, and its row of the index.
+
+    One that there was no room for has neither yet: it is `left` as it came.
+    """
 
     frames: Frames | None
     row: dict[str, Any]
+    left: Member | None = None
 
 
 def folder_source(folder: Path, labels_path: Path | None) -> Source:
@@ -91,9 +97,13 @@ def videos_source(
     decoder: Decoder,
     seconds: float,
     progress: Callable[[int], object] = lambda count: None,
+    fewest: int = 1,
 ) -> tuple[Source, Labels]:
-    """The source of someone's own videos, cut into clips of `seconds`, and the clips' splits."""
-    members, known = videos.plan(folder, found, decoder, seconds, progress)
+    """The source of someone's own videos, cut into clips of `seconds`, and the clips' splits.
+
+    No clip has less than `fewest` frames unless its video has.
+    """
+    members, known = videos.plan(folder, found, decoder, seconds, progress, fewest)
     return Source((), (), None, tuple(members)), known
 
 
@@ -109,14 +119,14 @@ def staging_key(source: Source, known: Labels, version: str, min_frames: int) ->
     read = [piece.path for piece in source.pieces] or list(source.clips)
     read = read or sorted({part.path for part in parts})
     stamps = [(path.name, path.stat().st_size, path.stat().st_mtime_ns) for path in read]
-    code = [module.__name__ for module in (archive, labels, store, video, videos, webm)]
+    code = [module.__name__ for module in (archive, ffmpeg_log, labels, store, straight, video, videos, webm)]
     decides = {
         "schema": store.SCHEMA,
         "scale": video.SCALE,
         "ffmpeg": version,
         "min_frames": min_frames,
         "files": stamps,
-        "parts": [(part.begin, part.seconds) for part in parts],
+        "parts": [(part.begin, part.end) for part in parts],
         "code": files.code_digests(*code, __name__),
         "labels": [sorted(known.names.items()), [(i, c.split, c.label) for i, c in known.clips.items()]],
     }
@@ -124,24 +134,28 @@ def staging_key(source: Source, known: Labels, version: str, min_frames: int) ->
 
 
 def batches(members: Iterable[Member], size: int) -> Iterator[list[Member]]:
-    """Members in lists of `size`, shorter where their files together pass `MAX_BATCH_BYTES`."""
+    """Members in lists of `size`, shorter where they and their frames together pass `MAX_BATCH_BYTES`."""
     held: list[Member] = []
     weight = 0
     for member in members:
-        held.append(member)
-        weight += _weight(member)
-        if len(held) == size or weight > MAX_BATCH_BYTES:
+        more = _weight(member)
+        if held and (len(held) == size or weight + more > MAX_BATCH_BYTES):
             yield held
             held, weight = [], 0
+        held.append(member)
+        weight += more
     if held:
         yield held
 
 
 def _weight(member: Member) -> int:
-    """Bytes that a member takes in memory: of its file, or, where it is a part, of its frames."""
-    if member.part is None:
-        return len(member.content or b"")
-    return int((member.part.seconds or 0.0) * FASTEST) * store.FRAMES.item_bytes
+    """Bytes that a member takes in memory, its frames included, so far as that is known beforehand."""
+    content = member.content or b""
+    if member.part is not None:
+        frames = member.part.frames or video.MAX_FRAMES
+    else:
+        frames = webm.packets(content) or len(content) // FRAME_OF_FILE
+    return len(content) + min(frames, video.MAX_FRAMES) * store.FRAMES.item_bytes
 
 
 def labels_of(known: Labels, members: Iterable[Member]) -> Labels:
@@ -165,10 +179,14 @@ def after_committed(members: Iterator[Member], writer: StoreWriter) -> Iterator[
 
 
 def ingest(decoder: Decoder, members: Sequence[Member], known: Labels, min_frames: int) -> list[Ingested]:
-    """Decode a batch and give every clip its row: good ones with frames, others with a reason."""
-    wanted = [member.content for member in members if member.content is not None and member.id in known.clips]
-    decoded = iter(decoder.decode(wanted))
-    done = []
+    """Decode a batch and give every clip its row: good ones with frames, others with a reason.
+
+    Where their frames turn out to be more than a batch may hold, the last clips are left for `completed`.
+    """
+    named = [member for member in members if member.id in known.clips]
+    decoded = decoder.decode_each([member.content for member in named if member.content is not None])
+    parts = iter(decoder.decode_parts([member.part for member in named if member.part is not None]))
+    done, held = [], 0
     for member in members:
         row: dict[str, Any] = {"id": member.id}
         label = known.clips.get(member.id)
@@ -180,18 +198,35 @@ def ingest(decoder: Decoder, members: Sequence[Member], known: Labels, min_frame
         row["sha256"] = _digest(member)
         if label is None:
             done.append(Ingested(None, {**row, "reason": "the labels files do not name this clip"}))
-            continue
-        clip = decoder.decode_part(member.part) if member.part else next(decoded)
-        row.update(width=clip.width, height=clip.height, fps=clip.fps)
-        count = len(clip.frames) if clip.frames is not None else 0
-        if clip.frames is None:
-            done.append(Ingested(None, {**row, "reason": clip.reason}))
-        elif count < min_frames:
-            reason = f"{count} frame{'s' * (count != 1)}, fewer than {min_frames}"
-            done.append(Ingested(None, {**row, "frames": count, "reason": reason}))
+        elif held > MAX_BATCH_BYTES and member.part is None:
+            done.append(Ingested(None, row, left=member))
         else:
-            done.append(Ingested(clip.frames, row))
+            done.append(_judged(next(parts if member.part else decoded), row, min_frames))
+            held += done[-1].frames.nbytes if done[-1].frames is not None else 0
     return done
+
+
+def _judged(clip: Clip, row: dict[str, Any], min_frames: int) -> Ingested:
+    """A decoded clip with its row, which so far says whose it is."""
+    row.update(width=clip.width, height=clip.height, fps=clip.fps)
+    count = len(clip.frames) if clip.frames is not None else 0
+    if clip.frames is None:
+        return Ingested(None, {**row, "reason": clip.reason})
+    if count < min_frames:
+        reason = f"{count} frame{'s' * (count != 1)}, fewer than {min_frames}"
+        return Ingested(None, {**row, "frames": count, "reason": reason})
+    return Ingested(clip.frames, row)
+
+
+def completed(
+    decoder: Decoder, done: Iterable[Ingested], known: Labels, min_frames: int
+) -> Iterator[Ingested]:
+    """A batch with the clips that were left, each decoded when it is asked for."""
+    for clip in done:
+        if clip.left is None:
+            yield clip
+        else:
+            yield from ingest(decoder, [clip.left], known, min_frames)
 
 
 def append(writer: StoreWriter, done: Iterable[Ingested]) -> None:

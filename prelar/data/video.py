@@ -6,6 +6,8 @@ its own. Clips travel through anonymous files in memory: they can be sought in, 
 crash, and no clip's name reaches a command line. Frames are exactly the decoded ones in order: none is
 dropped or doubled for the sake of a frame rate. Bytes depend neither on the processor (`SCALE`) nor on which
 clips share a process. A clip's trouble is its own; a process that was killed from outside is not, and raises.
+
+Parts of a video file come from one straight decode of it (`prelar.data.straight`).
 """
 
 from __future__ import annotations
@@ -16,8 +18,9 @@ import mmap
 import os
 import re
 import select
-import signal
 import subprocess
+import threading
+import weakref
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -26,64 +29,31 @@ import ffmpeg
 import numpy as np
 import numpy.typing as npt
 
-from prelar.data import webm
+from prelar.data import straight, webm
+from prelar.data.ffmpeg_log import NO_VIDEO, check_not_killed, reason, stream, troubles
 from prelar.data.store import FRAME, SIZE, Frames
+from prelar.data.straight import FRAME_BYTES, MAX_SECONDS, Clip, Part, Readers, Straight, Times
 from prelar.errors import UserError
 from prelar.ffmpeg_binary import ffmpeg_binary
 
 SCALE = f"scale={SIZE}:{SIZE}:flags=bicubic+accurate_rnd+bitexact"
-FRAME_BYTES = FRAME[0] * FRAME[1] * FRAME[2]
 MAX_FRAMES = 10_000
 MAX_PIXELS = 4096 * 4096
-MAX_SECONDS = 600
 MAX_CPU_SECONDS = 300
 MAX_LOG = 1 << 20
+MAX_PACKETS = 50_000_000
 JOINED = 64
+JOINED_FRAMES = 5_000
 APART = 10_000  # seconds from the beginning of one joined clip to the next
-JOINS = 6  # the first ffmpeg that tells the time of every frame
+TIMED = 6  # the first ffmpeg that tells the time of every frame
 FORMATS = "matroska,webm,mov,mp4,avi"
-
-_STREAM = re.compile(r"^\[info\]\s+Stream #0:\d+.*?: Video: (.*)$")
-_SIZE = re.compile(r"(?:^|, )(\d{1,5})x(\d{1,5})(?=[ ,]|$)")
-_DURATION = re.compile(r"(?:Duration: |time=)(\d+):(\d\d):(\d\d\.\d+)")
-_FPS = re.compile(r", ([\d.]+)(k?) fps")
-_CONSEQUENCE = re.compile(
-    r"Error opening (input|output) files?\b|Error while|Nothing was written|Could not open encoder|"
-    r"Cannot determine format|Conversion failed|Task finished|Terminating thread"
-)
-_KILLED = {-signal.SIGKILL, -signal.SIGTERM, -signal.SIGINT, -signal.SIGHUP}
-_TOLD_TO_END = "Exiting normally, received signal"
-_TROUBLE = re.compile(r"^(?:\[[^\]]*@[^\]]*\] )*\[(?:error|fatal|panic)\] (.*)$")
-
-
-@dataclasses.dataclass(frozen=True)
-class Part:
-    """The frames of a video file from second `begin` on, for `seconds`; None: to its end."""
-
-    path: Path
-    begin: float = 0.0
-    seconds: float | None = None
-
-
-@dataclasses.dataclass(frozen=True)
-class Clip:
-    """One decoded clip: frames uint8 (n, 64, 64, 3), or None and the reason.
-
-    `width`, `height` (pixels) and `fps` are those of the file, None where it does not tell.
-    """
-
-    frames: Frames | None
-    reason: str | None = None
-    width: int | None = None
-    height: int | None = None
-    fps: float | None = None
 
 
 class Decoder:
     """Decodes clips with one ffmpeg binary: `path`, or the static one of imageio-ffmpeg."""
 
-    def __init__(self, path: str | None = None) -> None:
-        """Raises `UserError` where the binary does not run."""
+    def __init__(self, path: str | None = None, threads: int = 1) -> None:
+        """Straight decodes have so many `threads`. Raises `UserError` where the binary does not run."""
         self.path = path or ffmpeg_binary()
         try:
             answer = subprocess.run([self.path, "-version"], capture_output=True, timeout=60, check=True)
@@ -96,7 +66,20 @@ class Decoder:
             raise UserError(f"ssv2.ffmpeg = {self.path}: is not ffmpeg; name another, or null")
         self.version = found[1].decode()
         release = re.match(r"n?(\d+)\.", self.version)
-        self._joins = release is None or int(release[1]) >= JOINS
+        self._times = release is None or int(release[1]) >= TIMED
+        self._threads = threads
+        self._lock = threading.Lock()
+        self._running: weakref.WeakSet[subprocess.Popen[bytes]] = weakref.WeakSet()
+        self._closed = False
+        self._readers = Readers(self._straight, MAX_FRAMES)
+
+    def close(self) -> None:
+        """End every process that is running; whoever waits for one, or asks for more, gets `RuntimeError`."""
+        with self._lock:
+            self._closed = True
+            for process in self._running:
+                process.kill()
+        self._readers.close()
 
     def decode(self, clips: Sequence[bytes]) -> list[Clip]:
         """Decode clips, each given as the bytes of its file.
@@ -105,19 +88,58 @@ class Decoder:
         names its own trouble and its neighbours are as if it had not been there. Raises `RuntimeError`
         where ffmpeg was killed.
         """
-        headers = [webm.header(content) if self._joins else None for content in clips]
-        looks: dict[object, list[int]] = {}
-        for number, header in enumerate(headers):
-            if header and header.packets <= MAX_FRAMES:
-                looks.setdefault(header.look, []).append(number)
+        return list(self.decode_each(clips))
+
+    def decode_each(self, clips: Sequence[bytes]) -> Iterator[Clip]:
+        """As `decode`, but clips that do not go together with others are decoded when they are asked for."""
+        headers = [webm.header(content) if self._times else None for content in clips]
         done: dict[int, Clip] = {}
-        for numbers in looks.values():
-            for begin in range(0, len(numbers), JOINED):
-                done |= self._joined({number: clips[number] for number in numbers[begin : begin + JOINED]})
-        return [
-            _described(done.get(number) or self._alone(content), header)
-            for number, (content, header) in enumerate(zip(clips, headers, strict=True))
-        ]
+        for numbers in _together(headers):
+            done |= self._joined({number: clips[number] for number in numbers})
+        for number, (content, header) in enumerate(zip(clips, headers, strict=True)):
+            clip = done.pop(number) if number in done else self._alone(content)
+            yield _described(clip, header)
+
+    def decode_part(self, part: Part) -> Clip:
+        """Decode a part of a file. Parts that adjoin have every frame of the file once."""
+        return self.decode_parts([part])[0]
+
+    def decode_parts(self, parts: Sequence[Part]) -> list[Clip]:
+        """Decode parts of files, those of one file in order, from straight decodes of the files.
+
+        A process of an earlier call is gone on with, if it has not come past these parts. Parts that were
+        announced wait until their turn has come. Raises `RuntimeError` where ffmpeg was killed.
+        """
+        return self._readers.read(parts)
+
+    def announce(self, parts: Sequence[Part]) -> None:
+        """Tell beforehand, in order, what `decode_parts` will be called with, on whatever thread."""
+        self._readers.announce(parts)
+
+    def seconds(self, path: Path) -> Times | None:
+        """The times of a video file's frames in seconds, in order: of those that its packets hold.
+
+        Empty where there is no video in it, None where it cannot be read or not a frame be decoded.
+        """
+        with (
+            contextlib.suppress(OSError, TimeoutError),
+            path.open("rb") as handle,
+            _memory(2) as (first, log),
+        ):
+            words = packets_command(self.path, handle.fileno(), first)
+            with self._start(words, [handle.fileno(), first], subprocess.PIPE, log) as process:
+                try:
+                    times = straight.packet_times(process, MAX_PACKETS)
+                except BaseException:
+                    process.kill()
+                    raise
+            said = os.pread(log, MAX_LOG, 0).decode("utf-8", "replace")
+            check_not_killed(said, process.returncode)
+            if reason(said, 0) == NO_VIDEO:
+                return np.empty(0)
+            decoded = any(not line.startswith(b"#") for line in os.pread(first, MAX_LOG, 0).splitlines())
+            return times if len(times) and decoded else None
+        return None
 
     def _joined(self, clips: dict[int, bytes]) -> dict[int, Clip]:
         """Plain clips of one look, by number; those that only go alone are left out."""
@@ -148,88 +170,90 @@ class Decoder:
             return None
         return np.split(frames, counts.cumsum()[:-1])
 
-    def decode_part(self, part: Part) -> Clip:
-        """Decode a part of a file. Parts that adjoin have every frame of the file once."""
-        try:
-            return self._alone(part)
-        except OSError as error:
-            return Clip(None, f"cannot be read: {error.strerror}")
-
-    def seconds(self, path: Path) -> float | None:
-        """How long a video file is, as its header tells or else its last frame; None where neither does."""
-        for options in ([], ["-map", "0:V:0", "-c", "copy", "-f", "null", "-"]):
-            with contextlib.suppress(OSError, subprocess.TimeoutExpired), path.open("rb") as handle:
-                done = subprocess.run(
-                    probe(self.path, handle.fileno(), options),
-                    pass_fds=[handle.fileno()],
-                    stdin=subprocess.DEVNULL,
-                    capture_output=True,
-                    timeout=MAX_SECONDS,
-                    check=False,
-                )
-                told = _DURATION.findall(done.stderr[-MAX_LOG:].decode("utf-8", "replace"))
-                if told:
-                    hours, minutes, seconds = told[-1]
-                    return 3600 * int(hours) + 60 * int(minutes) + float(seconds)
-        return None
-
-    def _alone(self, content: bytes | Part) -> Clip:
+    def _alone(self, content: bytes) -> Clip:
         """One clip by what its header tells, or, where that does not do, by what ffmpeg finds out."""
-        if content == b"":
+        if not content:
             return Clip(None, "the file is empty")
-        if isinstance(content, bytes):
-            clip = self._judged(content, thorough=False)
-            if clip.frames is not None:
-                return clip
-        return self._judged(content, thorough=True)
+        clip = self._judged(content, thorough=False)
+        return clip if clip.frames is not None else self._judged(content, thorough=True)
 
-    def _judged(self, content: bytes | Part, thorough: bool) -> Clip:
-        with _memory(2) as (source, output), contextlib.ExitStack() as opened:
-            part = content if isinstance(content, Part) else None
-            if isinstance(content, bytes):
-                _write(source, content)
-            else:
-                source = opened.enter_context(content.path.open("rb")).fileno()
+    def _judged(self, content: bytes, thorough: bool) -> Clip:
+        with _memory(2) as (source, output):
+            _write(source, content)
             try:
-                log, status = self._run(command(self.path, source, output, part, thorough), [source, output])
+                log, status = self._run(command(self.path, source, output, thorough), [source, output])
             except subprocess.TimeoutExpired:
                 return Clip(None, f"decoding took more than {MAX_SECONDS} s")
             frames = _frames(output)
         about = stream(log)
-        trouble = troubles(log)
         if len(frames) > MAX_FRAMES:
             return Clip(None, f"more than {MAX_FRAMES} frames", *about)
-        if trouble or status:
-            return Clip(None, f"ffmpeg: {trouble or f'exit status {status}'}", *about)
+        wrong = reason(log, status)
+        if wrong:
+            return Clip(None, wrong, *about)
         if not len(frames):
             return Clip(None, "no video frame", *about)
         return Clip(frames, None, *about)
 
+    def _straight(self, source: int, traced: bool) -> Straight:
+        """A straight decode of an open file, begun."""
+        if not self._times:
+            raise UserError(f"ffmpeg {self.version} tells no times; own videos need {TIMED} or later")
+        times = os.memfd_create("times")
+        try:
+            words = straight_command(self.path, source, times, 1 if traced else self._threads, traced)
+            process = self._start(words, [source, times], subprocess.PIPE, subprocess.PIPE)
+        except BaseException:
+            os.close(times)
+            raise
+        return Straight(process, times)
+
+    def _start(
+        self, words: list[str], handles: Sequence[int], output: int, log: int
+    ) -> subprocess.Popen[bytes]:
+        """Start ffmpeg, and give it the open files `handles`. Raises `RuntimeError` once closed."""
+        with self._lock:
+            if self._closed:
+                raise RuntimeError("the decoder is closed")
+            process = subprocess.Popen(
+                words,
+                bufsize=0,
+                pass_fds=handles,
+                stdin=subprocess.DEVNULL,
+                stdout=output,
+                stderr=log,
+                start_new_session=True,
+            )
+            self._running.add(process)
+            return process
+
     def _run(self, words: list[str], handles: Sequence[int]) -> tuple[str, int]:
         """What ffmpeg said, and its exit status; it is given the open files `handles`."""
         with _memory(1) as (log,):
-            with subprocess.Popen(
-                words,
-                pass_fds=handles,
-                stdin=subprocess.DEVNULL,
-                stdout=subprocess.DEVNULL,
-                stderr=log,
-                start_new_session=True,
-            ) as process:
+            with self._start(words, handles, subprocess.DEVNULL, log) as process:
                 status = _wait(process)
             said = os.pread(log, MAX_LOG, 0).decode("utf-8", "replace")
-            if status in _KILLED or _TOLD_TO_END in said:
-                raise RuntimeError(f"ffmpeg was killed (status {status})")
+            check_not_killed(said, status)
             if os.fstat(log).st_size > MAX_LOG:
                 said += f"\n[error] more than {MAX_LOG} bytes of messages"
             return said, status
 
 
-def probe(binary: str, handle: int, options: Sequence[str]) -> list[str]:
-    """The arguments that make ffmpeg tell of an open file, and do what `options` say."""
-    guarded = ["-format_whitelist", FORMATS, "-protocol_whitelist", "file"]
-    arguments = [binary, "-nostdin", "-hide_banner", "-nostats", *guarded, "-i", f"/proc/self/fd/{handle}"]
-    return [*arguments, *options]
+def _together(headers: Sequence[webm.Header | None]) -> Iterator[list[int]]:
+    """The numbers of plain clips that are decoded by one process: of one look, and not of too many frames."""
+    held: dict[object, list[int]] = {}
+    frames: dict[object, int] = {}
+    for number, header in enumerate(headers):
+        if header is None or header.packets > MAX_FRAMES:
+            continue
+        look = header.look
+        count = frames.get(look, 0) + header.packets
+        if look in held and (len(held[look]) == JOINED or count > JOINED_FRAMES):
+            yield held.pop(look)
+            count = header.packets
+        held.setdefault(look, []).append(number)
+        frames[look] = count
+    yield from held.values()
 
 
 def _wait(process: subprocess.Popen[bytes]) -> int:
@@ -248,51 +272,78 @@ def _wait(process: subprocess.Popen[bytes]) -> int:
         os.close(handle)
 
 
-def command(
-    binary: str, source: int, output: int, part: Part | None = None, thorough: bool = False
-) -> list[str]:
-    """The arguments that decode open file `source`, or a part of it, into raw RGB frames in `output`.
+def command(binary: str, source: int, output: int, thorough: bool = False) -> list[str]:
+    """The arguments that decode open file `source` into raw RGB frames in `output`.
 
     Only container formats that hold video are tried, so that a playlist posing as a clip opens nothing.
     Unless `thorough`, a clip's header is believed, which saves decoding its first frame twice.
     """
     header = {} if thorough else {"nofind_stream_info": None}
-    return _command(binary, source, output, {"format_whitelist": FORMATS, **_stretch(part), **header}, {})
+    bounded = {"frames:v": MAX_FRAMES + 1}
+    return _command(binary, source, output, {"format_whitelist": FORMATS, **header}, bounded)
 
 
 def joined_command(binary: str, playlist: int, output: int, times: int, clips: int) -> list[str]:
     """The arguments that decode the clips of a playlist in turn; `times` is what `frames_each` reads."""
     one_video = {"format": "concat", "safe": 0, "format_whitelist": f"concat,{FORMATS}"}
     told = {"stats_enc_pre": f"/proc/self/fd/{times}", "stats_enc_pre_fmt": "{ptsi} {tbi}"}
-    return _command(binary, playlist, output, one_video, told, clips)
+    return _command(binary, playlist, output, one_video, {**told, "frames:v": clips * MAX_FRAMES + 1})
+
+
+def straight_command(binary: str, source: int, times: int, threads: int, traced: bool) -> list[str]:
+    """The arguments that decode a whole open file to the standard output, a line a frame to `times`.
+
+    traced: every packet and frame has its line in the log.
+    """
+    told = {"stats_enc_pre": f"/proc/self/fd/{times}", "stats_enc_pre_fmt": "{pts} {tb}"}
+    reading = {"format_whitelist": FORMATS, "threads": threads}
+    return _command(binary, source, 1, reading, told, ["-debug_ts"] if traced else [], timelimit=False)
+
+
+def _opened(source: int, **options: Any) -> Any:
+    """The first video stream of an open file, which may name no other and be of no size without bound."""
+    guard = {"protocol_whitelist": "file", "max_pixels": MAX_PIXELS, "threads": 1}
+    return ffmpeg.input(f"/proc/self/fd/{source}", **{**guard, **options})["V:0"]
+
+
+def packets_command(binary: str, source: int, first: int) -> list[str]:
+    """The arguments that list a file's packets on the standard output, and decode one frame for `first`."""
+    opened = _opened(source, format_whitelist=FORMATS)
+    listed = opened.output("pipe:1", c="copy", copyinkf=None, copypriorss=1, format="framecrc")
+    decoded = opened.output(f"/proc/self/fd/{first}", format="framecrc", **{"frames:v": 1})
+    both = ffmpeg.merge_outputs(listed, decoded)
+    arguments: list[str] = both.global_args(
+        "-nostdin", "-hide_banner", "-nostats", "-v", "level+error", "-y"
+    ).compile(cmd=binary)
+    return arguments
 
 
 def _command(
-    binary: str, source: int, output: int, reading: dict[str, Any], writing: dict[str, Any], clips: int = 1
+    binary: str,
+    source: int,
+    output: int,
+    reading: dict[str, Any],
+    writing: dict[str, Any],
+    more: Sequence[str] = (),
+    timelimit: bool = True,
 ) -> list[str]:
-    """The filter chain ends in RGB: left to the encoder, frames lose colours after a change of size."""
-    opened = ffmpeg.input(
-        f"/proc/self/fd/{source}",
-        threads=1,
-        an=None,
-        sn=None,
-        dn=None,
-        protocol_whitelist="file",
-        max_pixels=MAX_PIXELS,
-        **reading,
-    )
-    written = opened["V:0"].output(
-        f"/proc/self/fd/{output}",
+    """The filter chain ends in RGB: left to the encoder, frames lose colours after a change of size.
+
+    The raw frames are numbered for the muxer, which would complain of two of one time.
+    """
+    written = _opened(source, an=None, sn=None, dn=None, **reading).output(
+        "pipe:1" if output == 1 else f"/proc/self/fd/{output}",
         vf=f"{SCALE},format=rgb24",
         fps_mode="passthrough",
         enc_time_base="1:1000000",
         format="rawvideo",
-        **{"frames:v": clips * MAX_FRAMES + 1},
+        **{"bsf:v": "setts=ts=N"},
         **writing,
     )
-    limit = ["-filter_threads", "1", "-timelimit", str(MAX_CPU_SECONDS), "-y"]
+    limit = ["-timelimit", str(MAX_CPU_SECONDS)] if timelimit else []
     arguments: list[str] = written.global_args(
-        "-nostdin", "-hide_banner", "-nostats", "-v", "level+info", *limit
+        *("-nostdin", "-hide_banner", "-nostats", "-v", "level+info", "-filter_threads", "1"),
+        *(*limit, *more, "-y"),
     ).compile(cmd=binary)
     return arguments
 
@@ -320,16 +371,6 @@ def frames_each(times: bytes, clips: int) -> npt.NDArray[np.int64] | None:
         return None
     counts = np.bincount(owner)
     return counts if counts.max() <= MAX_FRAMES else None
-
-
-def _stretch(part: Part | None) -> dict[str, float]:
-    """The input options of a part; from the beginning there is nothing to seek."""
-    found: dict[str, float] = {}
-    if part is not None and part.begin:
-        found["ss"] = part.begin
-    if part is not None and part.seconds is not None:
-        found["t"] = part.seconds
-    return found
 
 
 @contextlib.contextmanager
@@ -365,25 +406,3 @@ def _described(clip: Clip, header: webm.Header | None) -> Clip:
     if header is None:
         return clip
     return dataclasses.replace(clip, width=header.width, height=header.height, fps=header.fps)
-
-
-def stream(log: str) -> tuple[int | None, int | None, float | None]:
-    """Width, height (pixels) and frames a second of the first video stream, as ffmpeg tells."""
-    for line in log.partition("Stream mapping:")[0].splitlines():
-        found = _STREAM.match(line)
-        if found:
-            size, rate = _SIZE.search(found[1]), _FPS.search(found[1])
-            fps = float(rate[1]) * (1000 if rate[2] else 1) if rate else None
-            return (int(size[1]), int(size[2]), fps) if size else (None, None, fps)
-    return None, None, None
-
-
-def troubles(log: str) -> str:
-    """What ffmpeg complained of, in words that do not change from run to run; empty if it did not."""
-    found = set()
-    for line in log.splitlines():
-        match = _TROUBLE.match(line)
-        if match:
-            found.add(re.sub(r"/proc/self/fd/\d+", "the clip", match[1]).strip().rstrip("."))
-    causes = {message for message in found if not _CONSEQUENCE.match(message)}
-    return "; ".join(sorted(causes or found))[:200]

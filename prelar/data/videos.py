@@ -1,9 +1,10 @@
 """A folder of anyone's own videos: which files they are, the clips they are cut into, and the splits.
 
-Videos are recognised by their content or their name's ending, in the folder and all below it. Matroska, WebM,
-MP4, QuickTime and AVI can be cut without losing a frame; videos in other containers are named as bad. Each
-is cut into clips of `seconds`, the last one up to half longer, so that a video of hours needs no more memory
-than a short one. A clip is named after its file, `holiday/cat.mp4#0002`.
+Videos are recognised by their content or their name's ending, in the folder and all below it, folders behind
+links included. Photos and sound are none. Matroska, WebM, MP4, QuickTime and AVI are read; videos in other
+containers are named as bad. Each is cut into clips of `seconds`, the last one up to half longer, so that a
+video of hours needs no more memory than a short one: by the times of the frames that are there, whatever
+length its header claims. A clip is named after its file, `holiday/cat.mp4#0002`.
 
 About every tenth video is for validation, chosen by a hash of its name, so that the others keep their split
 when videos are added. Where the hash chooses none, the video of the smallest hash is taken; of a single
@@ -13,42 +14,56 @@ video, its last tenth.
 from __future__ import annotations
 
 import hashlib
+import itertools
+import math
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+import numpy as np
+import numpy.typing as npt
+
 from prelar import files
 from prelar.data.archive import Member
 from prelar.data.labels import Label, Labels
-from prelar.data.video import Decoder, Part
+from prelar.data.straight import Part, Times
+from prelar.data.video import MAX_FRAMES, Decoder
 
 ENDINGS = {
     *(".mp4", ".m4v", ".mov", ".webm", ".mkv", ".avi", ".mpg", ".mpeg", ".ts", ".m2ts", ".flv", ".wmv"),
     *(".ogv", ".3gp"),
 }
+NO_VIDEO = {
+    *(b"heic", b"heix", b"heim", b"heis", b"hevm", b"hevs", b"mif1", b"mif2", b"msf1", b"avif", b"crx "),
+    *(b"M4A ", b"M4B ", b"M4P ", b"F4A ", b"F4B ", b"jpx ", b"jp2 "),
+}
+"""The kinds (ISO 14496-12, brands) of files of photos and of sound."""
 HELD_OUT = 10
 PROBES = 4
 
 
 def find_videos(folder: Path) -> list[Path]:
     """The video files in a folder and below it, hidden ones left out, in the order of their names."""
-    found = (path for path in folder.rglob("*") if path.is_file())
     shown = (
-        path for path in found if not any(part.startswith(".") for part in path.relative_to(folder).parts)
+        path
+        for path in files.walk(folder)
+        if path.is_file() and not any(part.startswith(".") for part in path.relative_to(folder).parts)
     )
     return sorted(path for path in shown if path.suffix.lower() in ENDINGS or _is_video(path))
 
 
 def _is_video(path: Path) -> bool:
-    """Whether a file begins as Matroska, WebM, MP4, QuickTime or AVI do."""
+    """Whether a file begins as Matroska, WebM, MP4, QuickTime or AVI do, and not as a photo or sound does."""
     try:
         with path.open("rb") as handle:
             begin = handle.read(12)
     except OSError:
         return False
+    if begin[4:8] == b"ftyp":
+        return begin[8:] not in NO_VIDEO
     return (
         begin.startswith(b"\x1aE\xdf\xa3")
-        or begin[4:8] in (b"ftyp", b"moov")
+        or begin[4:8] == b"moov"
         or (begin[:4] == b"RIFF" and begin[8:] == b"AVI ")
     )
 
@@ -59,14 +74,23 @@ def plan(
     decoder: Decoder,
     seconds: float,
     progress: Callable[[int], object] = lambda count: None,
+    fewest: int = 1,
 ) -> tuple[list[Member], Labels]:
-    """The clips of all videos in order, and their splits; no clip has a label."""
-    names = [_shown(path.relative_to(folder)) for path in videos]
+    """The clips of all videos in order, and their splits; no clip has a label.
+
+    What only its content makes a video is passed over where it turns out to hold no moving pictures.
+    """
+    names: list[str] = []
     clips: list[list[Member]] = []
-    with ThreadPoolExecutor(PROBES) as pool:
-        for name, path, length in zip(names, videos, pool.map(decoder.seconds, videos), strict=True):
-            clips.append(cut(name, path, length, seconds))
+    pool = ThreadPoolExecutor(PROBES)
+    try:
+        for path, times in zip(videos, pool.map(decoder.seconds, videos), strict=True):
             progress(1)
+            if path.suffix.lower() in ENDINGS or times is None or len(times) > 1:
+                names.append(_shown(path.relative_to(folder)))
+                clips.append(cut(names[-1], path, times, seconds, fewest))
+    finally:
+        pool.shutdown(wait=False, cancel_futures=True)
     splits = _splits(names, [len(members) for members in clips])
     labels = {
         member.id: Label(split, None, None)
@@ -76,17 +100,35 @@ def plan(
     return [member for members in clips for member in members], Labels(labels, {})
 
 
-def cut(name: str, path: Path, length: float | None, seconds: float) -> list[Member]:
-    """The clips of one video of `length` seconds, one where that is not known."""
-    count = max(1, round(length / seconds)) if length else 1
+def cut(name: str, path: Path, times: Times | None, seconds: float, fewest: int = 1) -> list[Member]:
+    """The clips of one video whose frames have these times, in order; one where they are not known.
+
+    Clips without a frame are none; one of less than `fewest` is joined to a neighbour.
+    """
+    if times is None or not len(times):
+        return [Member(f"{name}#0000", None, part=Part(path))]
+    starts = _starts(times - times[0], seconds, fewest)
+    borders = [-math.inf, *((times[starts[1:] - 1] + times[starts[1:]]) / 2).tolist(), math.inf]
+    counts = np.diff(starts, append=len(times)).tolist()
     return [
-        Member(
-            f"{name}#{number:04d}",
-            None,
-            part=Part(path, number * seconds, seconds if number + 1 < count else None),
-        )
-        for number in range(count)
+        Member(f"{name}#{number:04d}", None, part=Part(path, begin, end, count))
+        for number, ((begin, end), count) in enumerate(zip(itertools.pairwise(borders), counts, strict=True))
     ]
+
+
+def _starts(times: Times, seconds: float, fewest: int) -> npt.NDArray[np.int64]:
+    """The numbers of the frames that clips begin with, given all frames' times from the first on."""
+    length = times[-1] * len(times) / max(len(times) - 1, 1)
+    cells = np.minimum(np.floor(times / seconds), max(1.0, np.round(length / seconds)) - 1)
+    starts = [0]
+    for start in (np.flatnonzero(np.diff(cells)) + 1).tolist():
+        if start - starts[-1] >= fewest:
+            starts.append(start)
+    if len(starts) > 1 and len(times) - starts[-1] < fewest:
+        del starts[-1]
+    ends = [*starts[1:], len(times)]
+    pieces = [range(start, end, MAX_FRAMES) for start, end in zip(starts, ends, strict=True)]
+    return np.array([number for piece in pieces for number in piece])
 
 
 def with_digests(members: Sequence[Member]) -> Iterator[Member]:

@@ -186,7 +186,7 @@ def test_batches_keep_order_and_bounds(sizes: list[int], size: int) -> None:
 
 def test_heavy_batches_are_cut(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(ingest, "MAX_BATCH_BYTES", 100)
-    members = [Member(str(number), bytes(60)) for number in range(5)]
+    members = [Member(str(number), bytes(40)) for number in range(5)]
     assert [len(batch) for batch in batches(members, 4)] == [2, 2, 1]
 
 

@@ -8,6 +8,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -19,8 +20,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from prelar.data import video, webm
+from prelar.data.ffmpeg_log import stream, troubles
 from prelar.data.store import Frames
-from prelar.data.video import SCALE, Decoder, command, frames_each, joined_command, stream, troubles
+from prelar.data.video import SCALE, Decoder, command, frames_each, joined_command
 from prelar.errors import UserError
 from tests import archives
 from tests.conftest import ROOT
@@ -170,7 +172,7 @@ BAD = {
         archives.clip(
             inputs=("-f", "lavfi", "-i", "sine=duration=1"), options=("-map", "1:a", "-c:a", "libopus")
         ),
-        "matches no streams",
+        "no video in it",
     ),
 }
 
@@ -324,6 +326,39 @@ def test_plain_clips_are_joined(decoder: Decoder, monkeypatch: pytest.MonkeyPatc
     assert seen == [(len(PLAIN), True)]
 
 
+def test_two_frames_of_one_time_are_two(decoder: Decoder, monkeypatch: pytest.MonkeyPatch) -> None:
+    seen = attempts(decoder, monkeypatch)
+    same = "setts=ts=if(eq(N\\,7)\\,PREV_OUTPTS\\,PTS)"
+    twice, mp4 = (archives.clip(frames=30, options=("-bsf:v", same), suffix=s) for s in (".webm", ".mkv"))
+    clips = decoder.decode([twice, archives.clip(), mp4, archives.clip(frames=30)])
+    assert [clip.reason for clip in clips] == [None] * 4 and seen[0] == (4, True)
+    for clip in (clips[0], clips[2]):
+        assert clip.frames is not None and clips[3].frames is not None
+        assert np.array_equal(clip.frames, clips[3].frames)
+
+
+def test_clips_that_are_joined_are_bounded_by_their_frames(
+    decoder: Decoder, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(video, "JOINED_FRAMES", 50)
+    seen = attempts(decoder, monkeypatch)
+    clips = decoder.decode([archives.clip(frames=n) for n in (20, 20, 20, 30, 60, 12)])
+    assert [len(clip.frames) for clip in clips if clip.frames is not None] == [20, 20, 20, 30, 60, 12]
+    assert seen == [(2, True), (2, True)]
+
+
+def test_a_closed_decoder_ends_what_runs(monkeypatch: pytest.MonkeyPatch) -> None:
+    decoder, long = Decoder(), archives.clip(frames=600, width=320, height=240)
+    closing = threading.Timer(0.2, decoder.close)
+    monkeypatch.setattr(video, "_together", lambda headers: [])
+    closing.start()
+    with pytest.raises(RuntimeError, match=r"ffmpeg was killed|the decoder is closed"):
+        decoder.decode([long] * 50)
+    with pytest.raises(RuntimeError, match="the decoder is closed"):
+        decoder.decode([long])
+    closing.join()
+
+
 def test_a_bad_clip_is_found_by_halves(decoder: Decoder, monkeypatch: pytest.MonkeyPatch) -> None:
     seen = attempts(decoder, monkeypatch)
     damaged = bytearray(archives.clip(frames=30, width=320, height=240))
@@ -339,7 +374,7 @@ def test_an_old_ffmpeg_joins_nothing(decoder: Decoder, monkeypatch: pytest.Monke
     seen = attempts(decoder, monkeypatch)
     contents = list(archives.clips(3).values())
     together = decoder.decode(contents)
-    monkeypatch.setattr(decoder, "_joins", False)
+    monkeypatch.setattr(decoder, "_times", False)
     for one, other in zip(together, decoder.decode(contents), strict=True):
         assert one.frames is not None
         assert np.array_equal(one.frames, other.frames)

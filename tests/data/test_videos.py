@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import itertools
+import math
+import struct
 import subprocess
 from pathlib import Path
 
@@ -72,16 +74,16 @@ def test_cutting_keeps_every_frame_once(folder: Path, decoder: Decoder, name: st
     path = folder / name
     whole = decoder.decode_part(Part(path)).frames
     assert whole is not None and len(whole) == 108
-    length = decoder.seconds(path)
-    assert length == pytest.approx(3.6, abs=0.3)
-    members = videos.cut(name, path, length, SECONDS)
+    times = decoder.seconds(path)
+    assert times is not None and len(times) == 108 and times[-1] - times[0] == pytest.approx(3.57, abs=0.05)
+    members = videos.cut(name, path, times, SECONDS)
     assert len(members) == 4 and [member.id for member in members][1] == f"{name}#0001"
     clips = [decoder.decode_part(member.part) for member in members if member.part]
     assert all(clip.reason is None and clip.frames is not None for clip in clips), clips
     assert np.array_equal(np.concatenate([clip.frames for clip in clips]), whole)
 
 
-def test_a_video_of_unknown_length_is_one_clip(folder: Path, decoder: Decoder) -> None:
+def test_a_video_that_cannot_be_read_is_one_clip(folder: Path, decoder: Decoder) -> None:
     path = folder / "broken.mp4"
     assert decoder.seconds(path) is None and decoder.seconds(folder / "absent") is None
     (member,) = videos.cut("broken.mp4", path, None, SECONDS)
@@ -90,15 +92,84 @@ def test_a_video_of_unknown_length_is_one_clip(folder: Path, decoder: Decoder) -
     assert decoder.decode_part(Part(folder / "absent")).reason == "cannot be read: No such file or directory"
 
 
+def test_a_video_whose_pictures_cannot_be_decoded_is_one_clip(tmp_path: Path, decoder: Decoder) -> None:
+    """Its packets have times, but hold noise."""
+    path = film(tmp_path / "a.mp4", "-c:v", "mpeg4", frames=300)
+    content = bytearray(path.read_bytes())
+    begin, end = content.index(b"mdat") + 4, content.index(b"moov") - 4
+    content[begin:end] = bytes(end - begin)
+    path.write_bytes(content)
+    assert decoder.seconds(path) is None
+    (member,) = videos.cut("a", path, decoder.seconds(path), SECONDS)
+    assert member.part and "ffmpeg: " in str(decoder.decode_part(member.part).reason)
+
+
+def test_what_a_header_claims_makes_no_clips(tmp_path: Path, decoder: Decoder) -> None:
+    """A length of thirty years, in a Matroska file of 3.6 s."""
+    path = film(tmp_path / "a.mkv", "-c:v", "mjpeg")
+    content = bytearray(path.read_bytes())
+    at = content.index(b"\x44\x89\x88") + 3
+    content[at : at + 8] = struct.pack(">d", 1e12)
+    path.write_bytes(content)
+    assert len(videos.cut("a", path, decoder.seconds(path), SECONDS)) == 4
+
+
+frame_times = st.lists(st.one_of(st.floats(0, 1), st.floats(0, 1e9)), min_size=1, max_size=300).map(np.cumsum)
+
+
 @slow
-@given(length=st.floats(0.01, 600), seconds=st.floats(0.5, 30))
-def test_clips_adjoin_and_the_last_is_at_most_half_longer(length: float, seconds: float) -> None:
-    parts = [member.part for member in videos.cut("x", Path("x"), length, seconds)]
-    begins = [part.begin for part in parts if part]
-    assert begins == [number * seconds for number in range(len(begins))]
-    assert all(part and part.seconds == seconds for part in parts[:-1])
-    assert parts[-1] and parts[-1].seconds is None
-    assert length - begins[-1] <= 1.5 * seconds + 1e-6
+@given(steps=frame_times, begin=st.floats(-1e6, 1e6), seconds=st.floats(0.5, 30), fewest=st.integers(1, 20))
+def test_clips_adjoin_and_have_frames(steps: np.ndarray, begin: float, seconds: float, fewest: int) -> None:
+    times = begin + steps
+    parts = [member.part for member in videos.cut("x", Path("x"), times, seconds, fewest) if member.part]
+    assert parts[0].begin == -math.inf and parts[-1].end == math.inf
+    assert all(one.end == other.begin for one, other in itertools.pairwise(parts))
+    assert sum(part.frames for part in parts) == len(times)
+    assert len(parts) == 1 or min(part.frames for part in parts) >= fewest
+
+
+@slow
+@given(frames=st.integers(2, 2000), rate=st.floats(1, 120), seconds=st.floats(0.5, 30))
+def test_clips_of_a_steady_rate_are_of_one_length(frames: int, rate: float, seconds: float) -> None:
+    """The last one is up to half longer, or shorter than that if it is the only one."""
+    parts = [m.part for m in videos.cut("x", Path("x"), np.arange(frames) / rate, seconds) if m.part]
+    assert len(parts) == max(1, round(frames / rate / seconds)) or rate * seconds < 2
+    assert all(abs(part.frames - rate * seconds) <= 1 for part in parts[:-1])
+    assert parts[-1].frames <= 1.5 * rate * seconds + 2
+
+
+def test_a_clip_is_bounded_by_its_frames() -> None:
+    parts = [m.part for m in videos.cut("x", Path("x"), np.arange(25_000) / 1e6, 5.0) if m.part]
+    assert [part.frames for part in parts] == [10_000, 10_000, 5_000]
+
+
+def test_photos_and_sound_are_no_videos(tmp_path: Path, decoder: Decoder) -> None:
+    """By their kind, or because no moving pictures are found; but what is called a video is told of."""
+    film(tmp_path / "film", "-f", "mp4", "-c:v", "mpeg4")
+    for name in ("memo.m4a", "memo.mka", "voice.mp4"):
+        sound = ("-f", "lavfi", "-i", "sine=duration=60", "-c:a", "aac")
+        subprocess.run([decoder.path, "-v", "error", *sound, str(tmp_path / name)], check=True)
+    for name, kind in (("a.heic", b"heic"), ("b.avif", b"avif"), ("c", b"M4B "), ("d.CR3", b"crx ")):
+        (tmp_path / name).write_bytes(b"\0\0\0\x18ftyp" + kind + bytes(900))
+    film(tmp_path / "photo", "-f", "mp4", "-c:v", "mpeg4", frames=1)
+    members, known = videos.plan(tmp_path, videos.find_videos(tmp_path), decoder, SECONDS)
+    assert [member.id for member in members] == [*(f"film#000{n}" for n in range(4)), "voice.mp4#0000"]
+    assert set(known.clips) == {member.id for member in members}
+    assert members[-1].part and decoder.decode_part(members[-1].part).reason == "no video in it"
+
+
+def test_folders_behind_links_are_looked_into(tmp_path: Path) -> None:
+    """Once, under the name that needs no link; links that lead in circles, or nowhere, do no harm."""
+    own, disk = tmp_path / "own", tmp_path / "disk"
+    for path in (own / "z" / "1.mp4", disk / "deep" / "2.mp4"):
+        path.parent.mkdir(parents=True)
+        path.touch()
+    (own / "a").symlink_to(own / "z")
+    (own / "disk").symlink_to(disk)
+    (disk / "back").symlink_to(own)
+    (own / "gone").symlink_to(tmp_path / "none")
+    found = [path.relative_to(own).as_posix() for path in videos.find_videos(own)]
+    assert found == ["disk/deep/2.mp4", "z/1.mp4"]
 
 
 @slow
@@ -163,18 +234,20 @@ def test_the_key_knows_how_videos_are_cut(folder: Path, decoder: Decoder) -> Non
     assert len(keys) == 2
 
 
-def test_batches_of_parts_are_bounded_by_their_frames() -> None:
-    members = videos.cut("film", Path("film"), 5000.0, 5.0)
-    sizes = [len(batch) for batch in batches(members, 1000)]
-    assert sum(sizes) == len(members) == 1000
-    assert max(sizes) * 5 * 60 * 64 * 64 * 3 < 2 * ingest.MAX_BATCH_BYTES
+def test_batches_are_bounded_by_their_frames() -> None:
+    members = videos.cut("film", Path("film"), np.arange(150_000) / 30, 5.0)
+    batched = list(batches(members, 1000))
+    assert [member for batch in batched for member in batch] == members and len(members) == 1000
+    frames = [sum(member.part.frames for member in batch if member.part) for batch in batched]
+    assert max(frames) * 64 * 64 * 3 <= ingest.MAX_BATCH_BYTES < 1.1 * frames[0] * 64 * 64 * 3
 
 
 def test_a_file_is_read_once_for_its_digest(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     read: list[Path] = []
     digest = videos.files.digest
     monkeypatch.setattr(videos.files, "digest", lambda path: read.append(path) or digest(path))
-    members = videos.cut("a", folder / "bäre", 3.6, 1.0) + videos.cut("b", folder / "absent", 3.6, 2.0)
+    times = np.arange(108) / 30
+    members = videos.cut("a", folder / "bäre", times, 1.0) + videos.cut("b", folder / "absent", times, 2.0)
     told = list(videos.with_digests(members))
     assert read.count(folder / "bäre") == 1
     assert all(len(member.sha256 or "") == 64 for member in told[:4])

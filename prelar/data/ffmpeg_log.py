@@ -1,0 +1,156 @@
+"""What ffmpeg says: about a stream, and what it complains of, at which frame."""
+
+from __future__ import annotations
+
+import collections
+import dataclasses
+import re
+import signal
+
+MAX_HEAD = 1 << 16
+MAX_LINES = 50
+REORDER = 17
+"""More frames than any codec holds back to bring them in order."""
+
+_STREAM = re.compile(r"^\[info\]\s+Stream #0:\d+.*?: Video: (.*)$")
+_SIZE = re.compile(r"(?:^|, )(\d{1,5})x(\d{1,5})(?=[ ,]|$)")
+_FPS = re.compile(r", ([\d.]+)(k?) fps")
+_CONSEQUENCE = re.compile(
+    r"Error opening (input|output) files?\b|Error while|Nothing was written|Could not open encoder|"
+    r"Cannot determine format|Conversion failed|Task finished|Terminating thread"
+)
+_TROUBLE = re.compile(r"^(?:\[[^\]]*@[^\]]*\] )*\[(?:error|fatal|panic)\] (.*)$")
+_READER = re.compile(r"^\[(?:in#|matroska|mov,|avi @)")
+_TIME = re.compile(r"pts_time:(-?[\d.]+)")
+_PACKET_TIME = re.compile(r"pkt_(?:pts|dts)_time:(-?[\d.]+)")
+_NO_VIDEO = "matches no streams"
+_KILLED = {-signal.SIGKILL, -signal.SIGTERM, -signal.SIGINT, -signal.SIGHUP}
+_TOLD_TO_END = "Exiting normally, received signal"
+NO_VIDEO = "no video in it"
+
+
+def stream(log: str) -> tuple[int | None, int | None, float | None]:
+    """Width, height (pixels) and frames a second of the first video stream, as ffmpeg tells."""
+    for line in log.partition("Stream mapping:")[0].splitlines():
+        found = _STREAM.match(line)
+        if found:
+            size, rate = _SIZE.search(found[1]), _FPS.search(found[1])
+            fps = float(rate[1]) * (1000 if rate[2] else 1) if rate else None
+            return (int(size[1]), int(size[2]), fps) if size else (None, None, fps)
+    return None, None, None
+
+
+def troubles(log: str) -> str:
+    """What ffmpeg complained of, in words that do not change from run to run; empty if it did not."""
+    found = set()
+    for line in log.splitlines():
+        match = _TROUBLE.match(line)
+        if match:
+            found.add(re.sub(r"/proc/self/fd/\d+", "the clip", match[1]).strip().rstrip("."))
+    causes = {message for message in found if not _CONSEQUENCE.match(message)}
+    return "; ".join(sorted(causes or found))[:200]
+
+
+def check_not_killed(log: str, status: int) -> None:
+    """Raises `RuntimeError` where a process of this log and exit status was ended from outside."""
+    if status in _KILLED or _TOLD_TO_END in log:
+        raise RuntimeError(f"ffmpeg was killed (status {status})")
+
+
+def reason(log: str, status: int) -> str | None:
+    """Why a process of this log and exit status gave no good clip; None where it is well."""
+    if _NO_VIDEO in log:
+        return NO_VIDEO
+    trouble = troubles(log)
+    return f"ffmpeg: {trouble or f'exit status {status}'}" if trouble or status else None
+
+
+@dataclasses.dataclass
+class Spoilt:
+    """Frames that complaints are about, from number `first` up to `end`.
+
+    A complaint of the reader of the container is placed by `time` (seconds): `first` is None until a frame of
+    that time, or a later one, was decoded. `last` is where the latest complaint came. `end` is None until a
+    key frame is there that owes nothing to what was spoilt.
+    """
+
+    first: int | None
+    last: int
+    time: float
+    lines: list[str]
+    end: int | None = None
+
+
+class Log:
+    """The log of a process as it grows: what it begins with, and which frames its complaints are about.
+
+    Frames are counted where the log traces them (`-debug_ts`). Without, every complaint is about all.
+    """
+
+    def __init__(self) -> None:
+        self.head = ""
+        self.last = ""
+        self.spoilt: list[Spoilt] = []
+        self._partial = b""
+        self._begun = False
+        self._frames = 0
+        self._time = 0.0
+        self._packets: collections.deque[float] = collections.deque(maxlen=REORDER)
+
+    def feed(self, text: bytes) -> None:
+        """Take what was written next."""
+        *lines, self._partial = (self._partial + text).split(b"\n")
+        self._partial = self._partial[:MAX_HEAD]
+        for line in lines:
+            self._line(line.decode("utf-8", "replace"))
+
+    def complaints(self, first: int, end: int) -> str:
+        """The lines that complain of frames `first` to `end` - 1."""
+        lines = []
+        for one in self.spoilt:
+            begin = max(self._frames - 1, 0) if one.first is None else one.first
+            if begin < end and (one.end is None or first < one.end):
+                lines += one.lines
+        return "\n".join(lines)
+
+    def _line(self, line: str) -> None:
+        if not self._begun:
+            self._begun = line.startswith("[info] Stream mapping:") or len(self.head) > MAX_HEAD
+            self.head += f"{line}\n"
+        self.last = line or self.last
+        if " decoder -> " in line:
+            self._decoded(line)
+        elif "demuxer+ffmpeg -> " in line:
+            told = _PACKET_TIME.search(line)
+            if told:
+                self._packets.append(float(told[1]))
+        elif _TROUBLE.match(line):
+            self._complaint(line)
+
+    def _decoded(self, line: str) -> None:
+        told = _TIME.search(line)
+        self._time = float(told[1]) if told else self._time
+        for one in self.spoilt:
+            if one.first is None and self._time >= one.time:
+                one.first = self._frames
+                one.last = max(one.last, one.first)
+            past = one.first is not None and self._frames >= one.last + REORDER
+            if one.end is None and past and "keyframe:1" in line:
+                one.end = self._frames
+        self._frames += 1
+
+    def _complaint(self, line: str) -> None:
+        """A decoder complains in turn with the frames that it gives, a reader ahead of them.
+
+        What is spoilt lies behind the last frame given, or the earliest of the packets read of late.
+        """
+        open_one = self.spoilt[-1] if self.spoilt and self.spoilt[-1].end is None else None
+        reader = bool(_READER.match(line)) and bool(self._packets)
+        if open_one and (open_one.first is not None or reader):
+            open_one.last = self._frames
+            if len(open_one.lines) < MAX_LINES and line not in open_one.lines:
+                open_one.lines.append(line)
+            return
+        first = None if reader else self._frames
+        earliest = min(self._packets, default=0.0)
+        self.spoilt.append(Spoilt(first, self._frames, earliest, [line]))
