@@ -1,4 +1,4 @@
-"""Named byte objects below a URL of any kind that fsspec speaks: s3://, gs://, file:// or a plain folder.
+"""Named byte objects below a URL, which is s3://, gs://, file:// or a plain folder.
 
 An object appears whole or not at all. Credentials come from the environment, as each kind's library finds
 them, and are never shown; what fails is told in one line, but for a full disk, which stays an `OSError`.
@@ -16,12 +16,18 @@ from fsspec.implementations.local import LocalFileSystem
 
 from prelar import files
 from prelar.errors import UserError, one_line
+from prelar.urls import check_url
 
 
 class Objects:
     """The objects whose names begin with a URL. Safe from threads and after a fork."""
 
     def __init__(self, url: str) -> None:
+        """Raises `UserError` for other kinds of URL than stores are published at; nothing is asked for."""
+        try:
+            check_url(url)
+        except ValueError as error:
+            raise UserError(f"{url.rpartition('@')[2]}: cannot be used ({error})") from None
         self.url = url.rstrip("/")
 
     def __str__(self) -> str:
@@ -40,6 +46,16 @@ class Objects:
             system.invalidate_cache()
             found = system.find(base, detail=True)
             return {name[len(base) :].strip("/"): int(about["size"]) for name, about in found.items()}
+
+    def size(self, name: str) -> int | None:
+        """Bytes of an object, None where there is none."""
+        with self._failing(name):
+            system, base = self._place()
+            try:
+                about = system.info(f"{base}/{name}")
+            except (FileNotFoundError, NotADirectoryError):
+                return None
+            return int(about["size"]) if about["type"] == "file" else None
 
     def read(self, name: str) -> bytes:
         """The bytes of an object. Raises `UserError` where there is none."""

@@ -20,11 +20,12 @@ from typing import Any
 
 from prelar import files
 from prelar.data.objects import Objects
-from prelar.errors import UserError
+from prelar.errors import UserError, shown
 
 SCHEMA = 1
 MANIFEST = "manifest.json"
 POINTER = "pointer.json"
+MANIFEST_BYTES, POINTER_BYTES = 16 << 20, 1 << 16
 PARALLEL = 4
 
 Piece = tuple[str, int, memoryview]
@@ -72,16 +73,17 @@ class Published:
     def __init__(self, url: str, digest: str | None = None) -> None:
         """Raises `UserError` where the store is missing or not whole, or its manifest has another sha256."""
         self._objects = Objects(url)
-        held = self._objects.sizes()
-        if MANIFEST not in held:
+        size = self._objects.size(MANIFEST)
+        if size is None:
             raise UserError(f"{url}: no store, or not whole ({MANIFEST} is missing); publish it again")
+        if size > MANIFEST_BYTES:
+            raise UserError(f"{url}/{MANIFEST}: {size} bytes, more than {MANIFEST_BYTES}; publish it again")
         content = self._objects.read(MANIFEST)
         if digest is not None and hashlib.sha256(content).hexdigest() != digest:
             raise UserError(f"{url}: another store than the one published there; build the store again")
-        manifest = _parsed(f"{url}/{MANIFEST}", content)
-        self._store, self._index = str(manifest["store"]), str(manifest["index"])
-        self._told: dict[str, dict[str, Any]] = manifest["objects"]
-        _compare(self._objects, {name: about["size"] for name, about in self._told.items()}, held)
+        self._store, self._index, self._told = _read_manifest(f"{url}/{MANIFEST}", content)
+        wanted = {name: about["size"] for name, about in self._told.items()}
+        _compare(self._objects, wanted, self._objects.sizes())
 
     def __str__(self) -> str:
         return self._objects.url
@@ -96,13 +98,13 @@ class Published:
         inner = [name.split("/")[1:] for name in self._told if name.startswith(f"{self._store}/")]
         return sorted({parts[0] for parts in inner if len(parts) > 1})
 
-    def content(self, name: str) -> bytes:
-        """The bytes of a small object of the store, as the manifest knows them."""
-        return self._whole(f"{self._store}/{name}")
+    def content(self, name: str, most: int) -> bytes:
+        """The bytes, at most `most`, of an object of the store, as the manifest knows them."""
+        return self._whole(f"{self._store}/{name}", most)
 
-    def index(self) -> bytes:
-        """The bytes of the index."""
-        return self._whole(self._index)
+    def index(self, most: int) -> bytes:
+        """The bytes of the index, at most `most`."""
+        return self._whole(self._index, most)
 
     def size(self, name: str) -> int | None:
         """Bytes of an object of the store, None where there is none."""
@@ -117,9 +119,11 @@ class Published:
                 raise UserError(f"{self}/{self._store}/{name}: cut short; publish the store again")
             view[:] = got
 
-    def _whole(self, name: str) -> bytes:
+    def _whole(self, name: str, most: int) -> bytes:
         if name not in self._told:
             raise UserError(f"{self}/{name}: missing; publish the store again")
+        if self._told[name]["size"] > most:
+            raise UserError(f"{self}/{name}: more than {most} bytes; publish the store again")
         content = self._objects.read(name)
         if hashlib.sha256(content).hexdigest() != self._told[name]["sha256"]:
             raise UserError(f"{self}/{name}: differs from the manifest; publish the store again")
@@ -131,20 +135,57 @@ def follow(folder: Path) -> Published | None:
     path = folder / POINTER
     if not path.is_file():
         return None
-    pointer = _parsed(str(path), path.read_bytes())
-    return Published(str(pointer["url"]), str(pointer["manifest_sha256"]))
-
-
-def _parsed(shown: str, content: bytes) -> dict[str, Any]:
     try:
-        parsed = json.loads(content)
-        schema = parsed["schema"]
-    except (ValueError, KeyError, TypeError):
-        raise UserError(f"{shown}: not what it should be; build the store again") from None
-    if schema != SCHEMA:
-        raise UserError(f"{shown}: schema {schema}, expected {SCHEMA}; build the store again")
-    found: dict[str, Any] = parsed
+        pointer = _parsed(str(path), files.read_bytes(path, POINTER_BYTES))
+    except ValueError as error:
+        raise UserError(f"{path}: no pointer ({error}); build the store again") from None
+    url, digest = pointer.get("url"), pointer.get("manifest_sha256")
+    if not isinstance(url, str) or not isinstance(digest, str):
+        raise UserError(f"{path}: no pointer (a url and a manifest_sha256 are needed); build the store again")
+    return Published(url, digest)
+
+
+def _parsed(shown_as: str, content: bytes) -> dict[str, Any]:
+    try:
+        found = files.parse_json(content)
+    except ValueError as error:
+        raise UserError(f"{shown_as}: not what it should be ({error}); build the store again") from None
+    if not isinstance(found, dict) or "schema" not in found:
+        raise UserError(f"{shown_as}: not what it should be; build the store again")
+    if found["schema"] is True or found["schema"] != SCHEMA:
+        raise UserError(
+            f"{shown_as}: schema {shown(found['schema'])}, expected {SCHEMA}; build the store again"
+        )
     return found
+
+
+def _read_manifest(shown_as: str, content: bytes) -> tuple[str, str, dict[str, dict[str, Any]]]:
+    """Names of the store and of its index, and size and sha256 of every object by name."""
+    manifest = _parsed(shown_as, content)
+    store, index, told = manifest.get("store"), manifest.get("index"), manifest.get("objects")
+    if not (isinstance(store, str) and isinstance(index, str) and isinstance(told, dict)) or not (
+        all(map(_is_name, (store, index)))
+        and all(name == index or name.startswith(f"{store}/") for name in told)
+        and all(all(map(_is_name, name.split("/"))) for name in told)
+        and all(map(_is_object, told.values()))
+    ):
+        raise UserError(
+            f"{shown_as}: names no store with an index and objects below it; publish the store again"
+        )
+    return store, index, told
+
+
+def _is_object(value: object) -> bool:
+    """Whether a value tells the size and the sha256 of an object."""
+    size, digest = (value.get("size"), value.get("sha256")) if isinstance(value, dict) else (None, None)
+    return type(size) is int and size >= 0 and isinstance(digest, str)
+
+
+def _is_name(value: object) -> bool:
+    """Whether a value is the name of a file or a folder, and leads to no other place."""
+    return (
+        isinstance(value, str) and value not in ("", ".", "..") and "/" not in value and value.isprintable()
+    )
 
 
 def _compare(objects: Objects, wanted: dict[str, int], held: dict[str, int]) -> None:

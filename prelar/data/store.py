@@ -35,13 +35,16 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from prelar import files
+from prelar.data.parquet import read_parquet
 from prelar.data.remote import Piece, Published, follow
-from prelar.errors import UserError, printable
+from prelar.errors import UserError, printable, shown
 
 SCHEMA = 1
 SIZE = 64
 FRAME = (SIZE, SIZE, 3)
 ABSENT = 2**64 - 1
+JSON_BYTES, INDEX_BYTES = 4 << 20, 1 << 30
+LONGEST, WIDEST = 1 << 40, 1 << 16
 
 INDEX_SCHEMA = pa.schema(
     [
@@ -465,27 +468,27 @@ def write_index(path: Path, rows: Iterable[Row], batch: int = 10_000) -> str:
 
 def read_index(path: Path) -> pa.Table:
     """Read an index. Raises `UserError` where it is missing or not one."""
-    return _parse_index(path, _read_bytes(path))
+    return _parse_index(path, _read(path, INDEX_BYTES))
 
 
 def _parse_index(path: object, content: bytes) -> pa.Table:
     try:
-        table = pq.read_table(pa.BufferReader(content))
-    except pa.ArrowInvalid as error:
+        table = read_parquet(content, INDEX_SCHEMA)
+    except ValueError as error:
         raise UserError(f"{path}: not an index ({error}); build it again") from None
-    if table.schema.names != INDEX_SCHEMA.names:
-        raise UserError(f"{path}: an index with the columns of another version; build it again")
+    if not pc.all(pc.is_in(table["status"], pa.array(["ok", "bad"]))).as_py():
+        raise UserError(f"{path}: not an index (a status is neither ok nor bad); build it again")
     return table
 
 
 # --- Reading ------------------------------------------------------------------------------------------------
 
 
-def _read_bytes(path: Path) -> bytes:
+def _read(path: Path, most: int) -> bytes:
     try:
-        return path.read_bytes()
-    except OSError as error:
-        raise UserError(f"{path}: {error.strerror}; build the store again (dvc repro {path.stem})") from None
+        return files.read_bytes(path, most)
+    except ValueError as error:
+        raise UserError(f"{path}: {error}; the store is incomplete or damaged, build it again") from None
 
 
 class _Place(Protocol):
@@ -494,11 +497,11 @@ class _Place(Protocol):
     def arrays(self) -> list[str]:
         """Names of the arrays."""
 
-    def content(self, name: str) -> bytes:
-        """The bytes of a small file."""
+    def content(self, name: str, most: int) -> bytes:
+        """The bytes of a file of at most `most` bytes."""
 
-    def index(self) -> bytes:
-        """The bytes of the index."""
+    def index(self, most: int) -> bytes:
+        """The bytes of the index, at most `most`."""
 
     def size(self, name: str) -> int | None:
         """Bytes of a file, None where it is missing."""
@@ -521,16 +524,11 @@ class _Folder:
     def arrays(self) -> list[str]:
         return sorted(item.name for item in self._path.iterdir() if item.is_dir())
 
-    def content(self, name: str) -> bytes:
-        try:
-            return (self._path / name).read_bytes()
-        except OSError as error:
-            raise UserError(
-                f"{self._path / name}: {error.strerror}; the store is incomplete, build it again"
-            ) from None
+    def content(self, name: str, most: int) -> bytes:
+        return _read(self._path / name, most)
 
-    def index(self) -> bytes:
-        return _read_bytes(index_path(self._path))
+    def index(self, most: int) -> bytes:
+        return _read(index_path(self._path), most)
 
     def size(self, name: str) -> int | None:
         path = self._path / name
@@ -557,12 +555,12 @@ class _Reader:
         self.items = items
         self._place = place
         self._name = name
-        full, rest = divmod(items, layout.shard)
-        expected = [layout.shard_bytes(layout.shard)] * full + ([layout.shard_bytes(rest)] if rest else [])
-        self._files = [layout.key(name, number) for number in range(len(expected))]
-        for file, size in zip(self._files, expected, strict=True):
-            if place.size(file) != size:
+        self._files: list[str] = []
+        for begin in range(0, items, layout.shard):
+            file = layout.key(name, len(self._files))
+            if place.size(file) != layout.shard_bytes(min(items - begin, layout.shard)):
                 raise UserError(f"{place}/{file}: missing or cut short; build the store again")
+            self._files.append(file)
 
     def pieces(self, start: int, out: npt.NDArray[Any]) -> Iterator[Piece]:
         """What fills the contiguous array `out` (n, *item) with the items from `start` on."""
@@ -616,15 +614,21 @@ class Store:
         if published is not None and published.folder is not None:
             place = _Folder(published.folder)
         attrs = _parsed(place, "zarr.json").get("attributes", {})
+        if not isinstance(attrs, dict):
+            raise UserError(f"{place}/zarr.json: attributes that are no object; build the store again")
         _check_schema(place, attrs.get("schema"))
         readers = {name: _open_array(place, name) for name in place.arrays()}
         missing = {"frames", "clip_start", "clip_length", "pairs"} - set(readers)
         if missing:
             raise UserError(f"{place}: lacks {', '.join(sorted(missing))}; build the store again")
-        content = place.index()
+        content = place.index(INDEX_BYTES)
         if hashlib.sha256(content).hexdigest() != attrs.get("index_sha256"):
             raise UserError(f"{place}: its index is not the index of this store; build the store again")
-        return cls(path if published else Path(path), attrs, readers, _parse_index(place, content))
+        index = _parse_index(place, content)
+        _check_items(place, index, readers)
+        store = cls(path if published else Path(path), attrs, readers, index)
+        _check_clips(place, store)
+        return store
 
     @property
     def num_frames(self) -> int:
@@ -689,20 +693,44 @@ class Store:
 
 def _parsed(place: _Place, name: str) -> dict[str, Any]:
     try:
-        content = json.loads(place.content(name))
-    except ValueError:
-        raise UserError(f"{place}/{name}: not JSON; build the store again") from None
+        content = files.parse_json(place.content(name, JSON_BYTES))
+    except ValueError as error:
+        raise UserError(f"{place}/{name}: not JSON ({error}); build the store again") from None
     if not isinstance(content, dict):
         raise UserError(f"{place}/{name}: not an object; build the store again")
     return content
 
 
+def _check_items(place: _Place, index: pa.Table, readers: Mapping[str, _Reader]) -> None:
+    """Raise `UserError` unless the arrays are as long as the index and each other say."""
+    frames, clips = readers["frames"].items, pc.sum(pc.equal(index["status"], "ok")).as_py() or 0
+    wanted = {"clip_start": clips, "clip_length": clips, "pairs": frames - clips}
+    for name, reader in readers.items():
+        expected = wanted.get(name, frames)
+        if reader.items != expected:
+            raise UserError(
+                f"{place}/{name}: {reader.items} items, the index and the frames have {expected}; "
+                "build the store again"
+            )
+
+
+def _check_clips(place: _Place, store: Store) -> None:
+    """Raise `UserError` unless the clips cover the frames one after the other, as the index has them too."""
+    starts, lengths = store.clip_start, store.clip_length
+    fits = bool(np.all((lengths > 0) & (lengths <= store.num_frames)))
+    if not fits or lengths.sum() != store.num_frames or (starts != np.cumsum(lengths) - lengths).any():
+        raise UserError(f"{place}: its clips do not lie one after the other; build the store again")
+    for name, held in (("start", starts), ("frames", lengths)):
+        if not pc.fill_null(store.clip_index[name], -1).equals(pa.chunked_array([held])):
+            raise UserError(f"{place}: index and clips differ in {name}; build the store again")
+
+
 def _check_schema(place: _Place, schema: object) -> None:
     """Raise `UserError` where a store is of another schema than the one known here."""
+    if type(schema) is not int:
+        raise UserError(f"{place}: schema {shown(schema)}, so not a store; build the store again")
     if schema == SCHEMA:
         return
-    if not isinstance(schema, int):
-        raise UserError(f"{place}: schema {schema}, so not a store; build the store again")
     if schema > SCHEMA:
         raise UserError(
             f"{place}: schema {schema} is newer than {SCHEMA}, the newest known here; update prelar"
@@ -716,11 +744,15 @@ def _open_array(place: _Place, name: str) -> _Reader:
     """A reader of one array; it must lie exactly as this module lays it."""
     metadata = _parsed(place, f"{name}/zarr.json")
     fixed = {"frames": FRAMES, "clip_start": CLIPS, "clip_length": CLIPS, "pairs": PAIRS}
-    try:
-        items, *rest = metadata["shape"]
-        layout = fixed.get(name) or per_frame(*rest)
-    except (KeyError, TypeError, ValueError):
-        raise UserError(f"{place}/{name}: not an array of a store; build the store again") from None
+    shape = metadata.get("shape")
+    if not (
+        isinstance(shape, list) and shape and all(type(size) is int and 0 <= size < LONGEST for size in shape)
+    ):
+        raise UserError(f"{place}/{name}: not an array of a store; build the store again")
+    items, *rest = shape
+    if name not in fixed and (len(rest) != 1 or rest[0] > WIDEST):
+        raise UserError(f"{place}/{name}: not an array of a store; build the store again")
+    layout = fixed.get(name) or per_frame(*rest)
     if metadata != layout.metadata(items):
         raise UserError(f"{place}/{name}: laid out by another version or program; build the store again")
     return _Reader(place, name, layout, items)

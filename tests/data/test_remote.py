@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import signal
@@ -268,3 +269,104 @@ def test_the_manifest_tells_every_object(root: str, store: Store) -> None:
     assert manifest["schema"] == remote.SCHEMA
     assert set(manifest["objects"]) == set(held) - {MANIFEST}
     assert all(about["size"] == held[name] for name, about in manifest["objects"].items())
+
+
+@pytest.mark.parametrize(
+    "url",
+    [
+        "http://HOST/latest/meta-data",
+        "zip://x::http://HOST/x.zip",
+        "simplecache::s3://HOST/x",
+        "file:///x::http://HOST/x",
+        "webhdfs://HOST/x",
+        "dask://HOST::file:///x",
+        "s3://key:hush@HOST/x",
+        "memory://x",
+        "data:text/plain,x",
+        "relative/folder",
+        "../..",
+        "",
+        "/\0",
+    ],
+)
+def test_a_pointer_goes_to_no_other_kind_of_storage(
+    tmp_path: Path, url: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def never(*arguments: object, **options: object) -> None:
+        raise AssertionError("asked for")
+
+    monkeypatch.setattr(fsspec.core, "url_to_fs", never)
+    write_pointer(tmp_path / "p.zarr", {"schema": 1, "url": url, "manifest_sha256": "0" * 64})
+    with pytest.raises(UserError, match="cannot be used") as told:
+        Store.open(tmp_path / "p.zarr")
+    assert "hush" not in str(told.value) and "\n" not in str(told.value)
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        '{"schema": 1}',
+        '{"schema": 1, "url": 5, "manifest_sha256": "0"}',
+        '{"schema": 1, "url": "/x", "manifest_sha256": []}',
+        '{"schema": true, "url": "/x", "manifest_sha256": "0"}',
+        '{"schema": [1], "url": "/x", "manifest_sha256": "0"}',
+        "[]",
+        "1",
+        "[" * 50_000,
+        '{"schema": 1, "schema": 1}',
+        " " * 100_000,
+        "\ud800",
+    ],
+)
+def test_a_pointer_that_is_none_is_told_in_one_line(tmp_path: Path, content: str) -> None:
+    path = tmp_path / "p.zarr/pointer.json"
+    path.parent.mkdir()
+    path.write_bytes(content.encode("utf-8", "surrogatepass"))
+    with pytest.raises(UserError, match=r"pointer\.json") as told:
+        Store.open(path.parent)
+    assert "\n" not in str(told.value) and len(str(told.value)) < 400
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda told: told.pop("store"),
+        lambda told: told.update(store="../.."),
+        lambda told: told.update(store=".."),
+        lambda told: told.update(store=["x.zarr"]),
+        lambda told: told.update(index="/etc/passwd"),
+        lambda told: told.update(objects=[]),
+        lambda told: told["objects"].update({"x.zarr/../../y": {"size": 1, "sha256": "0"}}),
+        lambda told: told["objects"].update({"elsewhere": {"size": 1, "sha256": "0"}}),
+        lambda told: told["objects"].update({"x.parquet": 5}),
+        lambda told: told["objects"].update({"x.parquet": {"size": "5", "sha256": "0"}}),
+        lambda told: told["objects"].update({"x.parquet": {"size": 10.0, "sha256": "0"}}),
+        lambda told: told["objects"].update({"x.parquet": {"size": -1, "sha256": "0"}}),
+        lambda told: told["objects"].update({"x.parquet": {"size": 5}}),
+    ],
+)
+def test_a_manifest_that_lies_is_told_in_one_line(
+    store: Store, tmp_path: Path, change: Callable[[dict[str, object]], object]
+) -> None:
+    pointer = publish(str(tmp_path / "shared"), store.path, index_path(store.path))
+    path = Path(pointer["url"]) / MANIFEST
+    told = json.loads(path.read_text(encoding="utf-8"))
+    change(told)
+    content = json.dumps(told).encode()
+    path.write_bytes(content)
+    write_pointer(tmp_path / "p.zarr", pointer | {"manifest_sha256": hashlib.sha256(content).hexdigest()})
+    with pytest.raises(UserError, match=r"manifest\.json: names no store") as failure:
+        Store.open(tmp_path / "p.zarr")
+    assert "\n" not in str(failure.value)
+
+
+def test_a_huge_manifest_is_not_read(store: Store, tmp_path: Path) -> None:
+    pointer = publish(str(tmp_path / "shared"), store.path, index_path(store.path))
+    os.truncate(Path(pointer["url"]) / MANIFEST, 1 << 40)
+    write_pointer(tmp_path / "p.zarr", pointer)
+    with pytest.raises(UserError, match="bytes, more than"):
+        Store.open(tmp_path / "p.zarr")
+
+
+def test_a_file_url_is_read_too(store: Store, tmp_path: Path) -> None:
+    same(Store.open(sent(f"file://{tmp_path}/shared", store)), store)

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import shutil
 from pathlib import Path
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 import tensorstore
 import zarr
@@ -237,7 +240,7 @@ def test_a_store_without_clips_opens(tmp_path: Path) -> None:
         (lambda p: (p / "zarr.json").write_text('{"attributes": {"schema": 99}}'), "schema 99 is newer than"),
         (lambda p: (p / "zarr.json").write_text('{"attributes": {"schema": 0}}'), "schema 0 is older than"),
         (lambda p: (p / "zarr.json").write_text('{"attributes": {}}'), "schema None, so not a store"),
-        (lambda p: index_path(p).unlink(), "No such file"),
+        (lambda p: index_path(p).unlink(), "a.parquet: missing"),
         (lambda p: index_path(p).write_bytes(b"PAR1"), "not the index"),
         (lambda p: shutil.rmtree(p / "pairs"), "lacks pairs"),
         (lambda p: (p / "frames/c/0/0/0/0").unlink(), "cut short"),
@@ -306,3 +309,121 @@ def test_a_row_that_the_index_cannot_hold_is_bad_when_it_is_made(tmp_path: Path)
     ]
     assert [row["variation"] for row in rows] == [None, 2**31 - 1, None] and rows[0]["width"] == 64
     assert rows[1]["label"] == "a\\ud800\\x1b\\n"
+
+
+def change_json(path: Path, change: object) -> None:
+    held = json.loads(path.read_text(encoding="utf-8"))
+    changed = change(held)  # type: ignore[operator]
+    path.write_text(json.dumps(held if changed is None else changed), encoding="utf-8")
+
+
+def change_numbers(path: Path, values: list[int]) -> None:
+    held = bytearray(path.read_bytes())
+    held[: 8 * len(values)] = np.array(values, "<i8").tobytes()
+    path.write_bytes(held)
+
+
+def change_index(store: Path, change: object) -> None:
+    """Replace the index, and the sha256 by which its store knows it."""
+    file = index_path(store)
+    made = change(pq.read_table(file))  # type: ignore[operator]
+    if isinstance(made, bytes):
+        file.write_bytes(made)
+    else:
+        pq.write_table(made, file)
+    digest = hashlib.sha256(file.read_bytes()).hexdigest()
+    change_json(store / "zarr.json", lambda held: held["attributes"].update(index_sha256=digest))
+
+
+def replaced(name: str, values: list[object], kind: pa.DataType | None = None) -> object:
+    def change(table: pa.Table) -> pa.Table:
+        place = table.schema.get_field_index(name)
+        column = pa.array(values, kind or table.schema.field(name).type)
+        return table.set_column(place, pa.field(name, column.type), column)
+
+    return change
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda table: table.slice(0, 1), "2 items, the index and the frames have 1"),
+        (lambda table: pa.concat_tables([table, table]), "2 items, the index and the frames have 4"),
+        (replaced("status", ["ok", "bad", "bad"]), "2 items, the index and the frames have 1"),
+        (replaced("status", ["ok", "fine", "ok"]), "a status is neither ok nor bad"),
+        (replaced("status", [1, 2, 3], pa.int64()), "columns of other types"),
+        (replaced("id", ["a", None, "c"]), "no value in a row of id"),
+        (replaced("id", [b"a", b"\xff", b"c"], pa.binary()), "columns of other types"),
+        (replaced("start", [0, None, 11]), "index and clips differ in start"),
+        (replaced("start", [0, None, None]), "index and clips differ in start"),
+        (replaced("frames", [12, 0, 9]), "index and clips differ in frames"),
+        (lambda table: table.rename_columns(["name", *table.schema.names[1:]]), "another version"),
+        (lambda table: b"PAR1" + bytes(100) + bytes([60, 0, 0, 0]) + b"PAR1", "not an index"),
+        (lambda table: b"", "not an index"),
+    ],
+)
+def test_an_index_that_does_not_fit_its_store_is_refused(
+    tmp_path: Path, change: object, message: str
+) -> None:
+    build(tmp_path / "a.zarr", [12, 0, 8])
+    change_index(tmp_path / "a.zarr", change)
+    with pytest.raises(UserError, match=message) as told:
+        Store.open(tmp_path / "a.zarr")
+    assert str(tmp_path / "a.zarr") in str(told.value) and "\n" not in str(told.value)
+
+
+@pytest.mark.parametrize(
+    ("name", "values"),
+    [
+        ("clip_length", [-1]),
+        ("clip_length", [12, 9]),
+        ("clip_length", [2**62, 2**62]),
+        ("clip_length", [20, 0]),
+        ("clip_start", [10**9]),
+        ("clip_start", [-1]),
+        ("clip_start", [1]),
+        ("clip_start", [0, 0]),
+    ],
+)
+def test_clips_outside_of_the_frames_are_refused(tmp_path: Path, name: str, values: list[int]) -> None:
+    build(tmp_path / "a.zarr", [12, 0, 8])
+    change_numbers(tmp_path / "a.zarr" / name / "c/0", values)
+    with pytest.raises(UserError, match=r"a\.zarr: its clips do not lie one after the other"):
+        Store.open(tmp_path / "a.zarr")
+
+
+@pytest.mark.parametrize(
+    ("array", "change", "message"),
+    [
+        ("", lambda held: held.update(attributes=[]), "attributes that are no object"),
+        ("", lambda held: held["attributes"].update(schema=True), "schema True, so not a store"),
+        ("", lambda held: held["attributes"].update(schema=[1] * 10**5), "so not a store"),
+        ("", lambda held: [], "not an object"),
+        ("frames", lambda held: held["shape"].__setitem__(0, 20.0), "not an array"),
+        ("frames", lambda held: held["shape"].__setitem__(0, True), "not an array"),
+        ("frames", lambda held: held["shape"].__setitem__(0, -1), "not an array"),
+        ("frames", lambda held: held["shape"].__setitem__(0, 10**30), "not an array"),
+        ("frames", lambda held: held["shape"].__setitem__(0, 10**12), "missing or cut short"),
+        ("frames", lambda held: held["shape"].__setitem__(1, 65), "another version"),
+        ("frames", lambda held: held.update(shape=[]), "not an array"),
+        ("pairs", lambda held: held["shape"].__setitem__(0, 17), "17 items"),
+        ("actions", lambda held: held["shape"].__setitem__(1, 10**9), "not an array"),
+        ("actions", lambda held: held["shape"].__setitem__(1, 2.0), "not an array"),
+        ("actions", lambda held: held.update(shape=[20]), "not an array"),
+        ("actions", lambda held: held["shape"].__setitem__(0, 19), "19 items, the index and the frames have"),
+    ],
+)
+def test_metadata_that_lie_are_refused(tmp_path: Path, array: str, change: object, message: str) -> None:
+    build(tmp_path / "a.zarr", [12, 0, 8], with_actions=True)
+    change_json(tmp_path / "a.zarr" / array / "zarr.json", change)
+    with pytest.raises(UserError, match=message) as told:
+        Store.open(tmp_path / "a.zarr")
+    assert str(tmp_path / "a.zarr") in str(told.value) and "\n" not in str(told.value)
+
+
+def test_metadata_nested_deep_or_huge_are_refused(tmp_path: Path) -> None:
+    build(tmp_path / "a.zarr", [12])
+    for content in ("[" * 100_000, '{"a":' * 100_000, " " * (5 << 20), "\ud800"):
+        (tmp_path / "a.zarr/frames/zarr.json").write_bytes(content.encode("utf-8", "surrogatepass"))
+        with pytest.raises(UserError, match=r"frames/zarr\.json"):
+            Store.open(tmp_path / "a.zarr")
