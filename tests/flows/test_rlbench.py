@@ -15,9 +15,9 @@ import numpy as np
 import pytest
 
 from flows import rlbench, staging
-from prelar import files
+from prelar import files, sim
 from prelar.config import load_config
-from prelar.data import apv_npz
+from prelar.data import apv_npz, demonstrations
 from prelar.data.demonstrations import Metaworld, Source, staging_key
 from prelar.data.rlbench_folder import RlbenchFolder
 from prelar.data.rlbench_live import RlbenchLive
@@ -168,6 +168,17 @@ def test_staging_key_follows_what_decides_the_result(recorded: apv_npz.ApvNpz) -
     experts = Metaworld(("reach",), 2, ("corner",), 0.1, False, 0)
     noisier = Metaworld(("reach",), 2, ("corner",), 0.2, False, 0)
     assert staging_key(experts, experts.jobs()) != staging_key(noisier, noisier.jobs())
+
+
+def test_work_that_other_code_drew_is_not_continued(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    experts = Metaworld(("reach",), 2, ("corner",), 0.1, False, 0)
+    key = staging_key(experts, experts.jobs())
+    for module in (sim, demonstrations):
+        with monkeypatch.context() as patch:
+            (tmp_path / "other.py").write_text(Path(str(module.__file__)).read_text(encoding="utf-8") + "\n")
+            patch.setattr(module, "__file__", str(tmp_path / "other.py"))
+            assert staging_key(experts, experts.jobs()) != key
+    assert staging_key(experts, experts.jobs()) == key
 
 
 def test_params_choose_the_source(recorded: apv_npz.ApvNpz) -> None:
