@@ -6,6 +6,7 @@ What the user has set already stays.
 
 from __future__ import annotations
 
+import base64
 import contextlib
 import fcntl
 import os
@@ -19,6 +20,8 @@ import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+from flows import access
+from flows.access import AUTH, SERVER_AUTH
 from prelar.errors import UserError, run_main
 from prelar.parents import end_with, end_with_dvc
 
@@ -39,6 +42,7 @@ SETTINGS = {
     "PREFECT_RESULTS_PERSIST_BY_DEFAULT": "false",
     "PREFECT_SERVER_UI_SHOW_PROMOTIONAL_CONTENT": "false",
 }
+UI_FILES = "PREFECT_SERVER_UI_STATIC_DIRECTORY"
 
 
 def surround() -> None:
@@ -46,6 +50,9 @@ def surround() -> None:
     os.environ.setdefault("PREFECT_HOME", str(HOME.absolute()))
     for name, value in SETTINGS.items():
         os.environ.setdefault(name, value)
+    given = os.environ.get(API)
+    if given and AUTH not in os.environ and (kept := access.find(given)):
+        os.environ[AUTH] = kept
     _reach_this_machine()
 
 
@@ -90,26 +97,29 @@ def server() -> Iterator[str]:
     """Yield the URL of a Prefect API that answers: the user's, or a temporary server's for as long as needed.
 
     A `PREFECT_API_URL` that does not answer is named in one line, and a temporary server takes its place. The
-    temporary server ends with this process, however this process ends.
+    temporary server ends with this process, however this process ends. Raises `UserError` where the user's
+    server refuses.
     """
     given = os.environ.get(API)
     if given and answers(given):
+        admitted(given)
         yield given
         return
     if given:
         print(
             f"{API}={_shown(given)}: no Prefect server answers there; using a temporary one", file=sys.stderr
         )
-    with _temporary() as url:
-        os.environ[API] = url
+    auth = access.draw()
+    with _temporary(auth) as url:
+        held = {name: os.environ.pop(name) for name in (API, AUTH) if name in os.environ}
+        os.environ |= {API: url, AUTH: auth}
         _refresh()
         try:
             yield url
         finally:
             _drain()
-            del os.environ[API]
-            if given:
-                os.environ[API] = given
+            del os.environ[API], os.environ[AUTH]
+            os.environ |= held
 
 
 def answers(url: str, seconds: float = 5.0) -> bool:
@@ -120,6 +130,21 @@ def answers(url: str, seconds: float = 5.0) -> bool:
         return httpx.get(f"{url.rstrip('/')}/health", timeout=seconds).status_code == 200
     except (httpx.HTTPError, httpx.InvalidURL):
         return False
+
+
+def admitted(url: str) -> None:
+    """See that the Prefect API at `url`, which answers, lets this process in. Raises `UserError`."""
+    import httpx
+
+    auth = os.environ.get(AUTH)
+    headers = {"Authorization": f"Basic {base64.b64encode(auth.encode()).decode()}"} if auth else {}
+    with contextlib.suppress(httpx.HTTPError):
+        answer = httpx.get(f"{url.rstrip('/')}/admin/version", headers=headers, timeout=5.0)
+        if answer.status_code in (401, 403):
+            told = "is wrong" if auth else "is not set"
+            raise UserError(
+                f"{API}={_shown(url)}: the server asks for its string, and {AUTH} {told}; export it"
+            )
 
 
 def _shown(url: str) -> str:
@@ -136,36 +161,55 @@ def _shown(url: str) -> str:
 
 
 @contextlib.contextmanager
-def _temporary() -> Iterator[str]:
-    """A server of our own on a free port of this machine.
+def _temporary(auth: str) -> Iterator[str]:
+    """A server of our own on a free port of this machine, which asks for `auth`."""
+    with (
+        socket.create_server(("127.0.0.1", 0)) as listener,
+        started(listener, auth, "server.log", ui=False) as url,
+    ):
+        yield url
 
-    Servers that start together would create the same data base, so they start one after the other.
+
+def _settings(root: str, auth: str, home: Path) -> dict[str, str]:
+    """What protects a server at `root`, and where it keeps the files of its UI."""
+    return {
+        SERVER_AUTH: auth,
+        "PREFECT_SERVER_API_CSRF_PROTECTION_ENABLED": "true",
+        "PREFECT_SERVER_API_CORS_ALLOWED_ORIGINS": root,
+        "PREFECT_SERVER_UI_API_URL": "/api",
+        UI_FILES: str(home.absolute() / "ui"),
+    }
+
+
+@contextlib.contextmanager
+def started(listener: socket.socket, auth: str, log_name: str, *, ui: bool) -> Iterator[str]:
+    """A Prefect server on an open socket, which asks for `auth` and ends with this process; yields its API.
+
+    Servers that start together would create the same data base, so they start one after the other. It has a
+    session of its own: Ctrl-C reaches this process alone, which has yet to tell the server its end.
     """
     home = Path(os.environ["PREFECT_HOME"])
-    home.mkdir(parents=True, exist_ok=True)
-    with socket.create_server(("127.0.0.1", 0)) as listener:
-        url = f"http://127.0.0.1:{listener.getsockname()[1]}/api"
-        with (home / "start.lock").open("w") as lock, (home / "server.log").open("w") as log:
-            fcntl.flock(lock, fcntl.LOCK_EX)
-            process = subprocess.Popen(
-                [
-                    sys.executable,
-                    "-c",
-                    f"from flows.runtime import serve; serve({listener.fileno()}, {os.getpid()})",
-                ],
-                pass_fds=[listener.fileno()],
-                stdin=subprocess.DEVNULL,
-                stdout=log,
-                stderr=log,
-                start_new_session=True,
-            )
-            try:
-                _wait(process, url, home / "server.log")
-            except BaseException:
-                _stop(process)
-                raise
+    home.mkdir(mode=0o700, parents=True, exist_ok=True)
+    root = f"http://{access.netloc(*listener.getsockname()[:2])}"
+    words = f"from flows.runtime import serve; serve({listener.fileno()}, {os.getpid()}, {ui})"
+    with (home / "start.lock").open("w") as lock, (home / log_name).open("w") as log:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        process = subprocess.Popen(
+            [sys.executable, "-c", words],
+            env=os.environ | _settings(root, auth, home),
+            pass_fds=[listener.fileno()],
+            stdin=subprocess.DEVNULL,
+            stdout=log,
+            stderr=log,
+            start_new_session=True,
+        )
+        try:
+            _wait(process, f"{root}/api", home / log_name)
+        except BaseException:
+            _stop(process)
+            raise
     try:
-        yield url
+        yield f"{root}/api"
     finally:
         _stop(process)
 
@@ -175,13 +219,11 @@ def _wait(process: subprocess.Popen[bytes], url: str, log: Path) -> None:
     end = time.monotonic() + PATIENCE
     while time.monotonic() < end:
         if process.poll() is not None:
-            raise UserError(f"the temporary Prefect server ended at once; {log} says why")
+            raise UserError(f"the Prefect server ended at once; {log} says why")
         if answers(url, seconds=2.0):
             return
         time.sleep(0.1)
-    raise UserError(
-        f"the temporary Prefect server did not answer within {PATIENCE} s; run again, or see {log}"
-    )
+    raise UserError(f"the Prefect server did not answer within {PATIENCE} s; run again, or see {log}")
 
 
 def _stop(process: subprocess.Popen[bytes]) -> None:
@@ -212,11 +254,15 @@ def _drain() -> None:
             APILogWorker.drain_all(timeout=10)
 
 
-def serve(listener: int, parent: int) -> None:
-    """Be the temporary server on an open socket until the parent process ends."""
+def serve(listener: int, parent: int, ui: bool) -> None:
+    """Be a Prefect server on an open socket until the parent process ends."""
     end_with(parent, signal.SIGKILL)
     warnings.simplefilter("ignore")
     import uvicorn
     from prefect.server.api.server import create_app
 
-    uvicorn.run(create_app(ephemeral=True, final=True), fd=listener, log_level="error")
+    taken = socket.socket(fileno=listener)
+    app = create_app(ephemeral=not ui, final=True)
+    access.stay_signed_in(Path(os.environ[UI_FILES]))
+    gate = access.Gate(app, os.environ[SERVER_AUTH], taken.getsockname()[0])
+    uvicorn.Server(uvicorn.Config(gate, log_level="error")).run(sockets=[taken])

@@ -3,18 +3,18 @@
 from __future__ import annotations
 
 import argparse
-import functools
+import hmac
 import os
-import subprocess
-import sys
+import secrets
+import socket
+import tempfile
 import threading
-import time
 from collections.abc import Iterator
-from contextlib import contextmanager
-from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
+from contextlib import ExitStack, contextmanager
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import TYPE_CHECKING, Any, cast
 
-from flows import runtime
+from flows import access, runtime
 from flows.runtime import PAGES, PAGES_URL
 from prelar.errors import UserError, run_main
 from prelar.names import checked_config
@@ -23,68 +23,63 @@ if TYPE_CHECKING:
     from prefect.deployments.runner import RunnerDeployment
 
 NIGHTLY = "0 3 * * *"
-ANYWHERE = ("0.0.0.0", "::")
-BOUND = """
-import os, sys
-from prelar.parents import end_with
-end_with(int(sys.argv[1]))
-os.execv(sys.argv[2], sys.argv[2:])
-"""
+PAGE_HEADERS = {
+    "Content-Type": "text/html; charset=utf-8",
+    "Content-Security-Policy": "default-src 'none'; script-src 'none'; style-src 'unsafe-inline'; "
+    "img-src data:; media-src data:; form-action 'none'; base-uri 'none'; frame-ancestors 'none'",
+    "Cache-Control": "no-store",
+    **access.UNFRAMED,
+}
 
 
 def main() -> None:
     """Start the server, serve the deployments until Ctrl-C, stop the server."""
     parser = argparse.ArgumentParser(prog="make ui", description=__doc__)
-    parser.add_argument("--host", default="127.0.0.1", help="address to bind (default: this machine only)")
+    parser.add_argument(
+        "--host",
+        default="127.0.0.1",
+        help=f"address to bind (default: this machine only); others want a password, in {access.SERVER_AUTH}",
+    )
     parser.add_argument("--port", type=int, default=4200, help="port of UI and API (default: %(default)s)")
     given = parser.parse_args()
+    own = access.own_string(given.host)
+    auth = own or access.draw()
     checked_config()
-    with _server(given.host, given.port) as url:
-        os.environ |= {runtime.API: f"{url}/api", "PREFECT_LOGGING_LEVEL": "INFO"}
-        with _pages(given.host):
-            _serve(url)
+    with ExitStack() as stack:
+        listener = stack.enter_context(_listening(given.host, given.port))
+        api = stack.enter_context(runtime.started(listener, auth, "ui.log", ui=True))
+        stack.enter_context(access.kept(api, auth))
+        stack.enter_context(_pages(listener.getsockname()[0]))
+        os.environ |= {runtime.API: api, access.AUTH: auth, "PREFECT_LOGGING_LEVEL": "INFO"}
+        root = api.removesuffix("/api")
+        _serve(root if own else f"{root}{access.SIGN_IN}#{auth}")
 
 
-@contextmanager
-def _server(host: str, port: int) -> Iterator[str]:
-    """A Prefect server that ends with this process; yields the address of its UI.
-
-    It has a session of its own: Ctrl-C reaches this process alone, which has yet to tell the server its end.
-    """
-    url = f"http://{'127.0.0.1' if host in ANYWHERE else host}:{port}"
+def _listening(host: str, port: int) -> socket.socket:
+    """An open socket. Raises `UserError` where there can be none."""
+    url = f"http://{access.netloc(host, port)}"
     if runtime.answers(f"{url}/api"):
         raise UserError(
             f"port = {port}: a Prefect server runs there already; open {url} or choose another port"
         )
-    command = [sys.executable, "-m", "prefect", "server", "start", "--host", host, "--port", str(port)]
-    process = subprocess.Popen(
-        [sys.executable, "-c", BOUND, str(os.getpid()), *command],
-        env=os.environ | {"PREFECT_SERVER_UI_API_URL": "/api"},
-        stdin=subprocess.DEVNULL,
-        stdout=subprocess.DEVNULL,
-        start_new_session=True,
-    )
     try:
-        end = time.monotonic() + runtime.PATIENCE
-        while not runtime.answers(f"{url}/api"):
-            if process.poll() is not None:
-                raise UserError(f"port = {port}: the Prefect server ended at once; choose another port")
-            if time.monotonic() > end:
-                raise UserError(f"the Prefect server did not answer within {runtime.PATIENCE} s; run again")
-            time.sleep(0.3)
-        yield url
-    finally:
-        process.terminate()
-        process.wait()
+        family, *_, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
+        return socket.create_server(address[:2], family=family)
+    except (OSError, OverflowError) as error:
+        raise UserError(
+            f"host = {host}, port = {port}: {getattr(error, 'strerror', None) or error}; choose another"
+        ) from None
 
 
 @contextmanager
-def _pages(host: str) -> Iterator[None]:
-    """Serve the pages of experiments, which a browser would not open from the disk out of the UI."""
+def _pages(address: str) -> Iterator[None]:
+    """Serve the pages of experiments, which a browser would not open from the disk out of the UI.
+
+    Their address has a word drawn anew: a link in the UI cannot send the string that its API asks for.
+    """
     PAGES.mkdir(parents=True, exist_ok=True)
-    with ThreadingHTTPServer((host, 0), functools.partial(_Page, directory=str(PAGES))) as server:
-        shown = "127.0.0.1" if host in ANYWHERE else host
-        os.environ[PAGES_URL] = f"http://{shown}:{server.server_port}"
+    with _Pages(address) as server:
+        os.environ[PAGES_URL] = f"http://{access.netloc(address, server.server_port)}/{server.word}"
         threading.Thread(target=server.serve_forever, daemon=True).start()
         try:
             yield
@@ -92,7 +87,39 @@ def _pages(host: str) -> Iterator[None]:
             server.shutdown()
 
 
-class _Page(SimpleHTTPRequestHandler):
+class _Pages(ThreadingHTTPServer):
+    """The server of the pages."""
+
+    def __init__(self, address: str) -> None:
+        """`address` is the one to bind."""
+        self.address_family = socket.AF_INET6 if ":" in address else socket.AF_INET
+        self.word = secrets.token_urlsafe(32)
+        self.names = access.Names(address)
+        super().__init__((address, 0), _Page)
+
+
+class _Page(BaseHTTPRequestHandler):
+    """A page for who knows the server's word; nothing is listed, and no folder below is reached."""
+
+    timeout = 30
+
+    def do_GET(self) -> None:
+        """Answer with a page, or with the status that refuses it."""
+        server = cast(_Pages, self.server)
+        word, _, name = self.path.removeprefix("/").partition("/")
+        hosts, origins = (self.headers.get_all(key, []) for key in ("Host", "Origin"))
+        known = hmac.compare_digest(word.encode(), server.word.encode())
+        status = server.names.refuse(hosts, origins) or (None if known else 401)
+        page = PAGES / name
+        if status is None and not (page.suffix == ".html" and page.name == name and page.is_file()):
+            status = 404
+        content = b"" if status else page.read_bytes()
+        self.send_response(status or 200)
+        for key, value in {**PAGE_HEADERS, "Content-Length": str(len(content))}.items():
+            self.send_header(key, value)
+        self.end_headers()
+        self.wfile.write(content)
+
     def log_message(self, format: str, *args: Any) -> None:
         """Print no line per request."""
 
@@ -102,7 +129,9 @@ def _serve(url: str) -> None:
     from prefect import serve
 
     print(f"The Prefect UI: {url} (Ctrl-C stops it)", flush=True)
-    serve(*deployments(), print_starting_message=False)
+    with tempfile.TemporaryDirectory(prefix="prelar-") as own:
+        tempfile.tempdir = own  # the runner's folder would have the same name for every user
+        serve(*deployments(), print_starting_message=False)
 
 
 def deployments() -> list[RunnerDeployment]:

@@ -12,6 +12,7 @@ from axe_playwright_python.sync_playwright import Axe
 from playwright.sync_api import Page, sync_playwright
 
 from tests.conftest import ROOT
+from tests.serving import split
 
 NAMES = ("chromium", "chromium-browser", "google-chrome")
 PICTURES = ROOT / "tests/output/ui"
@@ -19,16 +20,16 @@ PATIENCE_MS = 120_000
 
 
 @contextlib.contextmanager
-def browser_page() -> Iterator[tuple[Page, set[str]]]:
-    """An empty page, and the hosts that it asked for anything so far."""
+def browser_page(*options: str) -> Iterator[tuple[Page, set[str]]]:
+    """An empty page, and the hosts that it asked for anything so far; `options` are the browser's."""
     found = next((path for name in NAMES if (path := shutil.which(name))), None)
     if found is None:
         pytest.fail(
             f"none of {', '.join(NAMES)} found; install one: sudo apt-get install chromium", pytrace=False
         )
     with sync_playwright() as playwright:
-        browser = playwright.chromium.launch(executable_path=found, args=["--no-sandbox"])
-        page = browser.new_page(viewport={"width": 1280, "height": 1400})
+        browser = playwright.chromium.launch(executable_path=found, args=["--no-sandbox", *options])
+        page = browser.new_context(viewport={"width": 1280, "height": 1400}).new_page()
         page.set_default_timeout(PATIENCE_MS)
         hosts: set[str] = set()
         page.on(
@@ -45,6 +46,15 @@ def picture(page: Page, name: str, *, whole: bool = False) -> None:
     """Keep a screenshot of what is seen, or of the whole page, among the tests' output."""
     PICTURES.mkdir(parents=True, exist_ok=True)
     page.screenshot(path=Path(PICTURES, f"{name}.png"), full_page=whole)
+
+
+def sign_in(page: Page, api: str) -> str:
+    """Open the UI by its link, given its API with the string; returns the UI's address."""
+    url, auth = split(api)
+    ui = url.removesuffix("/api")
+    page.goto(f"{ui}/signin#{auth}")
+    page.wait_for_url("**/dashboard**")
+    return ui
 
 
 def run_from_form(page: Page, ui: str, deployment: str, run: str, changes: dict[str, str]) -> None:

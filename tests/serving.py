@@ -23,12 +23,27 @@ def launch(root: Path, surroundings: dict[str, str], **options: Any) -> tuple[su
     return process, f"http://127.0.0.1:{port}/api"
 
 
+def admitted(root: Path, url: str) -> str:
+    """The address of a project's API with the string that it asks for, once it has started."""
+    kept = root / f".prefect/auth-{httpx.URL(url).port}"
+    until(lambda: answers(f"{url}/health") and kept.is_file(), "the server")
+    return url.replace("://", f"://{kept.read_text(encoding='utf-8')}@")
+
+
+def split(url: str) -> tuple[str, str]:
+    """An address without its string, and the string."""
+    scheme, _, rest = url.partition("://")
+    auth, _, place = rest.partition("@")
+    return f"{scheme}://{place}", auth
+
+
 @contextmanager
 def serving(root: Path, surroundings: dict[str, str]) -> Iterator[str]:
-    """Yield the address of the API once the server knows the deployments of the project in `root`."""
-    process, url = launch(root, surroundings)
+    """Yield the API, with its string, once the server knows the deployments of the project in `root`."""
+    process, bare = launch(root, surroundings)
     with process:
         try:
+            url = admitted(root, bare)
             ready(url)
             yield url
         finally:
@@ -58,8 +73,12 @@ def answers(url: str) -> bool:
 
 def told(method: str, url: str, **content: Any) -> httpx.Response:
     """An answer of the server; a busy one, whose data base is locked for a moment, is asked again."""
+    api, headers = url.partition("/api")[0] + "/api", {"Prefect-Csrf-Client": "tests"}
     for _ in range(30):
-        answer = httpx.request(method, url, timeout=60, **content)
+        if method != "GET":
+            asked = httpx.get(f"{api}/csrf-token", params={"client": "tests"}, timeout=60)
+            headers["Prefect-Csrf-Token"] = asked.json().get("token", "")
+        answer = httpx.request(method, url, timeout=60, headers=headers, **content)
         if answer.status_code < 500:
             break
         time.sleep(1)

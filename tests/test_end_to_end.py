@@ -14,9 +14,10 @@ import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+import httpx
 import pytest
 
-from tests.browser import browser_page, picture, read_artifact, run_from_form
+from tests.browser import browser_page, picture, read_artifact, run_from_form, sign_in
 from tests.conftest import Project
 from tests.docs import blocks, commands
 from tests.serving import create_run, serving, told
@@ -154,7 +155,7 @@ def test_a_browser_runs_an_experiment_beside_the_workspace(project: Project, ui:
     refused = create_run(ui, "pipeline/pipeline", params={"beta_a": -1})
     assert 400 <= refused.status_code < 500 and "beta_a" in refused.text
     with browser_page() as (page, hosts):
-        run_from_form(page, ui.removesuffix("/api"), "pipeline", "smaller-beta-a", {"beta_a": "0.3"})
+        run_from_form(page, sign_in(page, ui), "pipeline", "smaller-beta-a", {"beta_a": "0.3"})
         state = page.get_by_text(re.compile("^(Completed|Failed|Crashed|Cancelled)$")).first
         state.wait_for(timeout=400_000)
         picture(page, "ended")
@@ -162,7 +163,7 @@ def test_a_browser_runs_an_experiment_beside_the_workspace(project: Project, ui:
         told_of, links = read_artifact(page, "result")
         assert re.search(r"beta_a\s+0\.3", told_of) and "success_rate" in told_of
         (name,) = [text for text in links if text.startswith("reports/experiments/")]
-        assert hosts == {ui.split("/")[2]}
+        assert hosts == {httpx.URL(ui).netloc.decode()}
         page.goto(links[name])
         page.locator("video").first.wait_for(state="attached")
     assert "<video" in (project.root / name).read_text(encoding="utf-8")

@@ -12,7 +12,7 @@ import pytest
 
 from tests.flows.test_experiments import SWEEP, finished
 from tests.flows.toy_pipeline import Toy, make_toy
-from tests.serving import serving
+from tests.serving import serving, split
 
 pytestmark = pytest.mark.long
 
@@ -30,12 +30,13 @@ def test_two_workers_share_a_sweep(tmp_path: Path) -> None:
     clones = [clone(toy, tmp_path / name) for name in ("one", "two")]
     for place in (toy, *clones):
         place.command("dvc", "remote", "add", "--local", "-d", "shared", str(tmp_path / "remote"))
-    with serving(toy.root, toy.surroundings()) as url, ExitStack() as stack:
+    with serving(toy.root, toy.surroundings()) as given, ExitStack() as stack:
+        url, auth = split(given)
         for place in clones:
             process = subprocess.Popen(
                 [sys.executable, "-m", "flows.pool", "--name", place.root.name],
                 cwd=place.root,
-                env=place.surroundings(PREFECT_API_URL=url, TOY_SECONDS="2"),
+                env=place.surroundings(PREFECT_API_URL=url, PREFECT_API_AUTH_STRING=auth, TOY_SECONDS="2"),
             )
             stack.callback(process.wait)
             stack.callback(process.terminate)

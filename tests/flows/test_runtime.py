@@ -65,7 +65,7 @@ def test_one_that_does_not_answer_is_named_and_replaced(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     with serve({}) as given, serve({"api/health": b"true"}) as temporary:
-        monkeypatch.setattr(runtime, "_temporary", lambda: serve_url(f"{temporary.url}/api"))
+        monkeypatch.setattr(runtime, "_temporary", lambda auth: serve_url(f"{temporary.url}/api"))
         address = given.url.removeprefix("http://")
         for wrong, named in ((f"http://me:hush@{address}/api?key=hush", address), ("nonsense", "not a URL")):
             monkeypatch.setenv(runtime.API, wrong)
@@ -94,7 +94,7 @@ class serve_url:
 def test_a_server_that_cannot_start_is_told(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setenv("PREFECT_HOME", str(tmp_path))
     monkeypatch.setattr(runtime.sys, "executable", "false")
-    with pytest.raises(UserError, match=r"ended at once; .*server\.log"), runtime._temporary():
+    with pytest.raises(UserError, match=r"ended at once; .*server\.log"), runtime._temporary("x"):
         pass
 
 

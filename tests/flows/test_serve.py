@@ -11,7 +11,7 @@ import psutil
 import pytest
 
 from tests.flows.toy_pipeline import Toy, make_toy
-from tests.serving import answers, cancel, launch, ready, serving, start_run, until
+from tests.serving import admitted, answers, cancel, launch, ready, serving, start_run, until
 
 pytestmark = pytest.mark.long
 
@@ -73,7 +73,7 @@ def test_the_server_ends_with_what_started_it(tmp_path: Path, end: Callable[[int
             start_new_session=True,
             preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
         )
-        ready(url)
+        ready(admitted(toy.root, url))
         end(process.pid)
         process.wait(timeout=120)
     until(lambda: not answers(f"{url}/health"), "the end of the server")
