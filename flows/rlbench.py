@@ -243,7 +243,7 @@ def _arguments() -> None:
 def main() -> None:
     """Run the flow with the settings of params.yaml."""
     _arguments()
-    begun, settings = time.time(), checked_config().rlbench
+    begun, settings = tracking.stamps(NAME), checked_config().rlbench
     with staging.surroundings(NAME, functools.partial(head_start, settings)):
         pool: Any = ThreadPoolTaskRunner(max_workers=settings.workers)
         print(f"{staging.target(NAME)}: {rlbench.with_options(task_runner=pool)()}")

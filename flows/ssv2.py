@@ -6,7 +6,6 @@ import argparse
 import contextlib
 import functools
 import hashlib
-import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -190,7 +189,7 @@ def _arguments() -> None:
 def main() -> None:
     """Run the flow with the settings of params.yaml."""
     _arguments()
-    begun, settings = time.time(), checked_config().ssv2
+    begun, settings = tracking.stamps(NAME), checked_config().ssv2
     with staging.surroundings(NAME):
         print(f"{staging.target(NAME)}: {ssv2.with_options(task_runner=task_runner(settings))()}")
         tracking.record(NAME, begun)

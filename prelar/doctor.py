@@ -6,6 +6,7 @@ import importlib.metadata
 import os
 import subprocess
 import sys
+import sysconfig
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -60,6 +61,7 @@ def examine() -> Iterator[Finding]:
     yield guarded("ffmpeg", lambda: ffmpeg(config.ssv2.ffmpeg if config else None))
     yield guarded("OpenGL", opengl)
     yield guarded("GPU", lambda: gpu(config.device if config else "auto"))
+    yield compiler(config.compile if config else "auto")
     if config:
         yield guarded("disk", lambda: disk(config))
     yield git()
@@ -117,12 +119,7 @@ def ffmpeg(path: str | None) -> Finding:
 def opengl() -> Finding:
     """The OpenGL that draws Meta-World; it draws one frame."""
     backend = gl.ensure()
-    renderer = gl.probe(backend)
-    if renderer is None:
-        return Finding(
-            "OpenGL", "MISSING", f"{backend} cannot draw; run `apt-get install libosmesa6` as root"
-        )
-    return Finding("OpenGL", "ok", f"{backend} drew a frame with {renderer}")
+    return Finding("OpenGL", "ok", f"{backend} drew a frame with {gl.probe(backend)}")
 
 
 def gpu(device: str) -> Finding:
@@ -136,6 +133,26 @@ def gpu(device: str) -> Finding:
     if device == "cuda":
         return Finding("GPU", "MISSING", "torch sees none; set device to auto, or install a driver for CUDA")
     return Finding("GPU", "note", "torch sees none; training runs on the CPU")
+
+
+def compiler(choice: str) -> Finding:
+    """Whether a C++ compiler is there for torch.compile, which asks `CXX` and Python's headers."""
+    name, headers = os.environ.get("CXX") or "g++", sysconfig.get_path("include")
+    source = "#include <vector>\n#include <Python.h>\n"
+    words = [name, "-x", "c++", "-fsyntax-only", f"-I{headers}", "-"]
+    try:
+        done = subprocess.run(
+            words, input=source, capture_output=True, text=True, timeout=TIMEOUT, check=False
+        )
+        told = "" if done.returncode == 0 else f"{name} compiles nothing that includes Python.h"
+    except (OSError, subprocess.TimeoutExpired):
+        told = f"{name}: no such compiler"
+    if not told:
+        return Finding("compiler", "ok", f"{name}, for torch.compile")
+    remedy = "install g++ and Python's headers (`apt-get install g++ python3-dev`)"
+    if choice == "always":
+        return Finding("compiler", "MISSING", f"{told}; {remedy}, or set compile to never")
+    return Finding("compiler", "note", f"{told}; {remedy} for torch.compile, without which steps are plain")
 
 
 def disk(config: Config) -> Finding:

@@ -19,6 +19,7 @@ import torch
 from lightning_fabric import Fabric
 from tqdm import tqdm
 
+from prelar import gl
 from prelar.checkpoint import load_config, load_parts
 from prelar.config import Config
 from prelar.control.agent import load_agent
@@ -77,6 +78,7 @@ def run(config: Config) -> None:
     """
     check_origin(PRETRAIN, load_config(PRETRAIN).get("model", {}), method=config.method)
     check_origin(FINETUNE, load_config(FINETUNE), method=config.method, task=config.task)
+    gl.ensure()
     fabric = set_up(
         device=config.device,
         precision=config.precision,

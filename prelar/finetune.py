@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from lightning_fabric import Fabric
 
+from prelar import gl
 from prelar.checkpoint import Snapshots, load_parts, resume_key, save_parts
 from prelar.config import Config, Finetune
 from prelar.control.agent import Agent
@@ -70,12 +71,13 @@ SIZES = ("cnn_depth", "hidden", "deter", "stoch", "discrete", "action_dim", "con
 def run(cfg: Config) -> None:
     """Fine-tune as params.yaml says: `data/pretrain` to `data/finetune`, logs to `reports/finetune`."""
     preset = cfg.finetune
+    gl.ensure()
     fabric = set_up(
         device=cfg.device, precision=cfg.precision, threads=cfg.threads, deterministic=cfg.deterministic
     )
     torch.manual_seed(cfg.seed)
     model = load_model(cfg)
-    if compiles(cfg.compile, fabric.device):
+    if compiles(cfg.compile, fabric):
         model.compile_training(dynamic=False)
     params = {name: getattr(cfg, name) for name in PARAMS} | {"finetune": preset.model_dump()}
     snapshots = Snapshots(resume_key("finetune", params=params, inputs=[PRETRAINED], code=CODE))

@@ -1,10 +1,10 @@
 """Which OpenGL draws MuJoCo's images without a display.
 
-`ensure()` settles MUJOCO_GL before mujoco is imported: a user's own setting is kept, otherwise EGL where a
-graphics card answers, else OSMesa, else EGL in software. The answer goes into the environment, so that worker
-processes inherit it and only the first process of a run pays for the probe (about 0.3 s). Software drawing is
-pinned to llvmpipe, one thread per process and no shader cache in the user's home: the same pixels in every
-process of a machine.
+`ensure()` settles MUJOCO_GL before mujoco is imported: a user's own setting is kept where it can draw, or
+refused; otherwise EGL where a graphics card answers, else OSMesa, else EGL in software. The answer goes into
+the environment, so that worker processes inherit it and only the first process of a run pays for the probe
+(about 0.3 s). Software drawing is pinned to llvmpipe, one thread per process and no shader cache in the user's home:
+the same pixels in every process of a machine.
 
 `python -m prelar.gl` says whether a backend works (exit status 0) or what to install (exit status 2);
 with `--install` it first tries to install one through apt.
@@ -28,6 +28,8 @@ PACKAGES = (("libosmesa6",), ("libegl1", "libgl1", "libgl1-mesa-dri"))
 REMEDY = "no OpenGL for headless MuJoCo; run `apt-get install libosmesa6` as root"
 SOFTWARE = ("llvmpipe", "softpipe", "swrast", "software")
 TIMEOUT = 60.0
+TRIED = "PRELAR_MUJOCO_GL_TRIED"
+"""Variable that tells child processes which backend has drawn."""
 MESA = {"GALLIUM_DRIVER": "llvmpipe", "LP_NUM_THREADS": "1", "MESA_SHADER_CACHE_DISABLE": "true"}
 
 _PROBE = """
@@ -72,22 +74,27 @@ def choose() -> str | None:
 def ensure() -> str:
     """Settle MUJOCO_GL for this process and its children, and return it.
 
-    Call it before mujoco is imported. Raises `UserError` where no backend works, or where mujoco is already
-    loaded without one.
+    Call it before mujoco is imported. Raises `UserError` where no backend works, or not the one that the user
+    has set, and where mujoco is already loaded without one.
     """
     for name, value in MESA.items():
         os.environ.setdefault(name, value)
     chosen = os.environ.get("MUJOCO_GL", "").strip().lower()
     if chosen and chosen not in KNOWN:
         raise UserError(f"MUJOCO_GL = {chosen}: unset it, or choose one of {', '.join(BACKENDS)}")
-    if chosen:
+    if chosen and chosen == os.environ.get(TRIED):
         return chosen
-    if "mujoco" in sys.modules:
+    if chosen and probe(chosen) is None:
+        other = choose()
+        remedy = f"unset it, or set it to {other}, which can" if other else f"unset it; {REMEDY}"
+        raise UserError(f"MUJOCO_GL={chosen}: cannot draw here; {remedy}")
+    if not chosen and "mujoco" in sys.modules:
         raise UserError("mujoco was imported before its OpenGL was chosen; set MUJOCO_GL=osmesa (or egl)")
-    found = choose()
+    found = chosen or choose()
     if found is None:
         raise UserError(REMEDY)
-    os.environ["MUJOCO_GL"] = found
+    os.environ |= {"MUJOCO_GL": found, TRIED: found}
+    os.environ.pop("PYOPENGL_PLATFORM", None)  # mujoco refuses any other than its own backend's
     return found
 
 
@@ -123,15 +130,11 @@ def main(arguments: list[str] | None = None) -> None:
     try:
         backend = ensure()
     except UserError:
-        if not options.install:
+        if not options.install or choose():
             raise
         print(f"no OpenGL for headless MuJoCo; installing {' '.join(PACKAGES[0])} through apt", flush=True)
         install()
         backend = ensure()
-    if probe(backend) is None:
-        raise UserError(
-            f"MUJOCO_GL={backend}: cannot draw here; unset it, or run `apt-get install libosmesa6`"
-        )
     print(f"OpenGL for MuJoCo: {backend}")
 
 

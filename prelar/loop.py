@@ -28,7 +28,7 @@ from torch.optim import Adam, Optimizer
 from tqdm import tqdm
 
 from prelar.checkpoint import Snapshots
-from prelar.errors import UserError
+from prelar.errors import UserError, printable
 from prelar.files import remove, write_text
 from prelar.processes import Processes, is_loss, launch
 from prelar.seeds import Stream, seed_torch
@@ -89,9 +89,25 @@ def set_up(
     return fabric
 
 
-def compiles(choice: str, device: torch.device) -> bool:
-    """Whether training steps are compiled: `choice` is auto (on a GPU), always or never."""
-    return choice == "always" or (choice == "auto" and device.type == "cuda")
+def compiles(choice: str, fabric: Fabric) -> bool:
+    """Whether training steps are compiled: `choice` is auto (on a GPU), always or never.
+
+    A trifle is compiled first. Where that fails, as without a compiler, `auto` says so and steps are plain,
+    and `always` raises `UserError`.
+    """
+    if choice == "never" or (choice == "auto" and fabric.device.type != "cuda"):
+        return False
+    try:
+        torch.compile(lambda x: x + 1, dynamic=False)(torch.ones(2, device=fabric.device))
+    except Exception as error:  # of many kinds, by what is missing
+        reason = printable(str(error).partition("\n")[0] or type(error).__name__, 200)
+        told = f"compile = {choice}: torch.compile fails here ({reason}); install g++ and Python's headers"
+        if choice == "always":
+            raise UserError(f"{told}, or set compile to never") from None
+        if fabric.is_global_zero:
+            print(f"{told}; steps are not compiled", file=sys.stderr)
+        return False
+    return True
 
 
 def adam(groups: Iterable[Tensor] | Iterable[dict[str, Any]], lr: float) -> Adam:

@@ -135,7 +135,7 @@ def _train(cfg: Config, store: Store, snapshots: Snapshots, fabric: Fabric) -> W
     """Train the model, or finish its training, with log and videos."""
     preset = cfg.pretrain
     model = build(cfg).train()
-    if compiles(cfg.compile, fabric.device):
+    if compiles(cfg.compile, fabric):
         model.compile_training(dynamic=False)
     optimizer = adam(model.parameters(), preset.lr)
     module, wrapped = fabric.setup(model, optimizer)

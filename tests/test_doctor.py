@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import http.server
 import subprocess
+import sys
 import threading
 from pathlib import Path
 
@@ -29,6 +30,7 @@ def test_this_machine_is_looked_over(
         "ffmpeg",
         "OpenGL",
         "GPU",
+        "compiler",
         "disk",
         "git",
         "DVC",
@@ -49,7 +51,9 @@ def test_outside_of_a_project_everything_is_still_told(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(gl, "ensure", lambda: "osmesa")
+    for name in ("MUJOCO_GL", gl.TRIED):
+        monkeypatch.setenv(name, "")
+    monkeypatch.delitem(sys.modules, "mujoco", raising=False)
     monkeypatch.setattr(gl, "probe", lambda backend: None)
     found = {finding.name: finding for finding in doctor.examine()}
     assert {name for name, f in found.items() if f.state == "MISSING"} == {
@@ -78,6 +82,16 @@ def test_a_card_that_params_ask_for_is_needed(monkeypatch: pytest.MonkeyPatch) -
 
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     assert doctor.gpu("cuda").state == "MISSING" and doctor.gpu("auto").state == "note"
+
+
+def test_a_compiler_is_needed_where_params_say_always(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("CXX", raising=False)
+    assert doctor.compiler("always").state == "ok", "this machine has one"
+    for name in ("/nonexistent", "false"):
+        monkeypatch.setenv("CXX", name)
+        found = doctor.compiler("always")
+        assert found.state == "MISSING" and name in found.text and "install g++" in found.text
+        assert doctor.compiler("auto").state == doctor.compiler("never").state == "note"
 
 
 def test_a_full_disk_is_told(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,20 +1,24 @@
 """The choice of OpenGL: a user's setting wins, a card comes first, and a failure names the package."""
 
 import os
+import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 
-from prelar import gl
+from prelar import doctor, gl
+from prelar.checkpoint import save_parts
 from prelar.errors import UserError
+from tests.conftest import ROOT
 
 
 @pytest.fixture
 def unset(monkeypatch: pytest.MonkeyPatch) -> None:
     """No OpenGL chosen, mujoco not yet imported, and the environment put back afterwards."""
-    for name in ("MUJOCO_GL", *gl.MESA):
+    for name in ("MUJOCO_GL", "PYOPENGL_PLATFORM", gl.TRIED, *gl.MESA):
         monkeypatch.setenv(name, "")
         monkeypatch.delenv(name)
     monkeypatch.delitem(sys.modules, "mujoco", raising=False)
@@ -46,12 +50,52 @@ def test_cards_are_found_by_their_device_files(tmp_path: Path) -> None:
     assert gl.has_card(tmp_path)
 
 
-def test_users_choice_is_kept_without_a_probe(monkeypatch: pytest.MonkeyPatch, unset: None) -> None:
+def test_users_choice_is_tried_once_and_kept(monkeypatch: pytest.MonkeyPatch, unset: None) -> None:
     monkeypatch.setenv("MUJOCO_GL", "egl")
     monkeypatch.setenv("LP_NUM_THREADS", "2")
-    monkeypatch.setattr(gl, "choose", lambda: pytest.fail("probed"))
-    assert gl.ensure() == "egl"
-    assert os.environ["LP_NUM_THREADS"] == "2"
+    monkeypatch.setenv("PYOPENGL_PLATFORM", "glx")
+    tried: list[str] = []
+    monkeypatch.setattr(gl, "probe", lambda backend: tried.append(backend) or "llvmpipe")
+    for _ in range(2):
+        assert gl.ensure() == "egl"
+    assert tried == ["egl"]
+    assert os.environ["LP_NUM_THREADS"] == "2" and "PYOPENGL_PLATFORM" not in os.environ
+
+
+@pytest.mark.parametrize("chosen", gl.KNOWN)
+@pytest.mark.parametrize("working", [*gl.BACKENDS, None])
+def test_a_choice_that_cannot_draw_is_refused_and_one_that_can_is_named(
+    monkeypatch: pytest.MonkeyPatch, unset: None, chosen: str, working: str | None
+) -> None:
+    monkeypatch.setenv("MUJOCO_GL", chosen.upper())
+    monkeypatch.setattr(gl, "probe", lambda backend: "llvmpipe" if backend == working else None)
+    if chosen == working:
+        assert gl.ensure() == chosen
+        return
+    remedy = f"set it to {working}, which can" if working else "run `apt-get install libosmesa6`"
+    with pytest.raises(UserError, match=f"^MUJOCO_GL={chosen}: cannot draw here; unset it.*{remedy}"):
+        gl.ensure()
+    assert doctor.guarded("OpenGL", doctor.opengl).text.startswith(f"MUJOCO_GL={chosen}: cannot draw here")
+
+
+@pytest.mark.parametrize("command", ["prelar sample", "prelar finetune", "prelar evaluate", "flows.rlbench"])
+def test_stages_that_draw_say_so_in_a_line(tmp_path: Path, command: str) -> None:
+    """Before any work, where a setting from the shell cannot draw: no display answers here."""
+    shutil.copy2(ROOT / "params.yaml", tmp_path)
+    save_parts(tmp_path / "data/pretrain", {}, {"model": {"method": "prelar"}})
+    save_parts(tmp_path / "data/finetune", {}, {"method": "prelar", "task": "drawer-open"})
+    settings = {name: value for name, value in os.environ.items() if name not in ("DISPLAY", gl.TRIED)}
+    done = subprocess.run(
+        [sys.executable, "-m", *command.split()],
+        cwd=tmp_path,
+        env=settings | {"MUJOCO_GL": "glfw", "PYTHONPATH": str(ROOT)},
+        capture_output=True,
+        text=True,
+        timeout=200,
+    )
+    assert done.returncode == 2
+    (line,) = done.stderr.splitlines()
+    assert re.match(r"error: MUJOCO_GL=glfw: cannot draw here; unset it, or set it to (egl|osmesa), ", line)
 
 
 def test_choice_is_inherited_through_the_environment(monkeypatch: pytest.MonkeyPatch, unset: None) -> None:

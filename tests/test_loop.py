@@ -11,6 +11,7 @@ import signal
 import time
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -26,6 +27,7 @@ from prelar.loop import (
     Interrupts,
     MetricLog,
     adam,
+    compiles,
     descend,
     seed_step,
     set_up,
@@ -322,6 +324,31 @@ def test_each_parameter_group_is_clipped_by_itself(first: float, second: float) 
     for layer, wanted in zip(layers, (first, second), strict=True):
         gradient = torch.cat([p.grad.flatten() for p in layer.parameters() if p.grad is not None])
         assert gradient.norm().item() == pytest.approx(min(wanted, 100.0))
+
+
+def test_without_a_compiler_always_is_refused_in_a_line(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from torch._inductor import config as inductor
+
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path))
+    monkeypatch.setattr(inductor.cpp, "cxx", (None, "/nonexistent"))
+    cpu: Any = SimpleNamespace(device=torch.device("cpu"), is_global_zero=True)
+    with pytest.raises(UserError, match=r"^compile = always: .*No working C\+\+ .*; install g\+\+ .*never$"):
+        compiles("always", cpu)
+    assert not compiles("never", cpu) and not compiles("auto", cpu)
+    assert capsys.readouterr() == ("", "")
+
+
+def test_auto_says_in_a_line_that_steps_are_plain(capsys: pytest.CaptureFixture[str]) -> None:
+    """Torch for a CPU alone cannot compile for a GPU."""
+    if torch.cuda.is_available():
+        pytest.skip("there is a GPU")
+    for first in (True, False):
+        fabric: Any = SimpleNamespace(device=torch.device("cuda"), is_global_zero=first)
+        assert not compiles("auto", fabric)
+        told = capsys.readouterr().err.splitlines()
+        assert len(told) == first and all(line.endswith("steps are not compiled") for line in told)
 
 
 def test_a_device_that_is_not_there_is_named(monkeypatch: pytest.MonkeyPatch) -> None:

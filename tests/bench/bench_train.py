@@ -240,7 +240,7 @@ def finetuning(cfg: Config, fabric: Fabric, plain: bool) -> Step:
 
 def speed_up(model: WorldModel, fabric: Fabric) -> None:
     """Compile what the stages compile with `compile: auto`."""
-    if compiles("auto", fabric.device):
+    if compiles("auto", fabric):
         model.compile_training(dynamic=False)
 
 

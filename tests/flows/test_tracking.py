@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import subprocess
+import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -117,9 +118,10 @@ def committed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[list[str]
     for name in tracking.IN_STAGE:
         monkeypatch.delenv(name, raising=False)
     Path(".dvc").mkdir()
-    Path("dvc.yaml").write_text("stages: {x: {cmd: true, deps: [code.py], outs: [out]}}")
+    Path("dvc.yaml").write_text("stages: {x: {cmd: true, deps: [code.py, folder], outs: [out]}}")
     Path("params.yaml").write_text("seed: 0")
     Path("code.py").write_text("")
+    Path("folder").mkdir()
     commands: list[list[str]] = []
 
     def run(command: list[str], **_: object) -> subprocess.CompletedProcess[str]:
@@ -133,9 +135,24 @@ def committed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[list[str]
 def test_what_dvc_cannot_record_is_told(
     committed: list[list[str]], capsys: pytest.CaptureFixture[str]
 ) -> None:
-    tracking.record("x", time.time() + 1)
-    assert [command[1:] for command in committed] == [["-m", "dvc", "commit", "--force", "--quiet", "x"]]
-    assert capsys.readouterr().err == "x: not recorded with DVC: the lock is taken\n"
+    tracking.record("x", tracking.stamps("x"))
+    assert [command[1:] for command in committed] == [["-m", "dvc", "commit", "--force", "x"]]
+    told = capsys.readouterr().err
+    assert told == "x: not recorded with DVC: the lock is taken; mend that and run `dvc commit x`\n"
+
+
+def test_a_dependency_that_is_missing_is_named(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """By DVC itself."""
+    monkeypatch.chdir(tmp_path)
+    for name in tracking.IN_STAGE:
+        monkeypatch.delenv(name, raising=False)
+    subprocess.run([sys.executable, "-m", "dvc", "init", "--no-scm", "--quiet"], check=True)
+    Path("dvc.yaml").write_text("stages: {x: {cmd: 'true', deps: [data/never-made], outs: [out]}}")
+    Path("out").write_text("made")
+    tracking.record("x", tracking.stamps("x"))
+    assert "dependency 'data/never-made' does not exist" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("name", tracking.IN_STAGE)
@@ -143,7 +160,7 @@ def test_inside_a_stage_nothing_is_committed(
     committed: list[list[str]], monkeypatch: pytest.MonkeyPatch, name: str
 ) -> None:
     monkeypatch.setenv(name, "x")
-    tracking.record("x", time.time() + 1)
+    tracking.record("x", tracking.stamps("x"))
     assert committed == []
 
 
@@ -153,16 +170,19 @@ def test_outside_of_a_project_nothing_is_committed(committed: list[list[str]], l
         Path("dvc.yaml").write_text("stages: {y: {cmd: true, deps: []}}")
     else:
         Path(lost).rename("elsewhere")
-    tracking.record("x", time.time() + 1)
+    tracking.record("x", tracking.stamps("x"))
     assert committed == []
 
 
-@pytest.mark.parametrize("changed", ["params.yaml", "code.py"])
+@pytest.mark.parametrize("clock", [-86400, 0, 86400])
+@pytest.mark.parametrize("changed", ["params.yaml", "code.py", "folder/file"])
 def test_what_changed_meanwhile_is_not_recorded(
-    committed: list[list[str]], changed: str, capsys: pytest.CaptureFixture[str]
+    committed: list[list[str]], changed: str, clock: int, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    begun = time.time() + 1
-    os.utime(changed, (begun + 1, begun + 1))
+    """Whatever the clock says by then."""
+    begun = tracking.stamps("x")
+    Path(changed).write_text("changed")
+    os.utime(changed, (time.time() + clock,) * 2)
     tracking.record("x", begun)
     assert committed == []
-    assert f"{changed} changed meanwhile" in capsys.readouterr().err
+    assert f"{changed.split('/')[0]} changed meanwhile" in capsys.readouterr().err
