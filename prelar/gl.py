@@ -3,8 +3,8 @@
 `ensure()` settles MUJOCO_GL before mujoco is imported: a user's own setting is kept where it can draw, or
 refused; otherwise EGL where a graphics card answers, else OSMesa, else EGL in software. The answer goes into
 the environment, so that worker processes inherit it and only the first process of a run pays for the probe
-(about 0.3 s). Software drawing is pinned to llvmpipe, one thread per process and no shader cache in the user's home:
-the same pixels in every process of a machine.
+(about 0.3 s). Software drawing is pinned to llvmpipe, one thread per process and no shader cache in the
+user's home: the same pixels in every process of a machine.
 
 `python -m prelar.gl` says whether a backend works (exit status 0) or what to install (exit status 2);
 with `--install` it first tries to install one through apt.
