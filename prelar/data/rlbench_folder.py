@@ -171,7 +171,7 @@ def read_low_dim(path: Path, action_mode: str = "joint_velocity") -> dict[str, A
     try:
         held = load_pickle(files.read_bytes(path, MAX_BYTES))
         steps = held.state.get("_observations") if isinstance(held, _Record) else held
-        if not isinstance(steps, list):
+        if not isinstance(steps, (list, tuple)):
             raise ValueError("holds no Demo")
         if not steps:
             raise ValueError("no step")
@@ -357,13 +357,18 @@ class _Name:
 
 
 _CONSTANTS = {"NONE": None, "NEWTRUE": True, "NEWFALSE": False}
-_EMPTY: dict[str, Callable[[], Any]] = {"EMPTY_DICT": dict, "EMPTY_LIST": list, "EMPTY_TUPLE": tuple}
+_EMPTY: dict[str, Callable[[], Any]] = {
+    "EMPTY_DICT": dict,
+    "EMPTY_LIST": list,
+    "EMPTY_TUPLE": tuple,
+    "EMPTY_SET": list,  # nobody asks what is in it, and nothing is compared
+}
 _TUPLES = {"TUPLE1": 1, "TUPLE2": 2, "TUPLE3": 3}
 _GETS = {"GET", "BINGET", "LONG_BINGET"}
 _PUTS = {"PUT", "BINPUT", "LONG_BINPUT"}
 _PASSED = {"PROTO", "FRAME", "STOP"}
 _VALUES = {
-    *("BININT", "BININT1", "BININT2", "INT", "LONG", "LONG1", "FLOAT", "BINFLOAT"),
+    *("BININT", "BININT1", "BININT2", "INT", "LONG", "LONG1", "LONG4", "FLOAT", "BINFLOAT"),
     *("UNICODE", "SHORT_BINUNICODE", "BINUNICODE", "BINUNICODE8"),
     *("SHORT_BINBYTES", "BINBYTES", "BINBYTES8", "BYTEARRAY8"),
 }
@@ -390,7 +395,7 @@ class _Reader:
             stack[-_TUPLES[name] :] = [tuple(stack[-_TUPLES[name] :])]
         elif name == "MARK":
             self.marks.append(len(stack))
-        elif name == "TUPLE":
+        elif name in {"TUPLE", "FROZENSET"}:
             stack.append(tuple(self._marked()))
         elif name in _CONSTANTS:
             stack.append(_CONSTANTS[name])
@@ -402,7 +407,7 @@ class _Reader:
         elif name in {"REDUCE", "NEWOBJ"}:
             arguments = stack.pop()
             stack.append(stack.pop().call(arguments))
-        elif name in {"APPEND", "APPENDS"}:
+        elif name in {"APPEND", "APPENDS", "ADDITEMS"}:
             items = [stack.pop()] if name == "APPEND" else self._marked()
             stack[-1].extend(items)
         elif name in {"SETITEM", "SETITEMS"}:

@@ -17,7 +17,7 @@ import pytest
 from PIL import Image
 
 from prelar.data import rlbench_folder
-from prelar.data.demonstrations import fault
+from prelar.data.demonstrations import Splits, clips, fault
 from prelar.data.rlbench_folder import (
     CAMERAS,
     LOW_DIM,
@@ -199,7 +199,9 @@ def test_pickles_of_any_protocol_and_numpy_say_the_same(
         rlbench, joint_velocities=changed, gripper_open=np.float32(0), joint_positions=np.arange(14.0)[::2]
     )
     held._observations[3].misc["columns"] = np.asfortranarray(np.eye(3)[:, :2])
-    held._observations[3].misc["names"] = np.array(["a", "b"])
+    held._observations[3].misc |= {"names": np.array(["a", "b"]), 7: np.array([None, "any"], dtype=object)}
+    if protocol >= 4:
+        held._observations[3].misc |= {"handles": {1, (2, 3)}, "more": frozenset({4})}
     raw = pickle.dumps(held, protocol=protocol)
     for module in ("multiarray", "numeric"):
         here, there = (f"{name}.{module}" for name in (np._core.__name__, core))
@@ -343,6 +345,25 @@ def test_keys_that_take_long_to_compare_are_passed_over(tmp_path: Path) -> None:
     (tmp_path / LOW_DIM).write_bytes(b"\x80\x04}" + doubled + b"Ns.")
     with pytest.raises(ValueError, match="holds no Demo"):
         read_low_dim(tmp_path / LOW_DIM)
+
+
+def test_a_variation_of_a_folder_that_the_index_cannot_hold_is_a_bad_row(
+    tmp_path: Path, rlbench: types.SimpleNamespace
+) -> None:
+    odd = "push\udcff_button"
+    for place in ("good/variation0/episodes/episode0", f"{odd}/variation99999999999/episodes/episode1"):
+        write_episode(tmp_path / place, demo(rlbench))
+    source = open_folder(tmp_path, "joint_velocity")
+    rows = [
+        row
+        for job in source.jobs()
+        for _, row, _ in clips(source.collect(job), source, 0, Splits(source.jobs(), []))
+        if row["camera"] == "front"
+    ]
+    assert [(row["task"], row["reason"]) for row in rows] == [
+        ("good", None),
+        ("push\\udcff_button", "its variation, 99999999999, is more than the index holds"),
+    ]
 
 
 @pytest.mark.parametrize("number", [2**31, 2**40, -1, 1.5, float("nan"), 10**400])

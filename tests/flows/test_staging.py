@@ -4,6 +4,7 @@ import errno
 import json
 import os
 import random
+import tempfile
 import time
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -102,6 +103,20 @@ def test_publishing_replaces_store_and_index_and_clears_staging() -> None:
         assert sorted(path.name for path in files.STAGING.iterdir()) == ["x-parts-1", "y-1"]
         assert json.loads(Path("data/x.json").read_text(encoding="utf-8")) == {"frames": frames}
     assert sorted(path.name for path in Path("data").glob("x.*")) == ["x.json", "x.parquet", "x.zarr"]
+
+
+def test_staging_may_lie_on_another_file_system() -> None:
+    if not os.access("/dev/shm", os.W_OK) or Path("/dev/shm").stat().st_dev == Path().stat().st_dev:
+        pytest.skip("no second file system to write to")
+    with tempfile.TemporaryDirectory(dir="/dev/shm") as elsewhere:
+        Path("data").mkdir()
+        files.STAGING.symlink_to(elsewhere)
+        for key, frames in (("a", 2), ("b", 3)):
+            staging.publish("x", staged("x", key, frames))
+            assert Store.open("data/x.zarr").num_frames == frames
+            assert not any(files.STAGING.iterdir())
+        found = {path.name for path in Path("data").iterdir()}
+        assert found == {".staging", "x.json", "x.parquet", "x.zarr"}
 
 
 def test_a_store_that_is_published_elsewhere_leaves_a_pointer() -> None:
