@@ -2,6 +2,7 @@
 
 The plain path does the same arithmetic as the papers write it: every linear layer of the RSSM at every time
 step on concatenated inputs, contiguous images, no compilation, Adam as it comes, losses read at every step.
+On a GPU it is timed twice: with cuDNN's TF32, which torch allows by default, and without.
 `python -m tests.bench.bench_train SCALE` measures at another scale of params.yaml than `make bench` does,
 which takes smoke on a CPU and paper on a GPU. The share of the machine is that of a matrix product's rate.
 """
@@ -12,13 +13,14 @@ import resource
 import statistics
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import numpy as np
 import torch
 from lightning_fabric import Fabric
 from torch import Tensor, nn
+from torch._dynamo.utils import counters
 from torch.nn import functional as F
 from torch.profiler import ProfilerActivity, profile
 from torch.utils.flop_counter import FlopCounterMode
@@ -71,8 +73,9 @@ def run(scale: str | None = None) -> dict[str, float]:
         ("pretrain", pretraining, cfg.pretrain),
         ("update", finetuning, cfg.finetune),
     ):
-        step = make(cfg, ours, False)
-        found = compare(name, step, make(cfg, plain, True), device)
+        step, written = make(cfg, ours, False), make(cfg, plain, True)
+        plains = {"plain": exactly(written)} | ({"plain_tf32": written} if device == "cuda" else {})
+        found = compare(name, step, plains, device, compiled=compiles("auto", ours))
         if device == "cpu":
             told = (f"{kind} {share:.0%}" for kind, share in shares(step).items())
             print("  " + ", ".join(told), flush=True)
@@ -84,29 +87,57 @@ def run(scale: str | None = None) -> dict[str, float]:
     return figures
 
 
-def compare(name: str, ours: Step, plain: Step, device: str) -> dict[str, float]:
-    """Milliseconds, the median of the paired ratios, operations and peak memory of two ways of one step."""
-    with FlopCounterMode(display=False) as counter:
-        ours()
-    plain()
+def compare(
+    name: str, ours: Step, plains: dict[str, Step], device: str, *, compiled: bool
+) -> dict[str, float]:
+    """Milliseconds, the median of the paired ratios, operations and peak memory of ways of one step.
+
+    compiled: whether our way is to be compiled.
+    """
+    counters.clear()
+    for step in (ours, *plains.values()):
+        step()
+    assert not compiled or counters["stats"]["unique_graphs"] > 0, "nothing was compiled"
+    figures = {f"{name}_tflop": operations(ours) / 1e12}
     readings = []
     for _ in range(PAIRS):
-        readings.append((_milliseconds(ours, device), _milliseconds(plain, device)))
-    ratios = [slow / fast for fast, slow in readings]
-    figures = {
-        f"{name}_ms": statistics.median(fast for fast, _ in readings),
-        f"{name}_plain_ms": statistics.median(slow for _, slow in readings),
-        f"{name}_vs_plain": statistics.median(ratios),
-        f"{name}_tflop": counter.get_total_flops() / 1e12,
-        f"{name}_peak_mb": _peak(ours, device),
-    }
-    print(
-        f"{name}: {figures[f'{name}_ms']:.1f} ms, plain {figures[f'{name}_plain_ms']:.1f} ms; "
-        f"{figures[f'{name}_vs_plain']:.2f} times as fast "
-        f"(from {min(ratios):.2f} to {max(ratios):.2f}, {PAIRS} pairs)",
-        flush=True,
-    )
-    return figures
+        readings.append([_milliseconds(step, device) for step in (ours, *plains.values())])
+    times = list(zip(*readings, strict=True))
+    figures[f"{name}_ms"] = statistics.median(times[0])
+    print(f"{name}: {figures[f'{name}_ms']:.1f} ms", flush=True)
+    for way, spent in zip(plains, times[1:], strict=True):
+        ratios = [slow / fast for fast, slow in zip(times[0], spent, strict=True)]
+        figures[f"{name}_{way}_ms"] = statistics.median(spent)
+        figures[f"{name}_vs_{way}"] = statistics.median(ratios)
+        print(
+            f"  {way} {statistics.median(spent):.1f} ms; {statistics.median(ratios):.2f} times as fast "
+            f"(from {min(ratios):.2f} to {max(ratios):.2f}, {PAIRS} pairs)",
+            flush=True,
+        )
+    return figures | {f"{name}_peak_mb": _peak(ours, device)}
+
+
+def operations(step: Step) -> int:
+    """Floating-point operations of a step that has run before, counted on code that is not compiled.
+
+    A compiled function whose first call is counted would never be compiled any more.
+    """
+    with torch.compiler.set_stance("force_eager"), FlopCounterMode(display=False) as counter:
+        step()
+    return counter.get_total_flops()
+
+
+def exactly(step: Step) -> Step:
+    """A step whose convolutions compute in full fp32 on a GPU."""
+
+    def without_tf32() -> object:
+        torch.backends.cudnn.allow_tf32 = False
+        try:
+            return step()
+        finally:
+            torch.backends.cudnn.allow_tf32 = True
+
+    return without_tf32
 
 
 def _milliseconds(step: Step, device: str) -> float:
@@ -180,11 +211,11 @@ def pretraining(cfg: Config, fabric: Fabric, plain: bool) -> Step:
     is_first = first_steps(sizes.batch, sizes.length)
     if plain:
         spell_out(model)
-        optimizer = plain_adam(model)
+        optimizer = plain_adam(model.parameters())
     else:
         speed_up(model, fabric)
         optimizer = adam(model.parameters(), sizes.lr)
-        frames = frames.pin_memory() if fabric.device.type == "cuda" else frames
+        frames, is_first = (pinned(tensor, fabric) for tensor in (frames, is_first))
     module, wrapped = fabric.setup(model, optimizer)
     module.mark_forward_method("pretrain_losses")
 
@@ -196,7 +227,7 @@ def pretraining(cfg: Config, fabric: Fabric, plain: bool) -> Step:
 
     def as_written() -> object:
         losses, _ = module.pretrain_losses(plain_images(frames, fabric), is_first.to(fabric.device))
-        plain_descent(model, optimizer, model.total(losses))
+        plain_descent((optimizer,), model.total(losses))
         return [value.item() for value in losses.values()]
 
     return as_written if plain else ours
@@ -235,7 +266,13 @@ def finetuning(cfg: Config, fabric: Fabric, plain: bool) -> Step:
         return plain_update(fabric, model, behaviour, bonus, batch)
     speed_up(model, fabric)
     learner = Learner(fabric, model, behaviour, bonus, hold=0, **rates)
+    batch = {name: pinned(value, fabric) for name, value in batch.items()}
     return lambda: learner.update(batch, 1)
+
+
+def pinned(tensor: Tensor, fabric: Fabric) -> Tensor:
+    """A tensor on the CPU, where stages keep batches for a GPU: in memory from which it copies by itself."""
+    return tensor.pin_memory() if fabric.device.type == "cuda" else tensor
 
 
 def speed_up(model: WorldModel, fabric: Fabric) -> None:
@@ -251,8 +288,8 @@ def plain_update(
     spell_out(model)
     model.to(fabric.device).train()
     behaviour.to(fabric.device)
-    parts = (model, behaviour.actor, behaviour.critic)
-    optimizers = [plain_adam(part) for part in parts]
+    published = (*model.groups().values(), behaviour.actor.parameters(), behaviour.critic.parameters())
+    held, rest, actor, critic = (plain_adam(part) for part in published)
 
     def as_written() -> object:
         data = {name: value.to(fabric.device) for name, value in batch.items()}
@@ -261,11 +298,11 @@ def plain_update(
             images, data["action"], data["reward"], data["is_first"], bonus=bonus
         )
         model_loss = model.total(losses)
-        plain_descent(model, optimizers[0], model_loss)
+        plain_descent((held, rest), model_loss)
         with frozen(model):
             actor_loss, critic_loss, _ = behaviour.losses(model, model.start(outputs["post"]))
-            plain_descent(behaviour.actor, optimizers[1], actor_loss)
-        plain_descent(behaviour.critic, optimizers[2], critic_loss)
+            plain_descent((actor,), actor_loss)
+        plain_descent((critic,), critic_loss)
         return [value.item() for value in (*losses.values(), actor_loss, critic_loss)]
 
     return as_written
@@ -276,17 +313,19 @@ def plain_images(frames: Tensor, fabric: Fabric) -> Tensor:
     return frames.to(fabric.device).float().permute(0, 1, 4, 2, 3).contiguous() / 255 - 0.5
 
 
-def plain_descent(module: nn.Module, optimizer: torch.optim.Optimizer, loss: Tensor) -> None:
-    """One clipped step."""
-    optimizer.zero_grad()
+def plain_descent(optimizers: Sequence[torch.optim.Optimizer], loss: Tensor) -> None:
+    """One step, clipped for each optimiser."""
+    for optimizer in optimizers:
+        optimizer.zero_grad()
     loss.backward()
-    nn.utils.clip_grad_norm_(module.parameters(), CLIP_NORM)
-    optimizer.step()
+    for optimizer in optimizers:
+        nn.utils.clip_grad_norm_(optimizer.param_groups[0]["params"], CLIP_NORM)
+        optimizer.step()
 
 
-def plain_adam(model: nn.Module) -> torch.optim.Adam:
+def plain_adam(parameters: Iterable[nn.Parameter]) -> torch.optim.Adam:
     """Adam as torch has it where nothing is asked for."""
-    return torch.optim.Adam(model.parameters(), lr=1e-4, eps=ADAM_EPS, weight_decay=WEIGHT_DECAY)
+    return torch.optim.Adam(parameters, lr=1e-4, eps=ADAM_EPS, weight_decay=WEIGHT_DECAY)
 
 
 def spell_out(model: WorldModel) -> None:
