@@ -9,7 +9,10 @@ import signal
 import threading
 from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
 from multiprocessing import connection
+
+from prelar.errors import UserError
 
 CANCELLED = 1
 
@@ -24,12 +27,16 @@ def worker_pool(count: int) -> Iterator[ProcessPoolExecutor]:
     """A pool of `count` freshly started processes.
 
     When the block fails, what has not started is cancelled. Ctrl-C is left to the parent, and a worker whose
-    parent is killed ends itself. A worker that dies raises `BrokenProcessPool` in the block.
+    parent is killed ends itself. Raises `UserError` where a worker dies.
     """
     spawn = multiprocessing.get_context("spawn")
     pool = ProcessPoolExecutor(count, mp_context=spawn, initializer=follow_parent)
     try:
         yield pool
+    except BrokenProcessPool:
+        raise UserError(
+            "a worker process died, perhaps for want of memory; make room and run again"
+        ) from None
     finally:
         pool.shutdown(cancel_futures=True)
 

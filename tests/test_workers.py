@@ -5,11 +5,11 @@ import signal
 import subprocess
 import sys
 import time
-from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
 
 import pytest
 
+from prelar.errors import UserError
 from prelar.workers import processors, worker_pool
 
 PARENT = """
@@ -35,9 +35,10 @@ def test_failure_cancels_what_waits() -> None:
     assert jobs[-1].cancelled()
 
 
-def test_dead_worker_is_an_error() -> None:
-    with pytest.raises(BrokenProcessPool), worker_pool(1) as pool:
-        pool.submit(os._exit, 3).result()
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGSEGV])
+def test_a_worker_that_dies_is_told_in_a_line(number: signal.Signals) -> None:
+    with pytest.raises(UserError, match=r"^a worker process died"), worker_pool(1) as pool:
+        pool.submit(signal.raise_signal, number).result()
 
 
 def test_killed_parent_takes_its_workers_along(tmp_path: Path) -> None:
