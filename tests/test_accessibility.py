@@ -18,6 +18,7 @@ from tests.conftest import ROOT
 from tests.fake_results import make_results
 
 UPDATES = (10.0, 20.0, 30.0)
+SCRIPT = "document.body.append(Object.assign(document.createElement('script'), {text: 'open()'}))"
 
 
 def write_pages(folder: Path) -> list[Path]:
@@ -46,9 +47,15 @@ def test_the_pages_are_open_to_everybody(
     with browser_page() as (page, hosts):
         page.emulate_media(color_scheme=scheme)
         page.set_viewport_size({"width": width, "height": 900})
+        told: list[str] = []
+        page.on("console", lambda message: told.append(message.text))
         for path in write_pages(tmp_path):
             page.goto(path.as_uri())
             picture(page, f"{path.stem}-{scheme}-{width}", whole=True)
             assert obstacles(page) == ""
             assert page.evaluate("document.scrollingElement.scrollWidth") <= width
+            assert not [text for text in told if "Content Security Policy" in text]
+            page.evaluate(SCRIPT)
+            assert [text for text in told if "Content Security Policy" in text], "it runs no script"
+            told.clear()
         assert hosts == {""}

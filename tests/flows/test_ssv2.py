@@ -108,7 +108,7 @@ def servers_of(pid: int) -> list[str]:
             line = path.read_bytes().replace(b"\0", b" ").decode()
         except OSError:
             continue
-        if "flows.runtime" in line and f", {pid})" in line:
+        if "flows.runtime" in line and f", {pid}, " in line:
             found.append(line)
     return found
 
