@@ -34,6 +34,7 @@ CODE = (
     "checkpoint.py",
     "data/batches.py",
     "data/objects.py",
+    "data/parquet.py",
     "data/remote.py",
     "data/store.py",
     "loop.py",

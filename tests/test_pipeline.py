@@ -25,7 +25,9 @@ FREE = {
     "prelar.names",
     "prelar.parents",
     "prelar.space",
+    "prelar.urls",
     "flows",
+    "flows.access",
     "flows.tracking",
 }
 
