@@ -12,7 +12,9 @@ import pytest
 
 import prelar
 from prelar import actions
-from prelar.data.store import StoreWriter
+from prelar.data import video
+from prelar.data.store import Frames, StoreWriter
+from prelar.data.video import Decoder, Part
 from prelar.errors import UserError
 from prelar.media import write_mp4
 from tests.fake_results import moving
@@ -60,6 +62,44 @@ def test_videos_are_decoded_and_a_broken_one_is_left_out(
     assert set(table["clip"].to_pylist()) == {str(tmp_path / "good.mp4")} and len(table) == 5
     told = capsys.readouterr()
     assert "bad.mp4: left out" in told.err and "5 of 1 clips" in told.out
+
+
+def test_a_long_video_is_gone_through_piece_by_piece(
+    checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With a row for every pair of frames, those between the pieces included."""
+    monkeypatch.setattr(actions, "SECONDS", 0.5)
+    monkeypatch.setattr(video, "MAX_FRAMES", 20)
+    write_mp4(tmp_path / "long.mp4", moving(47), 10)
+    actions.run([tmp_path / "long.mp4"], tmp_path / "out.parquet", checkpoint=checkpoint)
+    table = pq.read_table(tmp_path / "out.parquet")
+    assert table["frame"].to_pylist() == list(range(46))
+    (whole,) = [clip.frames for clip in Decoder().decode_parts([Part(tmp_path / "long.mp4")])]
+    assert whole is None, "of so many frames at once nothing comes"
+    monkeypatch.undo()
+    (whole,) = [clip.frames for clip in Decoder().decode_parts([Part(tmp_path / "long.mp4")])]
+    assert whole is not None
+    expected = prelar.load(checkpoint).infer(whole)
+    assert np.allclose(np.stack(table["action"].to_numpy()), expected, atol=1e-5)
+
+
+@pytest.mark.parametrize("window", [2, 3, 5])
+def test_pieces_are_led_by_what_the_model_looks_at(window: int) -> None:
+    """Told by a model whose action is the sum of the frames that it saw."""
+
+    class Summing:
+        def __init__(self) -> None:
+            self.spec = {"action_window": window}
+
+        def infer(self, frames: Frames) -> np.ndarray:
+            means = frames.mean(axis=(1, 2, 3), dtype=np.float64)
+            padded = np.concatenate([np.zeros(window - 2), means])
+            return np.lib.stride_tricks.sliding_window_view(padded, window).sum(axis=1)[:, None]
+
+    frames = np.random.default_rng(0).integers(0, 256, (40, 64, 64, 3), dtype=np.uint8)
+    pieces = np.split(frames, [1, 2, 9, 10, 24])
+    found = np.concatenate(list(actions.infer_pieces(Summing(), pieces)))  # type: ignore[arg-type]
+    assert np.allclose(found, Summing().infer(frames))
 
 
 def test_nothing_readable_leaves_no_file(checkpoint: Path, tmp_path: Path) -> None:

@@ -21,11 +21,11 @@ _CONSEQUENCE = re.compile(
 )
 _TROUBLE = re.compile(r"^(?:\[[^\]]*@[^\]]*\] )*\[(?:error|fatal|panic)\] (.*)$")
 _READER = re.compile(r"^\[(?:in#|matroska|mov,|avi @)")
-_TIME = re.compile(r"pts_time:(-?[\d.]+)")
-_PACKET_TIME = re.compile(r"pkt_(?:pts|dts)_time:(-?[\d.]+)")
+_TIME = re.compile(r"pts_time:(-?\d+(?:\.\d+)?)")
+_PACKET_TIME = re.compile(r"pkt_(?:pts|dts)_time:(-?\d+(?:\.\d+)?)")
 _NO_VIDEO = "matches no streams"
 _KILLED = {-signal.SIGKILL, -signal.SIGTERM, -signal.SIGINT, -signal.SIGHUP}
-_TOLD_TO_END = "Exiting normally, received signal"
+_TOLD_TO_END = re.compile(r"^(?:\[\w+\] )?Exiting normally, received signal", re.MULTILINE)
 NO_VIDEO = "no video in it"
 
 
@@ -53,7 +53,7 @@ def troubles(log: str) -> str:
 
 def check_not_killed(log: str, status: int) -> None:
     """Raises `RuntimeError` where a process of this log and exit status was ended from outside."""
-    if status in _KILLED or _TOLD_TO_END in log:
+    if status in _KILLED or _TOLD_TO_END.search(log):
         raise RuntimeError(f"ffmpeg was killed (status {status})")
 
 
@@ -89,7 +89,7 @@ class Log:
 
     def __init__(self) -> None:
         self.head = ""
-        self.last = ""
+        self.told_to_end = ""
         self.spoilt: list[Spoilt] = []
         self._partial = b""
         self._begun = False
@@ -117,7 +117,8 @@ class Log:
         if not self._begun:
             self._begun = line.startswith("[info] Stream mapping:") or len(self.head) > MAX_HEAD
             self.head += f"{line}\n"
-        self.last = line or self.last
+        elif _TOLD_TO_END.match(line):
+            self.told_to_end = line
         if " decoder -> " in line:
             self._decoded(line)
         elif "demuxer+ffmpeg -> " in line:

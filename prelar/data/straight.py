@@ -184,7 +184,7 @@ class Straight:
         self._listen()
         self.log.feed(b"\n")
         self.status = self._process.wait()
-        check_not_killed(self.log.last, self.status)
+        check_not_killed(self.log.told_to_end, self.status)
 
     def _tell(self, frames: int) -> None:
         """Give the `frames` that wait their times, which never go back."""
@@ -334,6 +334,8 @@ class Readers:
                 return self._idle.pop(path, None) or self._new(path)
             reader, turns = self._announced[path]
             self._turn.wait_for(lambda: self._closed or turns[0] == part)
+            if self._closed:
+                raise RuntimeError("the decoder is closed")
             return reader
 
     def _leave(self, path: Path, reader: Reader, ended: bool) -> None:

@@ -2,14 +2,16 @@
 
 decode: the ssv2 flow's own path (tasks, store writing and commits included, two workers) against ffmpeg that
 discards its output (the bound) and against a process and a folder of JPEG files per clip (the reference).
-reading: random segments of 25 frames as tensors against the same slices of one np.memmap (the bound) and
-against JPEG files read with PIL (the reference). memory: the summed proportional set size of the flow's
-processes, the Prefect server apart, for few and for many clips.
+own videos: an hour's video, planned and ingested by the flow, against one straight decode of it by ffmpeg with
+its own choice of threads. reading: random segments of 25 frames as tensors against the same slices of one
+np.memmap (the bound) and against JPEG files read with PIL (the reference). memory: the summed proportional set
+size of the flow's processes, the Prefect server apart, for few and for many clips.
 """
 
 from __future__ import annotations
 
 import concurrent.futures
+import contextlib
 import functools
 import itertools
 import os
@@ -34,7 +36,7 @@ from flows import runtime, ssv2
 from prelar.config import load_config
 from prelar.data import ingest
 from prelar.data.batches import SegmentSampler
-from prelar.data.labels import read_labels
+from prelar.data.labels import Labels, read_labels
 from prelar.data.store import FRAME, Store, StoreWriter
 from prelar.data.video import SCALE, Decoder
 from tests import archives, full_size
@@ -48,6 +50,7 @@ BATCH = 16
 LENGTH = 25
 SECONDS = 1.0
 FEW, MANY = 500, 5_000
+HOUR = 3600
 
 
 def run() -> dict[str, float]:
@@ -56,6 +59,7 @@ def run() -> dict[str, float]:
         folder = Path(name)
         made = make_clips()
         figures = decoding(folder, made)
+        figures |= own_videos(folder)
         figures |= reading(folder)
         figures |= tradeoff(folder, made)
         figures |= opening(folder / "full.zarr")
@@ -99,11 +103,12 @@ def decoding(folder: Path, made: dict[str, bytes]) -> dict[str, float]:
         files.append(folder / f"{identity}.webm")
         files[-1].write_bytes(content)
     source = ingest.folder_source(archives.source(folder / "source", made), None)
+    known, decoder = read_labels(source.labels), Decoder()
     rates: dict[str, list[float]] = {"flow": [], "bound": [], "reference": []}
     with runtime.server():
-        frames = _flow_seconds(source, folder / "warm")[0]
+        frames = _flow_seconds(source, folder / "warm", known, decoder)[0]
         for number in range(REPEATS):
-            rates["flow"].append(frames / _flow_seconds(source, folder / f"flow-{number}")[1])
+            rates["flow"].append(frames / _flow_seconds(source, folder / f"flow-{number}", known, decoder)[1])
             rates["bound"].append(frames / _seconds(lambda: _bound(binary, files, folder)))
             rates["reference"].append(frames / _seconds(lambda: _reference(binary, files, folder / "jpeg")))
             print({name: round(values[-1]) for name, values in rates.items()}, "frames/s", flush=True)
@@ -121,9 +126,8 @@ def _seconds(work: Callable[[], object]) -> float:
     return time.perf_counter() - begun
 
 
-def _flow_seconds(source: ingest.Source, folder: Path) -> tuple[int, float]:
+def _flow_seconds(source: ingest.Source, folder: Path, known: Labels, decoder: Decoder) -> tuple[int, float]:
     """Frames and seconds of the flow's own filling of a store, inside a running flow."""
-    known, decoder = read_labels(source.labels), Decoder()
     settings = load_config(ROOT / "params.yaml").ssv2.model_copy(update={"workers": 2})
 
     @flow(name="bench", task_runner=ThreadPoolTaskRunner(max_workers=2))  # type: ignore[arg-type]
@@ -161,6 +165,38 @@ def _reference(binary: str, files: list[Path], folder: Path) -> None:
     shutil.rmtree(folder, ignore_errors=True)
     with concurrent.futures.ThreadPoolExecutor(2) as pool:
         list(pool.map(one, files))
+
+
+# --- Own videos ---------------------------------------------------------------------------------------------
+
+
+def own_videos(folder: Path, seconds: int = HOUR) -> dict[str, float]:
+    """Frames a second of the flow, the planning of clips included, and of one straight decode, in turn."""
+    binary, videos = Decoder().path, folder / "videos"
+    videos.mkdir()
+    picture = ["-f", "lavfi", "-i", f"testsrc2=size=320x240:rate=30:duration={seconds}"]
+    codec = ["-c:v", "libx264", "-preset", "ultrafast", "-g", "250", "-pix_fmt", "yuv420p"]
+    path = videos / "long.mp4"
+    subprocess.run([binary, "-v", "error", *picture, *codec, str(path)], check=True)
+    straight = [binary, "-v", "error", "-i", str(path), "-vf", SCALE, "-pix_fmt", "rgb24"]
+    straight += ["-fps_mode", "passthrough", "-f", "rawvideo", "-y", os.devnull]
+    rates: dict[str, list[float]] = {"flow": [], "straight": []}
+    with runtime.server():
+        for number in range(REPEATS):
+            with contextlib.closing(Decoder(threads=2)) as decoder:
+                begun = time.perf_counter()
+                source, known = ingest.videos_source(videos, [path], decoder, 5.0)
+                planned = time.perf_counter() - begun
+                frames, filled = _flow_seconds(source, folder / f"own-{number}", known, decoder)
+            assert frames == 30 * seconds
+            rates["flow"].append(frames / (planned + filled))
+            rates["straight"].append(frames / _seconds(lambda: subprocess.run(straight, check=True)))
+            print({name: round(values[-1]) for name, values in rates.items()}, "frames/s", flush=True)
+    shutil.rmtree(videos)
+    return {
+        "own_videos_fps": statistics.median(rates["flow"]),
+        "own_videos_vs_straight": paired("own_videos_vs_straight", rates["flow"], rates["straight"]),
+    }
 
 
 # --- Reading ------------------------------------------------------------------------------------------------

@@ -22,7 +22,7 @@ from prelar.data.ingest import (
     own_videos,
     staging_key,
 )
-from prelar.data.labels import Labels, read_labels
+from prelar.data.labels import Label, Labels, read_labels
 from prelar.data.store import Store, StoreWriter
 from prelar.data.video import Decoder
 from prelar.errors import UserError
@@ -245,3 +245,24 @@ def test_clips_in_other_containers_and_labels_of_former_names(tmp_path: Path, de
         10,
         11,
     ]
+
+
+@pytest.mark.parametrize("suffix", [".webm", ".mp4", ".avi"])
+def test_clips_of_many_frames_are_held_in_bounds(
+    suffix: str, decoder: Decoder, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whether their number is known beforehand or not, all clips come, in order."""
+    monkeypatch.setattr(ingest, "MAX_BATCH_BYTES", 100 * 64 * 64 * 3)
+    codec = () if suffix == ".webm" else ("-c:v", "mpeg4")
+    content = archives.clip(frames=60, source="color", width=16, height=16, options=codec, suffix=suffix)
+    members = [Member(str(number), content) for number in range(6)]
+    known = Labels({member.id: Label("train", None, None) for member in members}, {})
+    rows, most = [], 0
+    for batch in batches(members, 6):
+        done = ingest.ingest(decoder, batch, known, 8)
+        most = max(most, sum(len(clip.frames) for clip in done if clip.frames is not None))
+        rows += [
+            (c.row["id"], 0 if c.frames is None else len(c.frames))
+            for c in ingest.completed(decoder, done, known, 8)
+        ]
+    assert rows == [(member.id, 60) for member in members] and most <= 160

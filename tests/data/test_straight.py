@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import signal
 import subprocess
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import imageio_ffmpeg
@@ -11,9 +13,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from prelar.data import videos
+from prelar.data import straight, videos
+from prelar.data.ffmpeg_log import Log
 from prelar.data.store import Frames
-from prelar.data.straight import Clip
+from prelar.data.straight import Clip, Part, Straight
 from prelar.data.video import SCALE, Decoder
 
 X264 = ("-c:v", "libx264", "-preset", "ultrafast", "-pix_fmt", "yuv420p")
@@ -171,3 +174,117 @@ def test_a_video_cut_short_keeps_what_is_there(tmp_path: Path) -> None:
     assert all(
         np.array_equal(clip.frames, other.frames) for clip, other in zip(clips[:-1], good, strict=False)
     )
+
+
+def watched(decoder: Decoder, monkeypatch: pytest.MonkeyPatch) -> list[bool]:
+    """Every straight decode that is begun from here on: whether it is traced."""
+    begun: list[bool] = []
+    new = decoder._readers._new.keywords["start"]
+
+    def start(source: int, traced: bool) -> Straight:
+        begun.append(traced)
+        return new(source, traced)
+
+    monkeypatch.setitem(decoder._readers._new.keywords, "start", start)
+    return begun
+
+
+def planned(path: Path, decoder: Decoder) -> list[Part]:
+    members = videos.cut(path.name, path, decoder.seconds(path), SECONDS)
+    return [member.part for member in members if member.part]
+
+
+def test_parts_that_were_announced_take_turns_at_one_decode(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    decoder, paths = Decoder(), [film(tmp_path / name, *X264) for name in ("a.mp4", "b.mkv")]
+    parts = [part for path in paths for part in planned(path, decoder)]
+    begun = watched(decoder, monkeypatch)
+    for part in parts:
+        decoder.announce([part])
+    with ThreadPoolExecutor(len(parts)) as pool:
+        late_first = {part: pool.submit(decoder.decode_part, part) for part in reversed(parts)}
+    clips = [late_first[part].result().frames for part in parts]
+    assert begun == [False, False]
+    assert np.array_equal(np.concatenate(clips), np.concatenate([one_pass(path) for path in paths]))
+
+
+def test_a_decode_is_gone_on_with(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Unless what is asked for lies behind."""
+    decoder, path = Decoder(), film(tmp_path / "a.mp4", *X264)
+    parts, wanted = planned(path, decoder), one_pass(path)
+    begun = watched(decoder, monkeypatch)
+    clips = [decoder.decode_part(parts[number]).frames for number in (0, 2, 1, 3)]
+    assert begun == [False, False]
+    for clip, first in zip(clips, (0, 60, 30, 90), strict=True):
+        assert clip is not None and np.array_equal(clip, wanted[first : first + len(clip)])
+
+
+def test_a_killed_decode_is_not_the_videos_fault(tmp_path: Path) -> None:
+    """A second attempt has all of its frames, and so has who waits behind it."""
+    decoder, path = Decoder(), film(tmp_path / "a.mp4", *X264, seconds=40)
+    parts = planned(path, decoder)
+    for begin, end in ((0, 1), (1, 30), (30, None)):
+        decoder.announce(parts[begin:end])
+    first = decoder.decode_part(parts[0]).frames
+    (process,) = decoder._running
+    process.kill()
+    with ThreadPoolExecutor(1) as pool:
+        rest = pool.submit(decoder.decode_parts, parts[30:])
+        with pytest.raises(RuntimeError, match="ffmpeg was killed"):
+            decoder.decode_parts(parts[1:30])
+        clips = decoder.decode_parts(parts[1:30]) + rest.result()
+    assert first is not None
+    assert np.array_equal(np.concatenate([first, *(clip.frames for clip in clips)]), one_pass(path))
+
+
+def test_who_waits_for_a_turn_ends_with_the_decoder(tmp_path: Path) -> None:
+    decoder, path = Decoder(), film(tmp_path / "a.mp4", *X264)
+    parts = planned(path, decoder)
+    decoder.announce(parts[:1])
+    decoder.announce(parts[1:])
+    with ThreadPoolExecutor(1) as pool:
+        waiting = pool.submit(decoder.decode_parts, parts[1:])
+        decoder.close()
+        with pytest.raises(RuntimeError, match="the decoder is closed"):
+            waiting.result()
+
+
+def test_a_decode_that_hangs_is_given_up(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(straight, "MAX_SECONDS", 0.5)
+    decoder, path = Decoder(), film(tmp_path / "a.mp4", *X264, seconds=40)
+    parts = planned(path, decoder)
+    assert decoder.decode_part(parts[0]).frames is not None
+    (process,) = decoder._running
+    process.send_signal(signal.SIGSTOP)
+    reasons = [clip.reason for clip in decoder.decode_parts(parts[1:])]
+    assert reasons[-3:] == ["decoding a clip took more than 0.5 s"] * 3
+    decoder.close()
+
+
+TRACE = """[info] Stream mapping:
+[vist#0:0/h264 @ 0x1] [info] demuxer+ffmpeg -> type:video pkt_pts:3 pkt_pts_time:0.1 pkt_dts_time:0 off:0
+[h264 @ 0x2] [error] error while decoding MB 3 1
+[vist#0:0/h264 @ 0x1] [dec:h264 @ 0x3] [info] decoder -> pts:0 pts_time:0 pkt_dts_time:0 keyframe:1
+"""
+
+
+def test_a_complaint_is_about_frames_up_to_a_key_frame_that_owes_them_nothing() -> None:
+    log = Log()
+    log.feed(TRACE.encode())
+    for number in range(1, 60):
+        key = int(number % 10 == 0)
+        line = f"[dec:h264 @ 0x3] [info] decoder -> pts:{number} pts_time:{number / 10} keyframe:{key}\n"
+        log.feed(line.encode())
+    assert [bool(log.complaints(n, n + 1)) for n in range(60)] == [True] * 20 + [False] * 40
+    log.feed(b"[matroska,webm @ 0x4] [error] File ended prematurely at pos. 7\n")
+    assert "prematurely" in log.complaints(59, 60) and not log.complaints(20, 59)
+
+
+@settings(max_examples=200)
+@given(st.lists(st.binary(max_size=60), max_size=20))
+def test_any_log_is_read(pieces: list[bytes]) -> None:
+    log = Log()
+    for piece in pieces:
+        log.feed(piece + b"[h264 @ 0x1] [error] decoder -> pts_time:1.2.3 pkt_pts_time:- keyframe:1\n")
+    log.complaints(0, 1)

@@ -214,6 +214,24 @@ def test_a_folder_of_videos_becomes_a_store(folder: Path, decoder: Decoder, tmp_
     }
 
 
+def test_a_build_that_was_broken_off_goes_on_to_the_same_bytes(
+    folder: Path, decoder: Decoder, tmp_path: Path
+) -> None:
+    source, known = videos_source(folder, own_videos(folder, None), decoder, SECONDS)
+    stores = []
+    for name, stops in (("whole", [None]), ("broken", [1, 2, None])):
+        for stop in stops:
+            with StoreWriter(tmp_path / name / "ssv2.zarr") as writer:
+                members = ingest.after_committed(source.members(), writer)
+                for batch in itertools.islice(batches(members, 3), stop):
+                    append(writer, ingest.ingest(Decoder(threads=2), batch, known, 8))
+                if stop is None:
+                    stores.append(writer.finish(attributes(writer, decoder.version, 8, ingest.OWN)))
+    whole, broken = stores
+    assert whole.index.equals(broken.index)
+    assert np.array_equal(whole.read(0, whole.num_frames), broken.read(0, broken.num_frames))
+
+
 def test_labels_or_an_archive_make_it_something_else(folder: Path, tmp_path: Path) -> None:
     assert own_videos(folder, Path("labels.zip")) == [] and own_videos(tmp_path / "absent", None) == []
     archives.source(tmp_path, {"1": archives.clip()}, "raw")

@@ -28,6 +28,7 @@ from prelar.data.labels import read_labels
 from prelar.data.store import Store, StoreWriter, checks_path
 from prelar.data.video import Decoder
 from prelar.errors import UserError
+from prelar.ffmpeg_binary import ffmpeg_binary
 from tests import archives
 from tests.conftest import ROOT, merge
 from tests.flows.kills import Interruption, storm, tree
@@ -384,6 +385,27 @@ def test_the_flow_itself_killed_at_random_moments(here: Path, number: int) -> No
     status, _, err = run()
     assert status == 0, err
     assert tree(here / "data", "ssv2") == wanted
+
+
+def test_ctrl_c_ends_the_ffmpegs_too(here: Path) -> None:
+    """Also those of own videos, one of which takes ten minutes here."""
+    slow = Path("slow-ffmpeg")
+    held = f"*rawvideo*) echo $$ > {here}/held; exec sleep 600"
+    slow.write_text(f'#!/bin/sh\ncase "$*" in {held};; *) exec {ffmpeg_binary()} "$@";; esac\n')
+    slow.chmod(0o755)
+    files.remove(Path("data/sample"))
+    Path("data/sample").mkdir()
+    for name in ("a.mp4", "b.webm"):
+        Path("data/sample", name).write_bytes(archives.clip(suffix=f".{name[2:]}"))
+    change(ffmpeg=str(slow.absolute()))
+    process = start()
+    wait_for(lambda: Path("held").exists() and Path("held").read_text(), process)
+    decoding = int(Path("held").read_text())
+    process.send_signal(signal.SIGINT)
+    _, err = process.communicate(timeout=300)
+    assert process.returncode == 130, err
+    assert not Path(f"/proc/{decoding}").exists()
+    assert "Traceback" not in err and err.splitlines()[-1] == "interrupted"
 
 
 @pytest.mark.long
