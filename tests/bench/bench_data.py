@@ -2,10 +2,10 @@
 
 decode: the ssv2 flow's own path (tasks, store writing and commits included, two workers) against ffmpeg that
 discards its output (the bound) and against a process and a folder of JPEG files per clip (the reference).
-own videos: an hour's video, planned and ingested by the flow, against one straight decode of it by ffmpeg with
-its own choice of threads. reading: random segments of 25 frames as tensors against the same slices of one
-np.memmap (the bound) and against JPEG files read with PIL (the reference). memory: the summed proportional set
-size of the flow's processes, the Prefect server apart, for few and for many clips.
+own videos: an hour's video, planned and ingested by the flow, against one straight decode of it by ffmpeg
+with its own choice of threads. reading: random segments of 25 frames as tensors against the same slices of
+one np.memmap (the bound) and against JPEG files read with PIL (the reference). memory: the summed
+proportional set size of the flow's processes, the Prefect server apart, for few and for many clips.
 """
 
 from __future__ import annotations
