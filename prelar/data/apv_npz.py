@@ -176,7 +176,7 @@ def _shape(archive: zipfile.ZipFile, key: str) -> tuple[int, ...] | None:
         shape, _, dtype = header(handle)
     told, there = math.prod(shape) * dtype.itemsize, archive.getinfo(f"{key}.npy").file_size
     if dtype.hasobject:
-        raise ValueError(f"`{key}` is a pickle of Python objects: refused")
+        raise ValueError(f"Object arrays cannot be read: `{key}` is a pickle")
     if min(shape, default=0) < 0 or told > there:
         raise ValueError(f"`{key}` tells of {told} bytes and has {there}")
     return tuple(shape)

@@ -233,7 +233,7 @@ def _number(value: Any, name: str) -> float:
 
 def _vector(value: Any, name: str) -> Numbers:
     if not isinstance(value, _Numbers):
-        raise ValueError(f"{name} is no array")
+        raise ValueError(f"a joint or pose vector is missing: {name}")
     return value.vector(name)
 
 
@@ -254,24 +254,26 @@ class _Record:
 
 
 class _Kind:
-    """Stands in for numpy's dtype; only plain numbers can be used."""
+    """Stands in for numpy's dtype: plain numbers only."""
 
     _CODES = frozenset({"f8", "f4", "f2", "i8", "i4", "i2", "i1", "u8", "u4", "u2", "u1", "b1"})
 
     def __init__(self, code: Any = None, *_: object) -> None:
-        self.code = code
-        self.order: Any = "<"
+        if not isinstance(code, str) or code not in self._CODES:
+            shown = repr(code[:9]) if isinstance(code, str) else "of no name"
+            raise ValueError(f"dtype {shown} is refused")
+        self._code = code
+        self._order: Any = "<"
 
     def build(self, state: Any) -> None:
         """Take the order of bytes."""
-        self.order = state[1] if isinstance(state, tuple) and len(state) > 1 else None
+        self._order = state[1] if isinstance(state, tuple) and len(state) > 1 else None
 
     def numbers(self, content: Any, count: int) -> Numbers:
         """`count` numbers, float64 (count), that are all of the bytes `content`."""
-        known = isinstance(self.code, str) and isinstance(self.order, str)
-        if not known or self.code not in self._CODES or self.order not in {"<", ">", "|", "="}:
-            raise ValueError("numbers of a kind that is refused")
-        dtype = np.dtype(self.order.replace("=", "<") + self.code)
+        if not isinstance(self._order, str) or self._order not in {"<", ">", "|", "="}:
+            raise ValueError("a dtype's state is refused")
+        dtype = np.dtype(self._order.replace("=", "<") + self._code)
         if not isinstance(content, (bytes, bytearray)) or len(content) != count * dtype.itemsize:
             raise ValueError("numbers that do not fit their bytes")
         return np.frombuffer(content, dtype=dtype).astype(np.float64)
@@ -296,11 +298,12 @@ class _Numbers:
 
     def vector(self, name: str) -> Numbers:
         """A vector of `WIDTH` as float64. Raises `ValueError` with its name for others."""
-        if len(self._told) != 4:
-            raise ValueError(f"{name} is no array")
-        shape, kind, _, content = self._told
-        if shape != (WIDTH,) or not isinstance(kind, _Kind):
-            raise ValueError(f"{name} is no vector of {WIDTH} numbers")
+        shape, kind, _, content = self._told if len(self._told) == 4 else (None,) * 4
+        if not isinstance(kind, _Kind) or not isinstance(shape, tuple):
+            raise ValueError(f"a joint or pose vector is missing: {name}")
+        if shape != (WIDTH,):
+            shown = ", ".join(str(size) for size in shape[:9] if isinstance(size, int))
+            raise ValueError(f"a joint or pose vector has shape ({shown},), not ({WIDTH},): {name}")
         return kind.numbers(content, WIDTH)
 
 

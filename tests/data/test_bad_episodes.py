@@ -132,7 +132,7 @@ LIVE: dict[str, tuple[str, str]] = {
     "dies": ("die", "no demo in 1 attempts: 1 × the simulator ended by signal 11"),
     "picture missing": ("blind", "no demo in 1 attempts: 1 × camera front: no picture at step 3"),
     "too short": ("short", "1 frames; two are needed"),
-    "NaN action": ("nan", "actions: not finite at frame 3"),
+    "NaN action": ("nan", "actions: not finite at frame 2"),
 }
 
 
@@ -182,7 +182,7 @@ def test_folder_episodes(
     damages: dict[str, tuple[Damage, str]] = FOLDER | {
         "NaN action": (
             pickled(lambda _: folders.demo(classes, LENGTH, joint_velocities=np.full(7, np.nan))),
-            "actions: not finite at frame 2",
+            "actions: not finite at frame 1",
         ),
         "wrong shape": (
             pickled(lambda _: folders.demo(classes, LENGTH, joint_velocities=np.zeros(6))),
