@@ -24,8 +24,8 @@ from urllib.parse import urlsplit
 from starlette.responses import HTMLResponse, JSONResponse, Response
 from starlette.websockets import WebSocket
 
-from prelar.errors import UserError
-from prelar.files import write_text
+from prelar.utils.errors import UserError
+from prelar.utils.files import write_text
 
 AUTH = "PREFECT_API_AUTH_STRING"
 SERVER_AUTH = "PREFECT_SERVER_API_AUTH_STRING"

@@ -3,12 +3,20 @@
 from __future__ import annotations
 
 import argparse
+import copy
+import dataclasses
+import graphlib
+import hashlib
 import itertools
+import json
 import re
 import threading
 import time
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, Literal, cast
+from types import MappingProxyType
+from typing import Annotated, Any, Literal, cast, get_args
 from uuid import UUID
 
 from prefect import flow, get_run_logger, task
@@ -17,18 +25,224 @@ from prefect.cache_policies import NO_CACHE
 from prefect.futures import PrefectFuture
 from pydantic import Field
 
-from flows import dvc_queue, forms, runtime, sweep
-from flows.dvc_command import Log
-from flows.dvc_queue import Entry, Queue
+from flows import dvc, pipeline, runtime
+from flows.dvc import Entry, Log, Queue
 from flows.pool import Pool
-from prelar import files
-from prelar.config import PARAMS, read_yaml
-from prelar.errors import UserError
-from prelar.names import checked_config
+from prelar.config import PARAMS, Config, parse_config, parse_yaml, read_yaml
+from prelar.envs.names import check_names, checked_config
+from prelar.utils import files
+from prelar.utils.errors import UserError
+
+Values = dict[str, Any]
+Grid = Mapping[str, list[Any]]
+Preset = Literal["rlbench", "ssv2", "action-representation", "beta-a"]
+Part = tuple[str, str]
+"""A stage and the digest of all that its outputs follow from."""
+
+PIPELINE = Path("dvc.yaml")
+NAMED = ("method", "dataset", "task", "seed")
+METHODS: list[Any] = list(get_args(Config.model_fields["method"].annotation))
+TASKS: list[Any] = [
+    "lever-pull",
+    "drawer-open",
+    "door-lock",
+    "button-press-topdown-wall",
+    "reach",
+    "dial-turn",
+]
+SEEDS: list[Any] = list(range(8))
+_EVERY: Grid = {"task": TASKS, "seed": SEEDS}
+
+PRESETS: Mapping[str, tuple[str, tuple[Grid, ...]]] = MappingProxyType(
+    {
+        "rlbench": (
+            "The methods after pre-training on RLBench, on six tasks with eight seeds",
+            ({"method": METHODS, "dataset": ["rlbench"], **_EVERY},),
+        ),
+        "ssv2": (
+            "The methods after pre-training on Something-Something V2, on six tasks with eight seeds",
+            ({"method": METHODS, "dataset": ["ssv2"], **_EVERY},),
+        ),
+        "action-representation": (
+            "PreLAR; without consistency; without consistency and action KL, its latent action a point",
+            (
+                {"method": ["prelar"], **_EVERY},
+                {"method": ["prelar"], "beta_c": [0], **_EVERY},
+                {
+                    "method": ["prelar"],
+                    "beta_c": [0],
+                    "beta_a": [0],
+                    "action_kind": ["deterministic"],
+                    **_EVERY,
+                },
+            ),
+        ),
+        "beta-a": (
+            "PreLAR with the action KL weighted from 0.01 to 10",
+            ({"method": ["prelar"], "beta_a": [0.01, 0.1, 1.0, 10.0], **_EVERY},),
+        ),
+    }
+)
+
+
+@dataclass(frozen=True)
+class Experiment:
+    """One point of a sweep: `changes` to params.yaml, and the `parts` that its stages make."""
+
+    name: str
+    changes: Values
+    parts: frozenset[Part]
+
+
+def words_to_grid(words: Iterable[str]) -> dict[str, list[Any]]:
+    """Words such as `seed=0,1,2` as a grid. Raises `UserError` for any other word."""
+    grid: dict[str, list[Any]] = {}
+    for word in words:
+        key, found, text = word.partition("=")
+        try:
+            values = parse_yaml(f"[{text}]") if found else []
+        except ValueError:
+            values = []
+        if not values:
+            raise UserError(f"{word}: not a sweep over a key; write it like seed=0,1,2")
+        grid[key] = values
+    return grid
+
+
+def read_grids(path: Path) -> list[dict[str, list[Any]]]:
+    """The grids of a YAML or JSON file: a mapping from keys to values, or a list of such mappings."""
+    held = read_yaml(path)
+    grids = held if isinstance(held, list) else [held]
+    if not grids or not all(isinstance(grid, dict) for grid in grids):
+        raise UserError(f"{path}: holds no sweep; write keys with lists of values, such as seed: [0, 1, 2]")
+    return [
+        {str(key): value if isinstance(value, list) else [value] for key, value in grid.items()}
+        for grid in grids
+    ]
+
+
+def points(grids: Iterable[Grid]) -> Iterator[Values]:
+    """Every combination of each grid."""
+    for grid in grids:
+        for values in itertools.product(*grid.values()):
+            yield dict(zip(grid, values, strict=True))
+
+
+def plan(grids: Iterable[Grid], state: str, root: Path = Path()) -> list[Experiment]:
+    """The experiments of a sweep over the project in `root`, checked, each once, in the order of the grids.
+
+    `state` names the project's code: the same params of other code are another experiment. Raises
+    `UserError` where a combination is no valid params.yaml.
+    """
+    base, stages = read_yaml(root / PARAMS), read_yaml(root / PIPELINE)["stages"]
+    found: dict[str, Experiment] = {}
+    for changes in points(grids):
+        config = parse_config(changed(base, changes))
+        check_names(config)
+        values = config.model_dump(mode="json")
+        identity = _digest([state, values])
+        parts = frozenset(part_keys(values, stages).items())
+        found.setdefault(identity, Experiment(_name(values, changes, identity), changes, parts))
+    return list(found.values())
+
+
+def changed(base: Values, changes: Values) -> Values:
+    """The values of params.yaml with dotted keys changed. Unknown keys are left to the check."""
+    values = copy.deepcopy(base)
+    for key, value in changes.items():
+        *groups, last = key.split(".")
+        group = values
+        for name in groups:
+            group = group.setdefault(name, {})
+            if not isinstance(group, dict):
+                raise UserError(f"{key}: unknown key; {name} is no group of keys")
+        group[last] = value
+    return values
+
+
+def _name(values: Values, changes: Values, identity: str) -> str:
+    shown = [str(values[key]) for key in NAMED]
+    shown += [f"{key.split('.')[-1]}-{value}" for key, value in changes.items() if key not in NAMED]
+    return re.sub(r"[^A-Za-z0-9.-]+|\.(?=\.|-|$)", "-", "-".join([*shown, identity[:10]]))
+
+
+def part_keys(values: Values, stages: Mapping[str, Any]) -> dict[str, str]:
+    """For each stage of dvc.yaml, the digest of its params, its command and the stages it builds on."""
+    above = upstream(values, stages)
+    found: dict[str, str] = {}
+    for name in graphlib.TopologicalSorter(above).static_order():
+        used = [_fill(key, values) for key in stages[name].get("params", [])]
+        found[name] = _digest(
+            [
+                stages[name]["cmd"],
+                {key: _lookup(values, key) for key in used},
+                sorted(found[other] for other in above[name]),
+            ]
+        )
+    return found
+
+
+def upstream(values: Values, stages: Mapping[str, Any]) -> dict[str, set[str]]:
+    """For each stage of dvc.yaml, the stages whose outputs it reads."""
+    maker = {
+        next(iter(out)) if isinstance(out, dict) else out: name
+        for name, stage in stages.items()
+        for out in [*stage.get("outs", []), *stage.get("metrics", [])]
+    }
+    return {
+        name: {maker[path] for dep in stage.get("deps", []) if (path := _fill(dep, values)) in maker}
+        for name, stage in stages.items()
+    }
+
+
+def _fill(text: str, values: Values) -> str:
+    return re.sub(r"\$\{([\w.]+)\}", lambda match: str(_lookup(values, match[1])), text)
+
+
+def _lookup(values: Values, key: str) -> Any:
+    for name in key.split("."):
+        values = values[name]
+    return values
+
+
+def _digest(value: Any) -> str:
+    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
+
+
+@dataclass
+class Gate:
+    """Lets experiments through so that no two make the same part at once: the first makes it, the others
+    wait until it is made and find it in DVC's cache."""
+
+    making: dict[Part, str] = dataclasses.field(default_factory=dict)
+    made: set[Part] = dataclasses.field(default_factory=set)
+
+    def admits(self, experiment: Experiment) -> bool:
+        """Whether nothing that the experiment needs is being made."""
+        return not experiment.parts & self.making.keys()
+
+    def enter(self, experiment: Experiment) -> None:
+        """The experiment starts and makes what is not made yet."""
+        self.making |= dict.fromkeys(experiment.parts - self.made, experiment.name)
+
+    def passed(self, experiment: Experiment, stages: Iterable[str]) -> None:
+        """The experiment's outputs of some stages are made."""
+        names = set(stages)
+        done = {part for part in experiment.parts if part[0] in names}
+        self.made |= done
+        for part in done:
+            self.making.pop(part, None)
+
+    def leave(self, experiment: Experiment, succeeded: bool) -> None:
+        """The experiment ended; what it failed to make is left to the next."""
+        if succeeded:
+            self.made |= experiment.parts
+        self.making = {part: name for part, name in self.making.items() if name != experiment.name}
+
 
 Place = Literal["queue", "pool"]
-Grid = forms.several_of_each()
-UNCHANGED = Grid()
+GridForm = pipeline.several_of_each()
+UNCHANGED = GridForm()
 PACE = 1.0
 RESTART = 30.0
 COLUMNS = ("success_rate", "prediction_error")
@@ -69,15 +283,15 @@ def follow(name: str, board: Board) -> dict[str, float]:
             logger.info(line)
             last = line if not line.startswith(" ") else last
         if entry.state == "done":
-            return dvc_queue.metrics(name)
+            return dvc.metrics(name)
         if entry.state == "failed":
             raise UserError(f"{name} failed: {last or 'no output'}; dvc queue logs {name} has all of it")
 
 
 @flow(name="experiments")
 def experiments(
-    preset: sweep.Preset | None = None,
-    grid: Grid = UNCHANGED,  # type: ignore[valid-type]
+    preset: Preset | None = None,
+    grid: GridForm = UNCHANGED,  # type: ignore[valid-type]
     more: list[dict[str, list[Any]]] | None = None,
     workers: Annotated[int, Field(ge=1, le=64)] = 2,
     place: Place = "queue",
@@ -92,8 +306,8 @@ def experiments(
         workers: Experiments at once in DVC's queue.
         place: Where they run: in DVC's queue on this machine, or with the workers of the pool on any.
     """
-    state = dvc_queue.state_of_code()
-    wanted = sweep.plan(grids(preset, grid.model_dump(), more), state)  # type: ignore[attr-defined]
+    state = dvc.state_of_code()
+    wanted = plan(grids(preset, grid.model_dump(), more), state)  # type: ignore[attr-defined]
     with files.exclusive("experiments"):
         return Sweep(wanted, Pool() if place == "pool" else Queue(workers), state).run()
 
@@ -102,22 +316,22 @@ def grids(
     preset: str | None, grid: dict[str, list[Any]], more: list[dict[str, list[Any]]] | None
 ) -> list[dict[str, list[Any]]]:
     """The grids of a preset or of `more`, each with the keys of `grid` in the place of its own."""
-    given = [*(sweep.PRESETS[preset][1] if preset else ()), *(more or ())]
+    given = [*(PRESETS[preset][1] if preset else ()), *(more or ())]
     return [{**one, **grid} for one in given or [{}]]
 
 
 class Sweep:
     """One run of a sweep: lets experiments into the queue, follows them and shows the whole."""
 
-    def __init__(self, wanted: list[sweep.Experiment], queue: Queue | Pool, state: str) -> None:
+    def __init__(self, wanted: list[Experiment], queue: Queue | Pool, state: str) -> None:
         self._wanted = {experiment.name: experiment for experiment in wanted}
         self._queue = queue
         self._before = (state, read_yaml(PARAMS))
         self._states = dict.fromkeys(self._wanted, "waiting")
-        self._gate, self._board = sweep.Gate(), Board()
+        self._gate, self._board = Gate(), Board()
         self._logs = {name: Log() for name in self._wanted}
         self._follow: dict[str, PrefectFuture[Any]] = {}
-        self._above = _ancestors(self._before[1], read_yaml(sweep.PIPELINE)["stages"])
+        self._above = _ancestors(self._before[1], read_yaml(PIPELINE)["stages"])
         self._started = 0.0
         self._changed = False
 
@@ -180,7 +394,7 @@ class Sweep:
             self._end(name, entry.state)
 
     def _put(self, name: str) -> None:
-        if (dvc_queue.state_of_code(), read_yaml(PARAMS)) != self._before:
+        if (dvc.state_of_code(), read_yaml(PARAMS)) != self._before:
             self._changed = True
             return
         self._gate.enter(self._wanted[name])
@@ -213,7 +427,7 @@ class Sweep:
 
 def _ancestors(values: dict[str, Any], stages: dict[str, Any]) -> dict[str, set[str]]:
     """For each stage, every stage that comes before it."""
-    above = sweep.upstream(values, stages)
+    above = upstream(values, stages)
     for _ in stages:
         above = {
             name: found.union(*(above[other] for other in found)) if found else found
@@ -225,7 +439,7 @@ def _ancestors(values: dict[str, Any], stages: dict[str, Any]) -> dict[str, set[
 class Shown:
     """The sweep's table and progress in the Prefect UI."""
 
-    def __init__(self, wanted: dict[str, sweep.Experiment]) -> None:
+    def __init__(self, wanted: dict[str, Experiment]) -> None:
         self._wanted = wanted
         self._seen: dict[str, str] = {}
         self._metrics: dict[str, dict[str, float]] = {}
@@ -244,7 +458,7 @@ class Shown:
         self._seen = dict(states)
         for name, state in states.items():
             if state == "done" and name not in self._metrics:
-                self._metrics[name] = dvc_queue.metrics(name)
+                self._metrics[name] = dvc.metrics(name)
         ended = sum(state in ENDED for state in states.values())
         update_progress_artifact(self._progress, 100.0 * ended / len(states))
         create_markdown_artifact(
@@ -274,9 +488,7 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument(
         "--file", type=Path, help="YAML or JSON: keys with lists of values, or a list of such"
     )
-    parser.add_argument(
-        "--preset", choices=list(sweep.PRESETS), help="a sweep of the papers; KEY=… narrows it"
-    )
+    parser.add_argument("--preset", choices=list(PRESETS), help="a sweep of the papers; KEY=… narrows it")
     parser.add_argument("--list", action="store_true", help="list the presets and exit")
     parser.add_argument("--dry-run", action="store_true", help="list the experiments and exit")
     parser.add_argument("--workers", type=int, default=2, help="experiments at once (default: %(default)s)")
@@ -289,21 +501,21 @@ def main() -> None:
     """Run the sweep that the command line describes."""
     given = _arguments()
     if given.list:
-        for name, (about, parts) in sweep.PRESETS.items():
-            print(f"{name:22} {about} ({len(list(sweep.points(parts)))} experiments)")
+        for name, (about, parts) in PRESETS.items():
+            print(f"{name:22} {about} ({len(list(points(parts)))} experiments)")
         return
     checked_config()
     if not 1 <= given.workers <= 64:
         raise UserError(f"--workers = {given.workers}: choose 1 to 64")
-    words = sweep.words_to_grid(given.words)
-    more = sweep.read_grids(given.file) if given.file else []
+    words = words_to_grid(given.words)
+    more = read_grids(given.file) if given.file else []
     merged = grids(given.preset, words, more)
-    state = dvc_queue.state_of_code()
-    wanted = sweep.plan(merged, state)
+    state = dvc.state_of_code()
+    wanted = plan(merged, state)
     if given.dry_run:
         print("\n".join(experiment.name for experiment in wanted))
         return
-    if not given.pool and not {experiment.name for experiment in wanted} - dvc_queue.results():
+    if not given.pool and not {experiment.name for experiment in wanted} - dvc.results():
         print(f"nothing to do: all {len(wanted)} experiments have a result")
         return
     with runtime.server():

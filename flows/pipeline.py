@@ -9,16 +9,71 @@ from typing import Any
 from prefect import flow, get_run_logger, task
 from prefect.artifacts import create_markdown_artifact
 from prefect.cache_policies import NO_CACHE
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    SerializerFunctionWrapHandler,
+    create_model,
+    model_serializer,
+)
 
-from flows import forms
-from flows.dvc_command import busy, dvc, overrides
+from flows.dvc import busy, dvc, overrides
 from flows.runtime import PAGES, PAGES_URL
-from prelar.config import load_config
-from prelar.errors import UserError
-from prelar.files import write_text
+from prelar.config import Config, keys, load_config
+from prelar.utils.errors import UserError
+from prelar.utils.files import write_text
+
+
+class Form(BaseModel):
+    """A form whose fields may stay empty; an empty field is no change."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    @model_serializer(mode="wrap")
+    def _without_empty(self, serialise: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        return {key: value for key, value in serialise(self).items() if value is not None}
+
+
+def _no_default(schema: dict[str, Any]) -> None:
+    del schema["default"]
+
+
+def _fields(group: str | None = None) -> dict[str, Any]:
+    """The fields of a group of params.yaml, or its flat keys."""
+    model: Any = Config.model_fields[group].annotation if group else Config
+    return {name: field for name, field in model.model_fields.items() if name in keys(model)}
+
+
+def one_of_each(group: str | None = None) -> type[Form]:
+    """A value for each flat key of params.yaml, or for each key of a group.
+
+    The UI shows a switch that is off for a boolean without default, and sends it; None keeps it empty.
+    """
+    fields: dict[str, Any] = {}
+    for key, field in _fields(group).items():
+        if field.annotation is bool:
+            fields[key] = (bool | None, Field(default=None, title=key))
+        else:
+            empty = Field(default=None, title=key, json_schema_extra=_no_default)
+            fields[key] = (field.rebuild_annotation(), empty)
+    return create_model(group or "params", __base__=Form, **fields)
+
+
+def several_of_each() -> type[Form]:
+    """A list of values for each flat key of params.yaml."""
+    fields: dict[str, Any] = {
+        key: (
+            list[field.rebuild_annotation()],  # type: ignore[misc]
+            Field(default=None, title=key, min_length=1, json_schema_extra=_no_default),
+        )
+        for key, field in _fields().items()
+    }
+    return create_model("grid", __base__=Form, **fields)
+
 
 NAMED = "Ran experiment(s):"
-Params = forms.one_of_each()
+Params = one_of_each()
 UNCHANGED = Params()
 
 
@@ -75,3 +130,36 @@ def publish_result(experiment: str, changes: dict[str, Any], *, whole: bool) -> 
 def table(head: str, rows: dict[str, Any]) -> str:
     """A markdown table of names and values."""
     return "\n".join([f"| {head} | value |", "|---|---|", *(f"| {key} | {rows[key]} |" for key in rows)])
+
+
+Ssv2 = one_of_each("ssv2")
+Rlbench = one_of_each("rlbench")
+SSV2, RLBENCH = Ssv2(), Rlbench()
+
+
+@flow(name="store-ssv2")
+def ssv2(settings: Ssv2 = SSV2) -> str:  # type: ignore[valid-type]
+    """Make the store of Something-Something V2; returns the experiment's name.
+
+    Args:
+        settings: Changes to the group ssv2 of params.yaml. What is left empty stays as the file has it.
+    """
+    return _store("ssv2", settings)
+
+
+@flow(name="store-rlbench")
+def rlbench(settings: Rlbench = RLBENCH) -> str:  # type: ignore[valid-type]
+    """Make the store of demonstrations; returns the experiment's name.
+
+    Args:
+        settings: Changes to the group rlbench of params.yaml. What is left empty stays as the file has it.
+    """
+    return _store("rlbench", settings)
+
+
+def _store(group: str, settings: Form) -> str:
+    load_config()
+    changes = {f"{group}.{key}": value for key, value in settings.model_dump().items()}
+    experiment = run_experiment(changes, (group,))
+    publish_result(experiment, changes, whole=False)
+    return experiment

@@ -23,10 +23,9 @@ from prefect.exceptions import ObjectAlreadyExists
 from prefect.states import Cancelling
 
 from flows import runtime
-from flows.dvc_command import dvc, overrides
-from flows.dvc_queue import EXPERIMENTS, Entry, git, results
+from flows.dvc import EXPERIMENTS, Entry, dvc, git, overrides, results
 from prelar.config import load_config
-from prelar.errors import UserError
+from prelar.utils.errors import UserError
 
 POOL = "prelar"
 CLONE = "PRELAR_CLONE"

@@ -18,20 +18,22 @@ from prefect.cache_policies import NO_CACHE
 from prefect.task_runners import ThreadPoolTaskRunner
 from tqdm import tqdm
 
-from flows import runtime, staging, tracking
-from prelar import files, gl
+from flows import dvc, runtime, staging
 from prelar.config import Rlbench, load_config
-from prelar.data import apv_npz, rlbench_folder
-from prelar.data.demonstrations import Episode, Job, Metaworld, Source, Splits, clips, staging_key
-from prelar.data.rlbench_crew import Crew
-from prelar.data.rlbench_live import RlbenchLive
-from prelar.data.store import Store, StoreWriter
-from prelar.errors import UserError, printable
-from prelar.names import CAMERAS, DEMONSTRATED, RLBENCH_CAMERAS, SEEN_FROM, TASKS, checked_config, chosen
-from prelar.workers import worker_pool
+from prelar.demos import apv_npz, rlbench_folder
+from prelar.demos.episodes import Episode, Job, Source, Splits, clips, staging_key
+from prelar.demos.metaworld import Metaworld
+from prelar.demos.rlbench_live import RlbenchLive
+from prelar.demos.rlbench_pool import Crew
+from prelar.envs import gl
+from prelar.envs.names import CAMERAS, DEMONSTRATED, RLBENCH_CAMERAS, SEEN_FROM, TASKS, checked_config, chosen
+from prelar.store.store import Store, StoreWriter
+from prelar.utils import files
+from prelar.utils.errors import UserError, printable
+from prelar.utils.processes import worker_pool
 
 if TYPE_CHECKING:
-    from prelar.data.validation import Suite
+    from prelar.validation.suites import Suite
 
 NAME = "rlbench"
 BATCH = 4
@@ -124,7 +126,7 @@ def head_start(settings: Rlbench) -> Iterator[None]:
 
 def suites(store: Store, source: Source, max_bad: float) -> list[Suite]:
     """What must hold of the store of a source's demonstrations."""
-    from prelar.data.demonstration_suites import demonstration_suites
+    from prelar.validation.demonstrations import demonstration_suites
 
     return demonstration_suites(store, source, max_bad=max_bad)
 
@@ -243,11 +245,11 @@ def _arguments() -> None:
 def main() -> None:
     """Run the flow with the settings of params.yaml."""
     _arguments()
-    begun, settings = tracking.stamps(NAME), checked_config().rlbench
+    begun, settings = dvc.stamps(NAME), checked_config().rlbench
     with staging.surroundings(NAME, functools.partial(head_start, settings)):
         pool: Any = ThreadPoolTaskRunner(max_workers=settings.workers)
         print(f"{staging.target(NAME)}: {rlbench.with_options(task_runner=pool)()}")
-        tracking.record(NAME, begun)
+        dvc.record(NAME, begun)
         left_out = account(Store.open(staging.target(NAME)))
         if left_out:
             print("\n".join(["left out:", *left_out[:SHOWN], *(["  …"] if left_out[SHOWN:] else [])]))

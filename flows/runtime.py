@@ -22,8 +22,8 @@ from pathlib import Path
 
 from flows import access
 from flows.access import AUTH, SERVER_AUTH
-from prelar.errors import UserError, run_main
-from prelar.parents import end_with, end_with_dvc
+from prelar.utils.errors import UserError, run_main
+from prelar.utils.parents import end_with, end_with_dvc
 
 HOME = Path(".prefect")
 API = "PREFECT_API_URL"

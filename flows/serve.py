@@ -16,8 +16,8 @@ from typing import TYPE_CHECKING, Any, cast
 
 from flows import access, runtime
 from flows.runtime import PAGES, PAGES_URL
-from prelar.errors import UserError, run_main
-from prelar.names import checked_config
+from prelar.envs.names import checked_config
+from prelar.utils.errors import UserError, run_main
 
 if TYPE_CHECKING:
     from prefect.deployments.runner import RunnerDeployment
@@ -138,9 +138,8 @@ def deployments() -> list[RunnerDeployment]:
     """What the UI offers. Of each one run at a time; a second waits for the first."""
     from prefect.schedules import Cron
 
-    from flows import stores
     from flows.experiments import experiments
-    from flows.pipeline import pipeline
+    from flows.pipeline import pipeline, rlbench, ssv2
 
     nightly = [Cron(NIGHTLY, active=False, slug="nightly")]
     offered: list[tuple[Any, str, str, list[str], Any]] = [
@@ -159,8 +158,8 @@ def deployments() -> list[RunnerDeployment]:
             ["dvc", "training", "sweep"],
             None,
         ),
-        (stores.ssv2, "ssv2", "The store of Something-Something V2 alone.", ["dvc", "data"], None),
-        (stores.rlbench, "rlbench", "The store of demonstrations alone.", ["dvc", "data"], None),
+        (ssv2, "ssv2", "The store of Something-Something V2 alone.", ["dvc", "data"], None),
+        (rlbench, "rlbench", "The store of demonstrations alone.", ["dvc", "data"], None),
     ]
     return [
         cast(

@@ -15,19 +15,19 @@ from prefect.cache_policies import NO_CACHE
 from prefect.task_runners import ThreadPoolTaskRunner
 from tqdm import tqdm
 
-from flows import dask_runner, runtime, staging, tracking
-from prelar import files, space
+from flows import dvc, runtime, staging
 from prelar.config import Config, Ssv2, load_config
-from prelar.data import download, ingest
-from prelar.data.archive import Member
-from prelar.data.ingest import Ingested, Source
-from prelar.data.labels import Labels, read_labels
-from prelar.data.store import Store, StoreWriter
-from prelar.data.video import Decoder
-from prelar.names import checked_config
+from prelar.envs.names import checked_config
+from prelar.store.store import Store, StoreWriter
+from prelar.utils import disk, files
+from prelar.videos import download, ingest
+from prelar.videos.archive import Member
+from prelar.videos.decode import Decoder
+from prelar.videos.ingest import Ingested, Source
+from prelar.videos.labels import Labels, read_labels
 
 if TYPE_CHECKING:
-    from prelar.data.validation import Suite
+    from prelar.validation.suites import Suite
 
 NAME = "ssv2"
 PARTS = f"{NAME}-parts-"
@@ -74,15 +74,17 @@ def build(config: Config, decoder: Decoder) -> str:
     built = folder / "built"
     if not built.is_file():
         with StoreWriter(folder / f"{NAME}.zarr") as writer:
-            needed = expected_bytes(source, known) - writer.frames * space.FRAME_BYTES
-            space.require(folder, needed, "the rest of the store")
+            needed = expected_bytes(source, known) - writer.frames * disk.FRAME_BYTES
+            disk.require(folder, needed, "the rest of the store")
             fill(writer, source, known, decoder, settings)
             ingest.append_missing(writer, known)
             name = ingest.OWN if source.parts else ingest.NAME
             writer.finish(ingest.attributes(writer, decoder.version, settings.min_frames, name))
         files.write_text(built, "")
     named = known if source.labels is not None else None
-    checks = functools.partial(suites, known=named, min_frames=settings.min_frames, max_bad=settings.max_bad)
+    checks = functools.partial(
+        store_suites, known=named, min_frames=settings.min_frames, max_bad=settings.max_bad
+    )
     counted = staging.validate(NAME, folder / f"{NAME}.zarr", checks)
     staging.publish(NAME, folder, config.data_root, keep=(PARTS,))
     return (
@@ -91,14 +93,14 @@ def build(config: Config, decoder: Decoder) -> str:
     )
 
 
-def suites(store: Store, known: Labels | None, min_frames: int, max_bad: float) -> list[Suite]:
+def store_suites(store: Store, known: Labels | None, min_frames: int, max_bad: float) -> list[Suite]:
     """What must hold of the store, and of its index against the labels if there are any."""
-    from prelar.data import validation
+    from prelar.validation import suites
 
-    found = validation.store_suites(store, min_frames=min_frames, max_bad=max_bad)
+    found = suites.store_suites(store, min_frames=min_frames, max_bad=max_bad)
     if known is not None:
         splits = {identity: label.split for identity, label in known.clips.items()}
-        found.append(validation.labels_suite(store, splits, known.names))
+        found.append(suites.labels_suite(store, splits, known.names))
     return found
 
 
@@ -106,7 +108,7 @@ def find(settings: Ssv2, decoder: Decoder) -> tuple[Source, Labels]:
     """The source that params.yaml names, and what is known of its clips."""
     labels = Path(settings.labels) if settings.labels else None
     folder = Path(settings.source) if isinstance(settings.source, str) else None
-    own = ingest.own_videos(folder, labels) if folder else []
+    own = ingest.find_own_videos(folder, labels) if folder else []
     if folder and own:
         with tqdm(desc="videos", total=len(own), unit="video", disable=None) as bar:
             return ingest.videos_source(
@@ -130,9 +132,9 @@ def find_archive(source: str | list[str], labels: str | None) -> Source:
 def expected_bytes(source: Source, known: Labels) -> int:
     """About how many bytes the frames of a source take, rather too few than too many."""
     if source.parts:
-        return sum(member.part.frames for member in source.parts if member.part) * space.FRAME_BYTES
+        return sum(member.part.frames for member in source.parts if member.part) * disk.FRAME_BYTES
     clips = min(len(source.clips), len(known.clips)) if source.clips else len(known.clips)
-    return space.archive_bytes(clips, source.size or None)
+    return disk.archive_bytes(clips, source.size or None)
 
 
 def fill(writer: StoreWriter, source: Source, known: Labels, decoder: Decoder, settings: Ssv2) -> None:
@@ -145,7 +147,7 @@ def fill(writer: StoreWriter, source: Source, known: Labels, decoder: Decoder, s
     with tqdm(desc="ingest", total=total, unit=unit, unit_scale=True, disable=None) as bar:
         members = ingest.after_committed(source.members(bar.update), writer)
         portions = ingest.batches(members, -(-settings.batch // staging.PORTIONS))
-        way = dask_runner.decoded if settings.runner == "dask" else decoded
+        way = staging.decoded if settings.runner == "dask" else decoded
         for done in way(portions, decoder, known, settings):
             ingest.append(writer, ingest.completed(decoder, done, known, settings.min_frames))
             bar.set_postfix(clips=writer.count, frames=writer.frames, refresh=False)
@@ -176,7 +178,7 @@ def decoded(
 def task_runner(settings: Ssv2) -> Any:
     """Prefect's task runner that params.yaml names."""
     if settings.runner == "dask":
-        return dask_runner.task_runner(settings.dask, settings.workers)
+        return staging.task_runner(settings.dask, settings.workers)
     return ThreadPoolTaskRunner(max_workers=settings.workers)
 
 
@@ -189,10 +191,10 @@ def _arguments() -> None:
 def main() -> None:
     """Run the flow with the settings of params.yaml."""
     _arguments()
-    begun, settings = tracking.stamps(NAME), checked_config().ssv2
+    begun, settings = dvc.stamps(NAME), checked_config().ssv2
     with staging.surroundings(NAME):
         print(f"{staging.target(NAME)}: {ssv2.with_options(task_runner=task_runner(settings))()}")
-        tracking.record(NAME, begun)
+        dvc.record(NAME, begun)
 
 
 if __name__ == "__main__":

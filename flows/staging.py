@@ -5,6 +5,7 @@ from __future__ import annotations
 import collections
 import contextlib
 import errno
+import functools
 import itertools
 import json
 import threading
@@ -20,13 +21,19 @@ from prefect.context import TaskRunContext
 from tqdm import tqdm
 
 from flows import runtime
-from prelar import files
-from prelar.data import remote
-from prelar.data.store import Store, checks_path, index_path
-from prelar.errors import UserError
+from prelar.config import Ssv2
+from prelar.store import remote
+from prelar.store.store import Store, checks_path, index_path
+from prelar.utils import files
+from prelar.utils.errors import UserError
+from prelar.videos import ingest
+from prelar.videos.archive import Member
+from prelar.videos.decode import Decoder
+from prelar.videos.ingest import Ingested
+from prelar.videos.labels import Labels
 
 if TYPE_CHECKING:
-    from prelar.data.validation import Suite
+    from prelar.validation.suites import Suite
 
 LOCAL = "data"
 PORTIONS = 2
@@ -121,21 +128,21 @@ def surroundings(
 
 
 @task(name="validate", cache_policy=NO_CACHE)
-def validate(name: str, path: Path, suites: Callable[[Store], Sequence[Suite]]) -> Facts:
+def validate(name: str, path: Path, make_suites: Callable[[Store], Sequence[Suite]]) -> Facts:
     """Validate a staged store, show the result in Prefect, and return the store's facts.
 
     What was found goes to a file beside the store. Raises `UserError` with the reasons where a check fails.
     """
-    from prelar.data import validation
+    from prelar.validation import suites
 
     store = Store.open(path)
-    summary = validation.REPORTS / name / "summary.json"
+    summary = suites.REPORTS / name / "summary.json"
     summary.unlink(missing_ok=True)
     try:
-        counted: Facts = validation.validate(name, suites(store), validation.facts(store))["facts"]
+        counted: Facts = suites.validate(name, make_suites(store), suites.facts(store))["facts"]
     finally:
         if summary.is_file():
-            _show(name, validation.as_markdown(json.loads(summary.read_text(encoding="utf-8"))))
+            _show(name, suites.as_markdown(json.loads(summary.read_text(encoding="utf-8"))))
     files.write_text(checks_path(path), summary.read_text(encoding="utf-8"))
     return counted
 
@@ -192,3 +199,66 @@ def _upload(root: str, staged: Path) -> dict[str, Any]:
 def _clear(*paths: Iterable[Path]) -> None:
     for path in itertools.chain(*paths):
         files.remove(path)
+
+
+class Parcel:
+    """What a task carries, closed to Prefect, which would look through every list for futures."""
+
+    def __init__(self, content: Any) -> None:
+        """`content` is whatever pickle takes."""
+        self.content = content
+
+    def open(self) -> Any:
+        """Take the content out; the parcel, which Prefect may keep, is empty afterwards."""
+        content, self.content = self.content, None
+        return content
+
+
+@functools.cache
+def _decoder(ffmpeg: str | None) -> Decoder:
+    """The decoder of this worker, which goes on with a video where the last portion of it ended."""
+    return Decoder(ffmpeg)
+
+
+@task(name="decode", task_run_name="decode-{number}", cache_policy=NO_CACHE, retries=1)
+def decode_parcel(
+    number: int, parcel: Parcel, ffmpeg: str | None, version: str, known: Labels, min_frames: int
+) -> Parcel:
+    """Decode the portion in a parcel, on a Dask worker. Raises `UserError` where its ffmpeg is another."""
+    decoder = _decoder(ffmpeg)
+    if decoder.version != version:
+        raise UserError(
+            f"ffmpeg {decoder.version} on a Dask worker, {version} here; install the same, or set ssv2.ffmpeg"
+        )
+    return Parcel(ingest.ingest(decoder, parcel.content, known, min_frames))
+
+
+def decoded(
+    portions: Iterator[list[Member]], decoder: Decoder, known: Labels, settings: Ssv2
+) -> Iterator[list[Ingested]]:
+    """The portions' results in order."""
+
+    def start(number: int, portion: list[Member]) -> Callable[[], list[Ingested]]:
+        wanted = ingest.labels_of(known, portion)
+        future: Any = decode_parcel.submit(
+            number, Parcel(portion), settings.ffmpeg, decoder.version, wanted, settings.min_frames
+        )
+
+        def land() -> list[Ingested]:
+            done: list[Ingested] = future.result().open()
+            future.wrapped_future.release()
+            return done
+
+        return land
+
+    return in_order(portions, start, PORTIONS * settings.workers)
+
+
+def task_runner(address: str | None, workers: int) -> Any:
+    """Prefect's task runner on the scheduler at `address`, or on a cluster of `workers` processes here."""
+    from prefect_dask import DaskTaskRunner
+
+    if address:
+        return DaskTaskRunner(address=address)
+    local = {"n_workers": workers, "threads_per_worker": 1, "dashboard_address": None}
+    return DaskTaskRunner(cluster_kwargs=local)

@@ -11,10 +11,10 @@ from pathlib import Path
 from typing import get_args
 
 from prelar.config import Config
-from prelar.errors import run_main
-from prelar.files import exclusive
-from prelar.names import checked_config
-from prelar.parents import end_with_dvc
+from prelar.envs.names import checked_config
+from prelar.utils.errors import run_main
+from prelar.utils.files import exclusive
+from prelar.utils.parents import end_with_dvc
 
 STAGES = {
     "sample": "render the embedded sample archive, in the shape of Something-Something V2, to data/sample",
@@ -91,11 +91,11 @@ def add_report_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run_comparison(arguments: argparse.Namespace) -> None:
     """Write the page that compares experiments while holding the lock on it."""
-    from prelar import comparison
+    from prelar.report import compare
 
-    output = arguments.output or comparison.PAGE
+    output = arguments.output or compare.PAGE
     with exclusive(output):
-        comparison.run(arguments.experiments, output)
+        compare.run(arguments.experiments, output)
 
 
 def add_action_arguments(parser: argparse.ArgumentParser) -> None:
@@ -112,7 +112,7 @@ def add_action_arguments(parser: argparse.ArgumentParser) -> None:
 def run_actions(config: Config, arguments: argparse.Namespace) -> None:
     """Write latent actions, on the device and with the ffmpeg of params.yaml."""
     from prelar import actions
-    from prelar.loop import set_up
+    from prelar.train.loop import set_up
 
     fabric = set_up(device=config.device, precision=config.precision, threads=config.threads)
     with exclusive(arguments.output):
@@ -160,7 +160,7 @@ def run_stage(command: str, config: Config) -> None:
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     stage = importlib.import_module(f"prelar.{command}")
     if command in LONG and _is_first():
-        importlib.import_module("prelar.estimates").check_stage(command, config)
+        importlib.import_module("prelar.doctor").check_stage(command, config)
     with exclusive(WRITES[command]) if _is_first() else contextlib.nullcontext():
         stage.run(config)
 

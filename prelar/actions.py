@@ -19,11 +19,11 @@ import pyarrow.parquet as pq
 from tqdm import tqdm
 
 from prelar import api
-from prelar.data import videos
-from prelar.data.store import Frames, Store
-from prelar.data.video import Decoder
-from prelar.errors import UserError, printable
-from prelar.files import atomic_file, digest
+from prelar.store.store import Frames, Store
+from prelar.utils.errors import UserError, printable
+from prelar.utils.files import atomic_file, digest
+from prelar.videos import own_videos
+from prelar.videos.decode import Decoder
 
 GROUP = 65_536
 SECONDS = 30.0
@@ -116,7 +116,7 @@ def read_videos(
 
 def read_video(path: Path, decoder: Decoder) -> Iterator[Frames]:
     """The frames of a video piece by piece, uint8 (n, 64, 64, 3). Raises `UndecodableError`."""
-    for member in videos.cut(path.name, path, decoder.seconds(path), SECONDS):
+    for member in own_videos.cut(path.name, path, decoder.seconds(path), SECONDS):
         assert member.part is not None
         clip = decoder.decode_part(member.part)
         if clip.frames is None:

@@ -17,13 +17,13 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from prelar.checkpoint import load_parts
-from prelar.errors import UserError
 from prelar.methods import build_finetune, build_pretrain
-from prelar.model.dynamics import State
 from prelar.model.images import denormalise, first_steps, normalise
+from prelar.model.rssm import State
 from prelar.model.vision import Context
 from prelar.model.world_model import WorldModel
+from prelar.train.checkpoint import load_parts
+from prelar.utils.errors import UserError
 
 Frames = npt.NDArray[np.uint8]
 Floats = npt.NDArray[np.float32]

@@ -22,9 +22,9 @@ from pydantic import (
 )
 from ruamel.yaml import YAML
 
-from prelar.errors import UserError, one_line, printable, shown
-from prelar.files import read_bytes
-from prelar.urls import check_url
+from prelar.utils.errors import UserError, one_line, printable, shown
+from prelar.utils.files import read_bytes
+from prelar.utils.urls import check_url
 
 PARAMS = Path("params.yaml")
 YAML_BYTES, YAML_DEPTH, YAML_NODES = 1 << 17, 64, 100_000

@@ -7,18 +7,57 @@ import os
 import subprocess
 import sys
 import sysconfig
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
 import httpx
+import torch
 from packaging.requirements import Requirement
 
-from prelar import gl, space
+from prelar import pretrain
 from prelar.config import Config, load_config
-from prelar.errors import UserError
+from prelar.envs import gl
 from prelar.report.provenance import WRITTEN_BY_RUNS
+from prelar.utils import disk
+from prelar.utils.disk import FRAME_BYTES, require
+from prelar.utils.errors import UserError
+
+STEP_BYTES = FRAME_BYTES + 64
+WEIGHT_BYTES = 4
+SNAPSHOTS = 3
+"""Snapshots on the disk at once: two that are kept and one that is being written."""
+ADAM = 3
+"""Numbers that a snapshot holds for each weight: the weight and Adam's two moments."""
+
+
+def check_stage(stage: str, config: Config) -> None:
+    """Raise `UserError` where there is clearly too little room for what a training stage is to write."""
+    needed = estimates(config).get(stage)
+    if needed:
+        require(Path("data") / stage, needed, f"{stage} at scale {config.scale}")
+
+
+def estimates(config: Config) -> Mapping[str, int]:
+    """Bytes that each stage is to write at most at once, for stages that write much.
+
+    Data sets are left out: only their source tells how large they are.
+    """
+    model = weights(config) * WEIGHT_BYTES
+    preset = config.finetune
+    steps = min(preset.replay, preset.env_steps) + 3 * (preset.checkpoint_every + preset.time_limit)
+    return {
+        "pretrain": SNAPSHOTS * ADAM * model + model,
+        "finetune": SNAPSHOTS * ADAM * 2 * model + steps * STEP_BYTES,
+    }
+
+
+def weights(config: Config) -> int:
+    """Weights of the world model that the parameters ask for; it is built without memory for them."""
+    with torch.random.fork_rng(devices=[]), torch.device("meta"):
+        return sum(weight.numel() for weight in pretrain.build(config).parameters())
+
 
 State = Literal["ok", "note", "MISSING"]
 PYTHON = ((3, 11), (3, 14))
@@ -63,7 +102,7 @@ def examine() -> Iterator[Finding]:
     yield guarded("GPU", lambda: gpu(config.device if config else "auto"))
     yield compiler(config.compile if config else "auto")
     if config:
-        yield guarded("disk", lambda: disk(config))
+        yield guarded("disk", lambda: disk_space(config))
     yield git()
     yield dvc()
     yield prefect(os.environ.get("PREFECT_API_URL") or SERVER)
@@ -110,7 +149,7 @@ def packages(lock: Path) -> Finding:
 
 def ffmpeg(path: str | None) -> Finding:
     """The ffmpeg that decodes clips."""
-    from prelar.data.video import Decoder
+    from prelar.videos.decode import Decoder
 
     decoder = Decoder(path)
     return Finding("ffmpeg", "ok", f"{decoder.version}, {decoder.path}")
@@ -128,7 +167,7 @@ def gpu(device: str) -> Finding:
 
     if torch.cuda.is_available():
         cards = [torch.cuda.get_device_properties(k) for k in range(torch.cuda.device_count())]
-        told = ", ".join(f"{card.name} ({space.shown(card.total_memory)})" for card in cards)
+        told = ", ".join(f"{card.name} ({disk.shown(card.total_memory)})" for card in cards)
         return Finding("GPU", "ok", told)
     if device == "cuda":
         return Finding("GPU", "MISSING", "torch sees none; set device to auto, or install a driver for CUDA")
@@ -155,14 +194,13 @@ def compiler(choice: str) -> Finding:
     return Finding("compiler", "note", f"{told}; {remedy} for torch.compile, without which steps are plain")
 
 
-def disk(config: Config) -> Finding:
+def disk_space(config: Config) -> Finding:
     """Free room against what the training stages of the current parameters write."""
-    from prelar.estimates import estimates
 
-    free, needed = space.free_bytes(Path("data")), sum(estimates(config).values())
+    free, needed = disk.free_bytes(Path("data")), sum(estimates(config).values())
     told = (
-        f"{space.shown(free)} free; pretrain and finetune at scale {config.scale} take about "
-        f"{space.shown(needed)}, Something-Something V2 whole {space.shown(space.archive_bytes(CLIPS, None))}"
+        f"{disk.shown(free)} free; pretrain and finetune at scale {config.scale} take about "
+        f"{disk.shown(needed)}, Something-Something V2 whole {disk.shown(disk.archive_bytes(CLIPS, None))}"
     )
     if free < needed:
         return Finding("disk", "MISSING", f"{told}; free space, or put the project on a larger disk")
@@ -209,7 +247,7 @@ def prefect(url: str) -> Finding:
 
 def coppeliasim(*, needed: bool) -> Finding:
     """Whether live RLBench demonstrations are possible."""
-    from prelar.data import rlbench_live
+    from prelar.demos import rlbench_live
 
     try:
         rlbench_live.check()
@@ -241,6 +279,6 @@ def _told(*command: str) -> str | None:
 
 
 def _without_secrets(url: str) -> str:
-    from prelar.report.privacy import presentable
+    from prelar.report.provenance import presentable
 
     return str(presentable(url))

@@ -19,29 +19,26 @@ import torch
 from lightning_fabric import Fabric
 from tqdm import tqdm
 
-from prelar import gl
-from prelar.checkpoint import load_config, load_parts
 from prelar.config import Config
 from prelar.control.agent import load_agent
-from prelar.control.envs import PixelEnv, Purpose, episode_seed
 from prelar.control.rollout import Episode, Policy, RandomPolicy, play, summarise
-from prelar.data.store import Store
-from prelar.errors import UserError
+from prelar.envs import gl
+from prelar.envs.metaworld import ACTION_DIM, Simulator
+from prelar.envs.pixels import PixelEnv, Purpose, episode_seed
 from prelar.evaluation import offline
-from prelar.evaluation.dataset import describe, overview
-from prelar.evaluation.panels import abreast, write_png
+from prelar.evaluation.panels import abreast, describe, overview, write_png, write_previews
 from prelar.evaluation.prediction import Prediction, measure, write_prediction
-from prelar.evaluation.previews import write_previews
 from prelar.evaluation.probe import collect, demonstrations, run_probe, swap_actions
-from prelar.files import publish, remove, write_text
-from prelar.loop import set_up
-from prelar.media import write_mp4
 from prelar.methods import METHODS, build_finetune, build_pretrain, load_pretrained
 from prelar.model.world_model import WorldModel
-from prelar.seeds import Stream, generator
-from prelar.sim import ACTION_DIM, Simulator
-from prelar.spread import evenly
-from prelar.tables import write_tsv
+from prelar.store.store import Store
+from prelar.train.checkpoint import load_config, load_parts
+from prelar.train.loop import set_up
+from prelar.utils.errors import UserError
+from prelar.utils.files import publish, remove, write_text
+from prelar.utils.seeds import Stream, generator
+from prelar.utils.tables import evenly, write_tsv
+from prelar.utils.video_file import write_mp4
 
 PRETRAIN = Path("data/pretrain")
 FINETUNE = Path("data/finetune")

@@ -17,23 +17,22 @@ from typing import Any
 import torch
 from lightning_fabric import Fabric
 
-from prelar import gl
-from prelar.checkpoint import Snapshots, load_parts, resume_key, save_parts
 from prelar.config import Config, Finetune
+from prelar.control.actor_critic import Behaviour
 from prelar.control.agent import Agent
-from prelar.control.behaviour import Behaviour
-from prelar.control.bonus import Bonus
 from prelar.control.collector import Collector
-from prelar.control.envs import Envs, PixelEnv, Purpose, World, episode_seed
-from prelar.control.feed import Feed
+from prelar.control.exploration import Bonus
 from prelar.control.learner import Learner
-from prelar.control.replay import Replay
+from prelar.control.replay import Feed, Replay
 from prelar.control.rollout import RandomPolicy, play_episodes, summarise
-from prelar.errors import UserError
-from prelar.loop import Hook, Scalars, compiles, set_up, summary, train
+from prelar.envs import gl
+from prelar.envs.metaworld import ACTION_DIM, Simulator
+from prelar.envs.pixels import Envs, PixelEnv, Purpose, World, episode_seed
 from prelar.methods import build_finetune, load_pretrained, loads
 from prelar.model.world_model import WorldModel
-from prelar.sim import ACTION_DIM, Simulator
+from prelar.train.checkpoint import Snapshots, load_parts, resume_key, save_parts
+from prelar.train.loop import Hook, Scalars, compiles, set_up, summary, train
+from prelar.utils.errors import UserError
 
 PRETRAINED = Path("data/pretrain")
 OUTPUT = Path("data/finetune")

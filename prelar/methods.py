@@ -9,10 +9,9 @@ from typing import Any
 
 from torch import Tensor
 
-from prelar.errors import UserError
 from prelar.model.actions import ActionMLP, ActionPart, NoAction, RawAction, VideoAction
-from prelar.model.dynamics import RSSM, StackedRSSM
-from prelar.model.nets import MLP, initialise
+from prelar.model.layers import MLP, initialise
+from prelar.model.rssm import RSSM, StackedRSSM
 from prelar.model.vision import (
     ContextDecoder,
     ContextEncoder,
@@ -22,6 +21,7 @@ from prelar.model.vision import (
     ResNetEncoder,
 )
 from prelar.model.world_model import WorldModel
+from prelar.utils.errors import UserError
 
 SLOT = 50
 """Width of the action slot of APV's and ContextWM's RSSMs."""

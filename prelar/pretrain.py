@@ -14,17 +14,17 @@ import torch
 from lightning_fabric import Fabric
 from torch import Tensor
 
-from prelar.checkpoint import Snapshots, resume_key, save_parts
 from prelar.config import Config
-from prelar.data.batches import Batch, Prefetch, SegmentSampler
-from prelar.data.store import Store
-from prelar.errors import UserError
-from prelar.loop import Hook, Scalars, adam, compiles, descend, set_up, summary, train
-from prelar.media import side_by_side, write_mp4
 from prelar.methods import build_pretrain, find_method
 from prelar.model.images import denormalise, first_steps, normalise
 from prelar.model.world_model import WorldModel
-from prelar.processes import Processes
+from prelar.store.sampler import Batch, Prefetch, SegmentSampler
+from prelar.store.store import Store
+from prelar.train.checkpoint import Snapshots, resume_key, save_parts
+from prelar.train.loop import Hook, Scalars, adam, compiles, descend, set_up, summary, train
+from prelar.utils.distributed import Processes
+from prelar.utils.errors import UserError
+from prelar.utils.video_file import side_by_side, write_mp4
 
 OUTPUT = Path("data/pretrain")
 REPORT = Path("reports/pretrain")

@@ -32,12 +32,12 @@ import numpy as np
 import numpy.typing as npt
 from tqdm import tqdm
 
-from prelar import gl
 from prelar.config import Config
-from prelar.ffmpeg_binary import ffmpeg_binary
-from prelar.files import STAGING, publish, remove
-from prelar.sim import ACTION_DIM, MAX_STEPS, Simulator
-from prelar.workers import processors, worker_pool
+from prelar.envs import gl
+from prelar.envs.metaworld import ACTION_DIM, MAX_STEPS, Simulator
+from prelar.utils.files import STAGING, publish, remove
+from prelar.utils.processes import processors, worker_pool
+from prelar.utils.video_file import ffmpeg_binary
 
 OUTPUT = Path("data/sample")
 NAME = "20bn-something-something-v2"

@@ -10,9 +10,9 @@ import numpy as np
 from PIL import Image
 
 from prelar.evaluation.panels import grid, write_png
-from prelar.files import write_text
-from prelar.media import enlarge, side_by_side, write_mp4
-from prelar.tables import write_tsv
+from prelar.utils.files import write_text
+from prelar.utils.tables import write_tsv
+from prelar.utils.video_file import enlarge, side_by_side, write_mp4
 
 METRICS = {
     "success_rate": 1 / 3,

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import numpy as np
 
-from prelar.data import store
+from prelar.store import store
 
 CLIPS = 220_847
 LABELS = 174

@@ -19,8 +19,9 @@ from random import Random
 import numpy as np
 from PIL import Image
 
-from prelar.data import apv_npz, archive, labels, rlbench_folder
-from prelar.errors import UserError
+from prelar.demos import apv_npz, rlbench_folder
+from prelar.utils.errors import UserError
+from prelar.videos import archive, labels
 from tests import archives
 
 MEMORY = 3 << 30

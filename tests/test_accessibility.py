@@ -8,14 +8,14 @@ from typing import Literal
 
 import pytest
 
-from prelar.comparison import page as comparison
 from prelar.config import load_config
-from prelar.files import write_text
+from prelar.report import compare as comparison
 from prelar.report import page as report
+from prelar.utils.files import write_text
 from tests.browser import browser_page, obstacles, picture
-from tests.comparison.runs import make_run
 from tests.conftest import ROOT
 from tests.fake_results import make_results
+from tests.report.run_files import make_run
 
 UPDATES = (10.0, 20.0, 30.0)
 SCRIPT = "document.body.append(Object.assign(document.createElement('script'), {text: 'open()'}))"

@@ -12,11 +12,11 @@ import pytest
 
 import prelar
 from prelar import actions
-from prelar.data import video
-from prelar.data.store import Frames, StoreWriter
-from prelar.data.video import Decoder, Part
-from prelar.errors import UserError
-from prelar.media import write_mp4
+from prelar.store.store import Frames, StoreWriter
+from prelar.utils.errors import UserError
+from prelar.utils.video_file import write_mp4
+from prelar.videos import decode
+from prelar.videos.decode import Decoder, Part
 from tests.fake_results import moving
 from tests.test_api import save_pretrained
 
@@ -69,7 +69,7 @@ def test_a_long_video_is_gone_through_piece_by_piece(
 ) -> None:
     """With a row for every pair of frames, those between the pieces included."""
     monkeypatch.setattr(actions, "SECONDS", 0.5)
-    monkeypatch.setattr(video, "MAX_FRAMES", 20)
+    monkeypatch.setattr(decode, "MAX_FRAMES", 20)
     write_mp4(tmp_path / "long.mp4", moving(47), 10)
     actions.run([tmp_path / "long.mp4"], tmp_path / "out.parquet", checkpoint=checkpoint)
     table = pq.read_table(tmp_path / "out.parquet")

@@ -14,10 +14,10 @@ import torch
 
 import prelar
 from prelar import api
-from prelar.checkpoint import save_parts
-from prelar.errors import UserError
 from prelar.methods import METHODS, build_finetune, build_pretrain
 from prelar.model.images import first_steps, normalise
+from prelar.train.checkpoint import save_parts
+from prelar.utils.errors import UserError
 from tests.conftest import ROOT
 from tests.fake_results import moving
 

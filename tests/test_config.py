@@ -11,18 +11,9 @@ import pytest
 from pydantic import ValidationError
 
 from prelar import config
-from prelar.config import (
-    YAML_BYTES,
-    YAML_NODES,
-    Config,
-    Finetune,
-    keys,
-    load_config,
-    parse_yaml,
-    read_yaml,
-)
-from prelar.errors import UserError
+from prelar.config import YAML_BYTES, YAML_NODES, Config, Finetune, keys, load_config, parse_yaml, read_yaml
 from prelar.model import actions
+from prelar.utils.errors import UserError
 
 ROOT = Path(__file__).parents[1]
 LAUGHS = "a0: &a0 [x, x]\n" + "".join(

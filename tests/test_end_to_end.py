@@ -65,7 +65,7 @@ def test_the_same_params_give_the_same_bytes(project: Project) -> None:
 
 
 def test_editing_the_actor_leaves_pretraining_alone(project: Project) -> None:
-    file = project.root / "prelar/control/behaviour.py"
+    file = project.root / "prelar/control/actor_critic.py"
     kept = file.read_text(encoding="utf-8")
     file.write_text(kept + "\n# edited\n", encoding="utf-8")
     status = json.loads(project.run("dvc", "status", "--json").stdout)

@@ -14,15 +14,15 @@ import pytest
 import torch
 
 from prelar import evaluate, report
-from prelar.checkpoint import save_parts
 from prelar.config import Config, load_config
-from prelar.control.behaviour import Actor
+from prelar.control.actor_critic import Actor
 from prelar.control.rollout import Episode
-from prelar.data.store import Store, StoreWriter
-from prelar.errors import UserError
 from prelar.evaluation import offline
 from prelar.methods import build_finetune, build_pretrain
-from prelar.tables import read_tsv
+from prelar.store.store import Store, StoreWriter
+from prelar.train.checkpoint import save_parts
+from prelar.utils.errors import UserError
+from prelar.utils.tables import read_tsv
 from tests.conftest import ROOT
 from tests.fake_results import moving
 

@@ -17,16 +17,16 @@ import pytest
 import torch
 
 from prelar import finetune
-from prelar.checkpoint import load_config as load_description
-from prelar.checkpoint import load_parts, save_parts
 from prelar.config import Config, Finetune, load_config, read_yaml
 from prelar.control.agent import load_agent
-from prelar.control.bonus import Bonus
-from prelar.control.envs import PixelEnv, Purpose, episode_seed
+from prelar.control.exploration import Bonus
 from prelar.control.rollout import RandomPolicy, play_episodes, summarise
-from prelar.errors import UserError
+from prelar.envs.metaworld import Step
+from prelar.envs.pixels import PixelEnv, Purpose, episode_seed
 from prelar.methods import METHODS, build_pretrain
-from prelar.sim import Step
+from prelar.train.checkpoint import load_config as load_description
+from prelar.train.checkpoint import load_parts, save_parts
+from prelar.utils.errors import UserError
 from tests.conftest import Spy
 from tests.control.toy import ACTIONS, DotWorld
 from tests.control.toy_run import TINY, run

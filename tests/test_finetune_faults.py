@@ -15,11 +15,11 @@ import pytest
 import torch
 
 from prelar import finetune
-from prelar.checkpoint import Snapshots, load_parts, save_parts
 from prelar.config import Config
 from prelar.control.collector import Collector
 from prelar.control.learner import Learner
-from prelar.errors import run_main
+from prelar.train.checkpoint import Snapshots, load_parts, save_parts
+from prelar.utils.errors import run_main
 from tests.test_finetune import config, contents, own_folder, pretrained
 
 __all__ = ["own_folder"]

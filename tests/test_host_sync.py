@@ -14,13 +14,13 @@ from torch import Tensor
 from torch._dynamo.utils import counters
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from prelar.control.behaviour import Behaviour
+from prelar.control.actor_critic import Behaviour
 from prelar.control.learner import Learner
 from prelar.finetune import make_bonus
-from prelar.loop import adam, descend, set_up
 from prelar.methods import METHODS, build_finetune, build_pretrain
 from prelar.model.images import first_steps, normalise
-from prelar.processes import Processes
+from prelar.train.loop import adam, descend, set_up
+from prelar.utils.distributed import Processes
 
 BATCH, TIME = 2, 8
 SIZES = {"cnn_depth": 2, "hidden": 6, "deter": 5, "stoch": 3, "discrete": 4, "action_dim": 8}

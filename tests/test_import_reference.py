@@ -16,12 +16,11 @@ from torch import Tensor
 
 from prelar import __main__ as entry
 from prelar import finetune
-from prelar.checkpoint import load_parts
 from prelar.config import Config, load_config
-from prelar.errors import UserError, run_main
-from prelar.import_reference import run
+from prelar.import_reference import convert, run
 from prelar.methods import build_finetune, build_pretrain
-from prelar.model.reference import convert
+from prelar.train.checkpoint import load_parts
+from prelar.utils.errors import UserError, run_main
 from tests.conftest import ROOT
 from tests.model.golden import golden_model, read_golden, weights
 

@@ -14,11 +14,11 @@ import pytest
 import torch
 
 from prelar import evaluate, finetune, pretrain
-from prelar.checkpoint import load_config as load_description
 from prelar.config import Config, read_yaml
-from prelar.data.store import StoreWriter
 from prelar.evaluation import offline
 from prelar.methods import METHODS
+from prelar.store.store import StoreWriter
+from prelar.train.checkpoint import load_config as load_description
 from tests.conftest import ROOT, TINY, merge
 from tests.control.toy_run import TINY as TINY_FINETUNE
 from tests.fake_results import moving

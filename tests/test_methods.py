@@ -8,10 +8,10 @@ import pytest
 import torch
 from torch import nn
 
-from prelar.errors import UserError
 from prelar.methods import METHODS, NAIVE, build_finetune, build_pretrain, find_method, load_pretrained, loads
-from prelar.model.nets import MLP
+from prelar.model.layers import MLP
 from prelar.model.world_model import WorldModel
+from prelar.utils.errors import UserError
 
 PAPER = {"cnn_depth": 48, "hidden": 1024, "deter": 1024, "stoch": 32, "discrete": 32}
 TINY = {"cnn_depth": 2, "hidden": 8, "deter": 8, "stoch": 4, "discrete": 4, "action_dim": 8}

@@ -12,12 +12,12 @@ import pytest
 import torch
 
 from prelar import pretrain
-from prelar.checkpoint import Snapshots, save_parts
 from prelar.config import Config
-from prelar.errors import UserError
-from prelar.loop import Scalars, descend, train
 from prelar.model.world_model import WorldModel
 from prelar.pretrain import build
+from prelar.train.checkpoint import Snapshots, save_parts
+from prelar.train.loop import Scalars, descend, train
+from prelar.utils.errors import UserError
 from tests.test_matrix import config as tiny
 from tests.test_matrix import make_store
 

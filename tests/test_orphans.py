@@ -17,9 +17,9 @@ import psutil
 import pytest
 from ruamel.yaml import YAML
 
-from prelar import parents
 from prelar.config import Config, read_yaml
-from prelar.files import LOCKS, remove
+from prelar.utils import parents
+from prelar.utils.files import LOCKS, remove
 from tests.conftest import ROOT, Project
 from tests.test_pretrain import data, outputs, project, run
 
@@ -29,7 +29,7 @@ STAGES = read_yaml(ROOT / "dvc.yaml")["stages"]
 CHILD = f"""
 import sys, time
 sys.path.insert(0, {str(ROOT)!r})
-from prelar.parents import end_with_dvc
+from prelar.utils.parents import end_with_dvc
 end_with_dvc()
 print("at work", flush=True)
 time.sleep(600)

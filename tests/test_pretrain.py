@@ -20,14 +20,15 @@ import torch
 from ruamel.yaml import YAML
 
 from prelar import pretrain
-from prelar.checkpoint import Snapshots, load_parts
 from prelar.config import Config, read_yaml
-from prelar.data.demonstrations import Episode, Metaworld, Splits, clips
-from prelar.data.store import StoreWriter
-from prelar.errors import UserError
-from prelar.files import remove
-from prelar.loop import descend
+from prelar.demos.episodes import Episode, Splits, clips
+from prelar.demos.metaworld import Metaworld
 from prelar.methods import build_pretrain
+from prelar.store.store import StoreWriter
+from prelar.train.checkpoint import Snapshots, load_parts
+from prelar.train.loop import descend
+from prelar.utils.errors import UserError
+from prelar.utils.files import remove
 from tests.conftest import ROOT, TINY, Spy, merge
 
 PROCESSES = multiprocessing.get_context("forkserver")

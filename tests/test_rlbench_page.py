@@ -8,7 +8,7 @@ import pytest
 from ruamel.yaml import YAML
 
 from prelar.config import Config, read_yaml
-from prelar.names import check_names
+from prelar.envs.names import check_names
 from tests.conftest import ROOT, merge
 from tests.docs import Command, commands
 

@@ -18,8 +18,8 @@ import pytest
 
 from prelar import sample
 from prelar.config import load_config
-from prelar.names import TASKS
-from prelar.sim import Simulator
+from prelar.envs.metaworld import Simulator
+from prelar.envs.names import TASKS
 
 CLIPS = 8
 

@@ -10,12 +10,13 @@ import numpy as np
 import pytest
 
 from flows import rlbench
-from prelar import gl, pretrain
-from prelar.checkpoint import load_parts
-from prelar.data import validation
-from prelar.data.rlbench_folder import CAMERAS
-from prelar.data.store import Store, StoreWriter
-from tests.data import test_rlbench_folder as folders
+from prelar import pretrain
+from prelar.demos.rlbench_folder import CAMERAS
+from prelar.envs import gl
+from prelar.store.store import Store, StoreWriter
+from prelar.train.checkpoint import load_parts
+from prelar.validation import suites
+from tests.demos import test_rlbench_folder as folders
 from tests.flows.inline import work_inline
 from tests.rlbench_standin import STANDINS, surround
 from tests.test_pretrain import config
@@ -86,7 +87,7 @@ def test_source_becomes_a_store_that_is_pretrained_on(
         assert rlbench.fill(writer, source, jobs, 1) == len(jobs) == EPISODES
         writer.finish(source.attributes())
     store = Store.open(Path("data/rlbench.zarr"))
-    validation.validate("rlbench", rlbench.suites(store, source, 0.0), validation.facts(store))
+    suites.validate("rlbench", rlbench.suites(store, source, 0.0), suites.facts(store))
     assert store.num_clips == EPISODES * len(source.cameras) and store.has("actions")
     pretrain.run(cfg)
     assert load_parts(pretrain.OUTPUT)[0]

@@ -12,9 +12,9 @@ import torch
 from ruamel.yaml import YAML
 
 from prelar import finetune, pretrain
-from prelar.checkpoint import save_parts
 from prelar.config import Config, keys, read_yaml
 from prelar.methods import find_method
+from prelar.train.checkpoint import save_parts
 from tests.conftest import ROOT, TINY, merge
 
 PAGE = ROOT / "docs/methods.md"

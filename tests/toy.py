@@ -11,10 +11,10 @@ from typing import Any
 import torch
 from torch import nn
 
-from prelar import checkpoint
-from prelar.checkpoint import Snapshots, save_parts
-from prelar.files import remove
-from prelar.loop import Hook, Scalars, adam, descend, set_up, train
+from prelar.train import checkpoint
+from prelar.train.checkpoint import Snapshots, save_parts
+from prelar.train.loop import Hook, Scalars, adam, descend, set_up, train
+from prelar.utils.files import remove
 
 STEPS = 24
 

@@ -8,8 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from prelar.config import Config, load_config
-from prelar.files import write_text
 from prelar.report.provenance import flatten
+from prelar.utils.files import write_text
 
 ROOT = Path(__file__).parents[1]
 PAGE = ROOT / "docs/params.md"

@@ -20,4 +20,4 @@ export LD_LIBRARY_PATH
 $pip install --constraint requirements.lock cffi natsort==8.4.0 pyquaternion==0.9.9 scipy setuptools wheel
 $pip install --no-build-isolation --no-deps "pyrep @ git+https://github.com/stepjam/PyRep.git@$PYREP"
 $pip install --no-build-isolation --no-deps "rlbench @ git+https://github.com/stepjam/RLBench.git@$RLBENCH"
-"${PYTHON:-.venv/bin/python}" -m prelar.data.rlbench_live
+"${PYTHON:-.venv/bin/python}" -m prelar.demos.rlbench_live

@@ -28,5 +28,5 @@ if [ ! -x .venv/bin/pip ]; then
     fi
 fi
 .venv/bin/pip install --quiet --disable-pip-version-check -r requirements.lock
-.venv/bin/python -m prelar.gl --install
+.venv/bin/python -m prelar.envs.gl --install
 touch .venv/.ready

@@ -11,12 +11,12 @@ import torch
 from torch import Tensor
 
 from prelar import methods
-from prelar.checkpoint import load_parts
-from prelar.control.behaviour import Actor
-from prelar.control.envs import Actions, Image
+from prelar.control.actor_critic import Actor
+from prelar.envs.pixels import Actions, Image
 from prelar.model.images import normalise
-from prelar.model.nets import load_weights
+from prelar.model.layers import load_weights
 from prelar.model.world_model import WorldModel
+from prelar.train.checkpoint import load_parts
 
 State = dict[str, Tensor]
 

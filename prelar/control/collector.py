@@ -7,9 +7,9 @@ from typing import Any
 import numpy as np
 import torch
 
-from prelar.control.envs import Answer, Envs, EpisodeState
 from prelar.control.replay import Records, Replay
 from prelar.control.rollout import Policy
+from prelar.envs.pixels import Answer, Envs, EpisodeState
 
 
 class Collector:

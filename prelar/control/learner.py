@@ -8,11 +8,11 @@ from collections.abc import Iterator, Mapping
 from lightning_fabric import Fabric
 from torch import Tensor, nn
 
-from prelar.control.behaviour import Behaviour
-from prelar.control.bonus import Bonus
-from prelar.loop import Stateful, adam, descend
+from prelar.control.actor_critic import Behaviour
+from prelar.control.exploration import Bonus
 from prelar.model.images import normalise
 from prelar.model.world_model import WorldModel
+from prelar.train.loop import Stateful, adam, descend
 
 
 @contextlib.contextmanager

@@ -10,8 +10,8 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from prelar.control.envs import Actions, Image, PixelEnv
-from prelar.seeds import Stream, seed_torch
+from prelar.envs.pixels import Actions, Image, PixelEnv
+from prelar.utils.seeds import Stream, seed_torch
 
 
 class Policy(Protocol):

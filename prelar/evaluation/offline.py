@@ -18,12 +18,12 @@ from lightning_fabric import Fabric
 from torch import Tensor
 from tqdm import tqdm
 
-from prelar.loop import adam, descend, seed_step
+from prelar.envs.metaworld import ACTION_DIM, Simulator
 from prelar.model.images import first_steps, normalise
 from prelar.model.world_model import WorldModel
-from prelar.seeds import Stream, generator
-from prelar.sim import ACTION_DIM, Simulator
-from prelar.spread import evenly
+from prelar.train.loop import adam, descend, seed_step
+from prelar.utils.seeds import Stream, generator
+from prelar.utils.tables import evenly
 
 Floats = npt.NDArray[np.float32]
 

@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+import json
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
+import pyarrow.compute as pc
 from PIL import Image
 
-from prelar.files import atomic_file
-from prelar.spread import evenly
+from prelar.store.store import Store
+from prelar.utils.files import atomic_file
+from prelar.utils.tables import evenly
 
 Frames = npt.NDArray[np.uint8]
 
@@ -79,3 +84,85 @@ def contact_sheet(frames: Frames, columns: int = 8) -> Frames:
     cells = np.full((rows * columns, *frames.shape[1:]), PAPER, np.uint8)
     cells[: len(frames)] = frames
     return grid(cells.reshape(rows, columns, *frames.shape[1:]))
+
+
+SHEET = 32
+EXAMPLES = 5
+
+
+def describe(store: Store) -> dict[str, Any]:
+    """Sizes, splits and attributes of a store, and what was left out of it and why."""
+    bad = store.index.filter(pc.equal(store.index["status"], "bad"))
+    reasons: dict[str, list[str]] = {}
+    for row in bad.select(["id", "reason"]).to_pylist():
+        reasons.setdefault(row["reason"], []).append(row["id"])
+    counts = pc.value_counts(store.clip_index["split"]).to_pylist()
+    return {
+        "frames": store.num_frames,
+        "clips": store.num_clips,
+        "pairs": int((store.clip_length - 1).sum()),
+        "labels": len(pc.unique(store.clip_index["label"])),
+        "splits": {item["values"]: item["counts"] for item in sorted(counts, key=lambda i: str(i["values"]))},
+        "bad": len(bad),
+        "shortest": int(store.clip_length.min()),
+        "longest": int(store.clip_length.max()),
+        "median": float(np.median(store.clip_length)),
+        "sheet": len(evenly(store.num_clips, SHEET)),
+        "reasons": [
+            {"reason": reason, "count": len(ids), "examples": ids[:EXAMPLES]}
+            for reason, ids in sorted(reasons.items())
+        ],
+        "attributes": {
+            key: value if isinstance(value, str) else json.dumps(value) for key, value in store.attrs.items()
+        },
+    }
+
+
+def overview(store: Store) -> Frames:
+    """A contact sheet of the middle frames of at most `SHEET` clips, spread evenly over the store."""
+    picks = evenly(store.num_clips, SHEET)
+    middles = store.clip_start[picks] + store.clip_length[picks] // 2
+    return contact_sheet(store.read_many(middles, 1)[:, 0])
+
+
+LABELS = 24
+CLIPS = 3
+MOMENTS = 8
+
+
+def write_previews(store: Store, folder: Path) -> list[dict[str, Any]]:
+    """Write a picture for each label, for `LABELS` of them spread evenly where there are more.
+
+    Returns what the pictures show, in the order of the labels: `label`, `file` (its name in `folder`),
+    `clips` (how many the label has) and `rows` (cameras or clips of the picture, from the top).
+    """
+    columns = ["label", "id", "camera", "variation", "episode", "start", "frames"]
+    labels: dict[str, list[dict[str, Any]]] = {}
+    for row in store.clip_index.select(columns).to_pylist():
+        labels.setdefault(str(row["label"]), []).append(row)
+    names = sorted(labels)
+    picks = evenly(len(names), LABELS)
+    folder.mkdir(parents=True, exist_ok=True)
+    shown = []
+    for number, pick in enumerate(picks.tolist()):
+        clips = labels[names[pick]]
+        rows = first_of(clips)
+        file = f"{number:02d}.png"
+        write_png(folder / file, contact_sheet(moments(store, rows), columns=MOMENTS))
+        titles = [row["camera"] or row["id"] for row in rows]
+        shown.append({"label": names[pick], "file": file, "clips": len(clips), "rows": titles})
+    return shown
+
+
+def first_of(clips: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
+    """The clips of one label that its picture shows."""
+    first = clips[0]
+    if first["camera"] is None:
+        return list(clips[:CLIPS])
+    return [row for row in clips if all(row[key] == first[key] for key in ("variation", "episode"))]
+
+
+def moments(store: Store, clips: Sequence[Mapping[str, Any]]) -> npt.NDArray[np.uint8]:
+    """Frames (clips · MOMENTS, H, W, 3), those of a clip one after the other."""
+    spread = [row["start"] + np.linspace(0, row["frames"] - 1, MOMENTS).round().astype(int) for row in clips]
+    return store.read_many(np.concatenate(spread), 1)[:, 0]

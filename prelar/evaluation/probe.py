@@ -19,14 +19,14 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from prelar.data.store import Store
+from prelar.envs.metaworld import ACTION_DIM, Simulator
 from prelar.evaluation.panels import grid
-from prelar.loop import adam, seed_step
 from prelar.methods import build_pretrain
 from prelar.model.images import denormalise, first_steps, normalise
 from prelar.model.world_model import WorldModel
-from prelar.seeds import Stream, generator
-from prelar.sim import ACTION_DIM, Simulator
+from prelar.store.store import Store
+from prelar.train.loop import adam, seed_step
+from prelar.utils.seeds import Stream, generator
 
 Floats = npt.NDArray[np.float64]
 Frames = npt.NDArray[np.uint8]

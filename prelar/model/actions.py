@@ -15,8 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from prelar.errors import UserError
-from prelar.model.dynamics import RSSM, StackedRSSM, State
+from prelar.model.layers import ResNet
 from prelar.model.losses import (
     CONSISTENCY,
     action_kl,
@@ -26,8 +25,9 @@ from prelar.model.losses import (
     masked_mean,
     straight_through,
 )
-from prelar.model.nets import ResNet
-from prelar.model.shared import draw, own, whole
+from prelar.model.rssm import RSSM, StackedRSSM, State
+from prelar.utils.distributed import draw, own, whole
+from prelar.utils.errors import UserError
 
 Stats = dict[str, Tensor]
 """What describes an action posterior, each (B, T-1, …); empty for actions without one."""

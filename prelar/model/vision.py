@@ -10,8 +10,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from prelar.model.nets import AttentiveLayer, ResidualLayer, ResNet
-from prelar.model.shared import draw
+from prelar.model.layers import AttentiveLayer, ResidualLayer, ResNet
+from prelar.utils.distributed import draw
 
 Context = tuple[Tensor, ...]
 """Maps of the context frame, 8×8 then 16×16, each (B, C, H, W); empty for encoders without a context."""

@@ -17,12 +17,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from prelar.errors import UserError
 from prelar.model.actions import ActionPart, Actions, Stats
-from prelar.model.dynamics import RSSM, StackedRSSM, State, feature
+from prelar.model.layers import load_weights
 from prelar.model.losses import categorical_entropy, image_loss, squared_error
-from prelar.model.nets import load_weights
+from prelar.model.rssm import RSSM, StackedRSSM, State, feature
 from prelar.model.vision import Context
+from prelar.utils.errors import UserError
 
 Losses = dict[str, Tensor]
 Outputs = dict[str, Any]

@@ -15,21 +15,22 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
 
 from prelar.config import Config
-from prelar.files import write_text
+from prelar.report import sections
 from prelar.report.figures import number
-from prelar.report.results import PAGE, Results, Section
-from prelar.report.sections import action, data, learning, offline, origin, prediction, pretraining, task
+from prelar.report.runs import PAGE, Results
+from prelar.report.sections import Section
+from prelar.utils.files import write_text
 
 TEMPLATES = Path(__file__).parent / "templates"
 SECTIONS: tuple[Callable[[Results], Section | None], ...] = (
-    task.section,
-    learning.section,
-    prediction.section,
-    offline.section,
-    action.section,
-    pretraining.section,
-    data.section,
-    origin.section,
+    sections.task,
+    sections.learning,
+    sections.prediction,
+    sections.offline,
+    sections.action,
+    sections.pretraining,
+    sections.data,
+    sections.origin,
 )
 
 
@@ -48,17 +49,17 @@ def render(config: Config, root: Path = Path()) -> str:
     results = Results(config, root)
     common = results.values()
     templates = environment()
-    sections = [section for make in SECTIONS if (section := make(results)) is not None]
+    shown = [section for make in SECTIONS if (section := make(results)) is not None]
     bodies = [
         Markup(
             templates.get_template(f"sections/{section.name}.html.jinja").render(
                 {**common, **section.values, "section": section}
             )
         )
-        for section in sections
+        for section in shown
     ]
     page: str = templates.get_template("report.html.jinja").render(
-        {**common, "sections": sections, "bodies": bodies}
+        {**common, "sections": shown, "bodies": bodies}
     )
     return page
 

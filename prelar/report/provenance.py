@@ -3,15 +3,39 @@
 from __future__ import annotations
 
 import json
+import re
 import shlex
 import subprocess
 from collections.abc import Mapping
 from dataclasses import dataclass
-from pathlib import Path
+from pathlib import Path, PurePath
 from typing import Any
 
+from httpx import InvalidURL
+
 from prelar.config import Config, parse_yaml, read_yaml
-from prelar.report.privacy import presentable
+from prelar.videos.download import shown
+
+
+def presentable(value: Any) -> Any:
+    """A parameter's value without what is private; lists item by item, other values as they are.
+
+    An address loses user, password, query and fragment. A path from the root or from a home folder keeps its
+    last part alone, since the folders above it name the user and the machine.
+    """
+    if isinstance(value, list):
+        return [presentable(item) for item in value]
+    if not isinstance(value, str):
+        return value
+    if value.startswith(("/", "~", "file:")):
+        return f"…/{PurePath(value).name}"
+    if re.match(r"[A-Za-z][A-Za-z0-9+.-]*:/", value):
+        try:
+            return shown(value)
+        except InvalidURL:
+            return "…"
+    return value
+
 
 WRITTEN_BY_RUNS = ("dvc.lock", "metrics.json")
 

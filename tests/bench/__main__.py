@@ -11,8 +11,8 @@ import importlib
 import json
 from pathlib import Path
 
-from prelar.errors import run_main
-from prelar.files import write_text
+from prelar.utils.errors import run_main
+from prelar.utils.files import write_text
 
 HERE = Path(__file__).parent
 

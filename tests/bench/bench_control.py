@@ -16,13 +16,13 @@ from pathlib import Path
 import psutil
 import torch
 
-from prelar.checkpoint import Snapshots
 from prelar.config import Finetune, load_config
 from prelar.control.replay import Replay
+from prelar.envs.metaworld import ACTION_DIM, Simulator
 from prelar.finetune import Speed, learn
-from prelar.loop import set_up
 from prelar.methods import build_finetune
-from prelar.sim import ACTION_DIM, Simulator
+from prelar.train.checkpoint import Snapshots
+from prelar.train.loop import set_up
 
 PAIRS = 3
 CROWD = 5

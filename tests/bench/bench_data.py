@@ -34,11 +34,11 @@ from prefect.task_runners import ThreadPoolTaskRunner
 
 from flows import runtime, ssv2
 from prelar.config import load_config
-from prelar.data import ingest
-from prelar.data.batches import SegmentSampler
-from prelar.data.labels import Labels, read_labels
-from prelar.data.store import FRAME, Store, StoreWriter
-from prelar.data.video import SCALE, Decoder
+from prelar.store.sampler import SegmentSampler
+from prelar.store.store import FRAME, Store, StoreWriter
+from prelar.videos import ingest
+from prelar.videos.decode import SCALE, Decoder
+from prelar.videos.labels import Labels, read_labels
 from tests import archives, full_size
 from tests.conftest import ROOT
 from tests.memory import held

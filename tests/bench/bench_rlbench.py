@@ -23,7 +23,7 @@ from pathlib import Path
 from ruamel.yaml import YAML
 
 from prelar.config import PARAMS, read_yaml
-from prelar.names import RLBENCH_CAMERAS
+from prelar.envs.names import RLBENCH_CAMERAS
 from tests.conftest import ROOT
 from tests.rlbench_standin import surround
 

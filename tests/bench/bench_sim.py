@@ -18,7 +18,7 @@ import numpy as np
 import numpy.typing as npt
 from PIL import Image
 
-from prelar import gl
+from prelar.envs import gl
 
 TASK, CAMERA = "drawer-open", "corner"
 DRAWN = 128
@@ -77,7 +77,7 @@ def main(who: str) -> None:
 
 def ours() -> Callable[[], Frame]:
     """Our simulator's frames."""
-    from prelar.sim import Simulator
+    from prelar.envs.metaworld import Simulator
 
     simulator = Simulator(TASK, camera=CAMERA)
     simulator.reset(0, 0)

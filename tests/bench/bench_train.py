@@ -27,16 +27,16 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from prelar import pretrain
 from prelar.config import Config, load_config
-from prelar.control.behaviour import Behaviour
-from prelar.control.bonus import Bonus
+from prelar.control.actor_critic import Behaviour
+from prelar.control.exploration import Bonus
 from prelar.control.learner import Learner, frozen
 from prelar.finetune import make_bonus
-from prelar.loop import ADAM_EPS, CLIP_NORM, WEIGHT_DECAY, adam, compiles, descend, set_up
 from prelar.methods import build_finetune
-from prelar.model.dynamics import RSSM, State
 from prelar.model.images import first_steps, normalise
 from prelar.model.losses import gumbel
+from prelar.model.rssm import RSSM, State
 from prelar.model.world_model import WorldModel
+from prelar.train.loop import ADAM_EPS, CLIP_NORM, WEIGHT_DECAY, adam, compiles, descend, set_up
 from tests.conftest import ROOT
 
 PAIRS = 5

@@ -21,14 +21,14 @@ import numpy.typing as npt
 from ruamel.yaml import YAML
 
 from prelar import finetune, pretrain
-from prelar.checkpoint import resume_key, save_parts
 from prelar.config import PARAMS, Config, load_config
-from prelar.control.envs import Purpose, episode_seed
-from prelar.errors import UserError, run_main
-from prelar.files import remove, write_text
-from prelar.sim import ACTION_DIM, Simulator
-from prelar.tables import read_tsv, write_tsv
-from prelar.workers import processors
+from prelar.envs.metaworld import ACTION_DIM, Simulator
+from prelar.envs.pixels import Purpose, episode_seed
+from prelar.train.checkpoint import resume_key, save_parts
+from prelar.utils.errors import UserError, run_main
+from prelar.utils.files import remove, write_text
+from prelar.utils.processes import processors
+from prelar.utils.tables import read_tsv, write_tsv
 
 ROOT = Path(__file__).parents[2]
 WORK = Path("data/.learning")

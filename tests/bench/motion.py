@@ -11,10 +11,10 @@ import argparse
 
 import numpy as np
 
-from prelar.control.envs import SIZE
-from prelar.errors import run_main
+from prelar.envs.metaworld import Image, Simulator
+from prelar.envs.pixels import SIZE
 from prelar.evaluation.probe import POSITION, Episodes, Floats, collect, ridge_r2
-from prelar.sim import Image, Simulator
+from prelar.utils.errors import run_main
 
 GAPS = (1, 2, 4, 6, 8)
 SPLITS = 3

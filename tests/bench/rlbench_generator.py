@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from prelar.names import RLBENCH_CAMERAS
+from prelar.envs.names import RLBENCH_CAMERAS
 
 SIZE = 64
 DEPTH_SCALE = 2**24 - 1

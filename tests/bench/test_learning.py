@@ -9,9 +9,9 @@ import numpy as np
 import pytest
 
 from prelar.config import Config, load_config
-from prelar.errors import UserError
 from prelar.report import page
-from prelar.report.sections.learning import FOLDER
+from prelar.report.sections import FOLDER
+from prelar.utils.errors import UserError
 from tests.bench import learning
 from tests.conftest import ROOT
 from tests.fake_results import make_results

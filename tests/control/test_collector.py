@@ -11,10 +11,10 @@ import pytest
 import torch
 
 from prelar.control.collector import Collector
-from prelar.control.envs import Envs
 from prelar.control.replay import Replay
 from prelar.control.rollout import RandomPolicy
-from prelar.loop import seed_step
+from prelar.envs.pixels import Envs
+from prelar.train.loop import seed_step
 from tests.control.toy import ACTIONS, DotWorld
 
 

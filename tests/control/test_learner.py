@@ -8,14 +8,14 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from prelar.control.behaviour import Behaviour
+from prelar.control.actor_critic import Behaviour
 from prelar.control.learner import Learner
 from prelar.finetune import make_bonus
-from prelar.loop import CLIP_NORM, set_up
 from prelar.methods import build_finetune
 from prelar.model.images import first_steps, normalise
+from prelar.model.layers import MLP
 from prelar.model.losses import image_loss, kl_loss, squared_error
-from prelar.model.nets import MLP
+from prelar.train.loop import CLIP_NORM, set_up
 
 BATCH, TIME, ACTIONS = 3, 8, 4
 SIZES = {"cnn_depth": 2, "hidden": 16, "deter": 16, "stoch": 4, "discrete": 4, "action_dim": 8}

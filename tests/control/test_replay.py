@@ -12,7 +12,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from prelar.control.replay import Records, Replay, record_type
-from prelar.errors import UserError
+from prelar.utils.errors import UserError
 
 
 def episode(number: int, length: int, size: int = 4) -> Records:

@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 import torch
 
-from prelar.control.envs import PixelEnv
 from prelar.control.rollout import Episode, RandomPolicy, play, play_episodes, summarise
+from prelar.envs.pixels import PixelEnv
 from tests.control.toy import ACTIONS, DotWorld
 
 

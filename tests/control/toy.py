@@ -7,7 +7,7 @@ from collections.abc import Iterable
 import numpy as np
 import numpy.typing as npt
 
-from prelar.sim import Step
+from prelar.envs.metaworld import Step
 
 ACTIONS = 2
 SPEED = 0.1

@@ -12,12 +12,12 @@ from typing import Any
 
 import torch
 
-from prelar.checkpoint import Snapshots, resume_key, save_parts
 from prelar.config import Finetune
 from prelar.finetune import learn
-from prelar.loop import set_up
 from prelar.methods import build_finetune
 from prelar.model.world_model import WorldModel
+from prelar.train.checkpoint import Snapshots, resume_key, save_parts
+from prelar.train.loop import set_up
 from tests.control.toy import ACTIONS, DotWorld
 
 TINY: dict[str, Any] = {

@@ -9,11 +9,11 @@ import pytest
 import torch
 from lightning_fabric import Fabric
 
+from prelar.envs.metaworld import Simulator
 from prelar.evaluation import offline
 from prelar.evaluation.offline import HELD, Experience, baselines, collect, compare, draw, foresee, segments
 from prelar.methods import build_finetune
 from prelar.model.world_model import WorldModel
-from prelar.sim import Simulator
 from tests.test_evaluate import SIZES, UNITS
 
 CPU = torch.device("cpu")

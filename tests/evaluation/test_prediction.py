@@ -10,10 +10,10 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from prelar.errors import UserError
 from prelar.evaluation.panels import abreast, contact_sheet, error_image, grid, strip
 from prelar.evaluation.prediction import measure, psnr, write_prediction
-from prelar.tables import read_tsv, write_tsv
+from prelar.utils.errors import UserError
+from prelar.utils.tables import read_tsv, write_tsv
 from tests.fake_results import moving
 
 CPU = torch.device("cpu")

@@ -7,10 +7,9 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from prelar.data.store import Store, StoreWriter
-from prelar.evaluation import previews
-from prelar.evaluation.panels import GAP
-from prelar.evaluation.previews import MOMENTS, write_previews
+from prelar.evaluation import panels
+from prelar.evaluation.panels import GAP, MOMENTS, write_previews
+from prelar.store.store import Store, StoreWriter
 
 
 def make_store(path: Path, rows: list[dict[str, object]]) -> Store:
@@ -56,7 +55,7 @@ def test_demonstrations_show_all_cameras_of_the_first_episode(tmp_path: Path) ->
 
 
 def test_many_labels_are_shown_in_part(tmp_path: Path) -> None:
-    rows: list[dict[str, object]] = [{"label": f"label {n:02d}"} for n in range(2 * previews.LABELS)]
+    rows: list[dict[str, object]] = [{"label": f"label {n:02d}"} for n in range(2 * panels.LABELS)]
     shown = write_previews(make_store(tmp_path / "x.zarr", rows), tmp_path / "previews")
-    assert len(shown) == previews.LABELS == len(list((tmp_path / "previews").iterdir()))
+    assert len(shown) == panels.LABELS == len(list((tmp_path / "previews").iterdir()))
     assert (shown[0]["label"], shown[-1]["label"]) == ("label 00", "label 47")

@@ -9,19 +9,11 @@ import numpy as np
 import pytest
 import torch
 
-from prelar.data.store import Store, StoreWriter
+from prelar.envs.metaworld import Simulator
 from prelar.evaluation import probe
-from prelar.evaluation.probe import (
-    HELD,
-    Episodes,
-    collect,
-    demonstrations,
-    ridge_r2,
-    run_probe,
-    swap_actions,
-)
+from prelar.evaluation.probe import HELD, Episodes, collect, demonstrations, ridge_r2, run_probe, swap_actions
 from prelar.methods import build_pretrain
-from prelar.sim import Simulator
+from prelar.store.store import Store, StoreWriter
 from tests.fake_results import moving
 from tests.test_evaluate import SIZES
 

@@ -11,8 +11,8 @@ from typing import Any
 import pytest
 
 from flows import rlbench
-from prelar.data.demonstrations import Job, Source
-from prelar.data.rlbench_live import RlbenchLive
+from prelar.demos.episodes import Job, Source
+from prelar.demos.rlbench_live import RlbenchLive
 
 HANDS = rlbench.hands
 DONE = SimpleNamespace(result=lambda: None)

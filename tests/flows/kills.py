@@ -18,8 +18,8 @@ import psutil
 import pytest
 
 from flows import staging
-from prelar import files
-from prelar.data.store import Store, checks_path, index_path
+from prelar.store.store import Store, checks_path, index_path
+from prelar.utils import files
 
 MANY = 500
 SECONDS = 240

@@ -27,7 +27,7 @@ from websockets.exceptions import InvalidStatus
 from websockets.sync.client import connect
 
 from flows import access, runtime, serve
-from prelar.errors import UserError
+from prelar.utils.errors import UserError
 from tests.browser import browser_page, picture, run_from_form, sign_in
 from tests.flows.toy_pipeline import Toy, make_toy
 from tests.serving import create_run, serving, split, told, until

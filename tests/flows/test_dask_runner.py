@@ -12,11 +12,11 @@ from pathlib import Path
 import distributed
 import pytest
 
-from flows import dask_runner
+from flows import staging
 from prelar.config import load_config
-from prelar.data.labels import read_labels
-from prelar.data.video import Decoder
-from prelar.errors import UserError
+from prelar.utils.errors import UserError
+from prelar.videos.decode import Decoder
+from prelar.videos.labels import read_labels
 from tests import archives
 from tests.flows.kills import tree
 from tests.flows.test_ssv2 import change, commits, here, run, start, undisturbed, wait_for
@@ -84,10 +84,10 @@ def test_a_worker_with_another_ffmpeg_is_refused(here: Path) -> None:
     known = read_labels(Path("data/sample") / archives.LABELS_ZIP)
     assert Decoder(settings.ffmpeg).version != "0.1"
     with pytest.raises(UserError, match=r"on a Dask worker, 0\.1 here"):
-        dask_runner.decode_parcel.fn(0, dask_runner.Parcel([]), settings.ffmpeg, "0.1", known, 8)
+        staging.decode_parcel.fn(0, staging.Parcel([]), settings.ffmpeg, "0.1", known, 8)
 
 
 def test_a_parcel_travels_and_is_empty_once_opened() -> None:
-    parcel = pickle.loads(pickle.dumps(dask_runner.Parcel([1, 2])))  # noqa: S301
+    parcel = pickle.loads(pickle.dumps(staging.Parcel([1, 2])))  # noqa: S301
     assert parcel.open() == [1, 2]
     assert parcel.open() is None

@@ -12,8 +12,8 @@ from pathlib import Path
 
 import pytest
 
-from prelar import files
-from prelar.data.store import Store
+from prelar.store.store import Store
+from prelar.utils import files
 from tests import archives, memory
 from tests.conftest import ROOT
 

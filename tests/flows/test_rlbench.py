@@ -15,14 +15,16 @@ import numpy as np
 import pytest
 
 from flows import rlbench, staging
-from prelar import files, sim
 from prelar.config import load_config
-from prelar.data import apv_npz, demonstrations
-from prelar.data.demonstrations import Metaworld, Source, staging_key
-from prelar.data.rlbench_folder import RlbenchFolder
-from prelar.data.rlbench_live import RlbenchLive
-from prelar.data.store import Store, StoreWriter, checks_path
-from prelar.errors import UserError
+from prelar.demos import apv_npz, episodes
+from prelar.demos.episodes import Source, staging_key
+from prelar.demos.metaworld import Metaworld
+from prelar.demos.rlbench_folder import RlbenchFolder
+from prelar.demos.rlbench_live import RlbenchLive
+from prelar.envs import metaworld
+from prelar.store.store import Store, StoreWriter, checks_path
+from prelar.utils import files
+from prelar.utils.errors import UserError
 from tests.conftest import Project
 from tests.flows.inline import work_inline
 from tests.flows.kills import Prey, storm, tree
@@ -173,7 +175,7 @@ def test_staging_key_follows_what_decides_the_result(recorded: apv_npz.ApvNpz) -
 def test_work_that_other_code_drew_is_not_continued(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     experts = Metaworld(("reach",), 2, ("corner",), 0.1, False, 0)
     key = staging_key(experts, experts.jobs())
-    for module in (sim, demonstrations):
+    for module in (metaworld, episodes):
         with monkeypatch.context() as patch:
             (tmp_path / "other.py").write_text(Path(str(module.__file__)).read_text(encoding="utf-8") + "\n")
             patch.setattr(module, "__file__", str(tmp_path / "other.py"))

@@ -17,9 +17,9 @@ import pytest
 
 from flows import rlbench
 from prelar.config import load_config
-from prelar.data import rlbench_live
-from prelar.data.rlbench_folder import CAMERAS
-from prelar.data.store import Store
+from prelar.demos import rlbench_live
+from prelar.demos.rlbench_folder import CAMERAS
+from prelar.store.store import Store
 from tests.conftest import Project
 from tests.flows.kills import Prey
 from tests.rlbench_standin import STANDINS, orders, surround

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from flows import runtime
-from prelar.errors import UserError
+from prelar.utils.errors import UserError
 from tests.webserver import serve
 
 ROOT = Path(__file__).parents[2]
@@ -118,7 +118,7 @@ def finish(code: str) -> tuple[int, float, str]:
 def test_the_process_ends_though_a_thread_does_not(main: str, status: int) -> None:
     code, seconds, said = finish(
         "import threading, time\n"
-        "from prelar.errors import UserError\n"
+        "from prelar.utils.errors import UserError\n"
         "from flows import runtime\n"
         "runtime.GRACE = 0.5\n"
         "threading.Thread(target=time.sleep, args=(50,)).start()\n"

@@ -21,14 +21,14 @@ from typing import Any
 import pytest
 
 from flows import ssv2, staging
-from prelar import files
-from prelar.data import ingest
-from prelar.data.ingest import Ingested, after_committed, append, append_missing, attributes, batches
-from prelar.data.labels import read_labels
-from prelar.data.store import Store, StoreWriter, checks_path
-from prelar.data.video import Decoder
-from prelar.errors import UserError
-from prelar.ffmpeg_binary import ffmpeg_binary
+from prelar.store.store import Store, StoreWriter, checks_path
+from prelar.utils import files
+from prelar.utils.errors import UserError
+from prelar.utils.video_file import ffmpeg_binary
+from prelar.videos import ingest
+from prelar.videos.decode import Decoder
+from prelar.videos.ingest import Ingested, after_committed, append, append_missing, attributes, batches
+from prelar.videos.labels import read_labels
 from tests import archives
 from tests.conftest import ROOT, merge
 from tests.flows.kills import Interruption, storm, tree

@@ -14,9 +14,9 @@ import numpy as np
 import pytest
 
 from flows import staging
-from prelar import files
-from prelar.data.store import FRAME, Store, StoreWriter
-from prelar.errors import UserError
+from prelar.store.store import FRAME, Store, StoreWriter
+from prelar.utils import files
+from prelar.utils.errors import UserError
 from tests.bucket import bucket
 
 

@@ -9,10 +9,10 @@ from typing import Any, get_args
 
 import pytest
 
-from flows import sweep
-from flows.sweep import Experiment, Gate
+from flows import experiments
+from flows.experiments import Experiment, Gate
 from prelar.config import read_yaml
-from prelar.errors import UserError
+from prelar.utils.errors import UserError
 from tests.conftest import ROOT
 
 
@@ -26,25 +26,25 @@ def pretrainings(plan: list[Experiment]) -> int:
 
 
 @pytest.mark.parametrize(
-    ("preset", "experiments", "shared"),
+    ("preset", "count", "shared"),
     [("rlbench", 192, 32), ("ssv2", 192, 32), ("action-representation", 144, 24), ("beta-a", 192, 32)],
 )
-def test_presets_share_pretraining_over_tasks(preset: str, experiments: int, shared: int) -> None:
-    plan = sweep.plan(sweep.PRESETS[preset][1], "state")
-    assert len(plan) == len({one.name for one in plan}) == experiments
+def test_presets_share_pretraining_over_tasks(preset: str, count: int, shared: int) -> None:
+    plan = experiments.plan(experiments.PRESETS[preset][1], "state")
+    assert len(plan) == len({one.name for one in plan}) == count
     assert pretrainings(plan) == shared
 
 
 def test_the_forms_presets_are_the_tables() -> None:
-    assert set(get_args(sweep.Preset)) == set(sweep.PRESETS)
+    assert set(get_args(experiments.Preset)) == set(experiments.PRESETS)
 
 
 def test_parts_follow_the_params_of_dvc_yaml() -> None:
     base, stages = read_yaml(ROOT / "params.yaml"), read_yaml(ROOT / "dvc.yaml")["stages"]
 
     def differ(**changes: Any) -> set[str]:
-        other = sweep.part_keys(sweep.changed(base, changes), stages)
-        return {name for name, key in sweep.part_keys(base, stages).items() if other[name] != key}
+        other = experiments.part_keys(experiments.changed(base, changes), stages)
+        return {name for name, key in experiments.part_keys(base, stages).items() if other[name] != key}
 
     after = {"pretrain", "finetune", "evaluate", "report"}
     assert differ(task="reach") == {"finetune", "evaluate", "report"}
@@ -55,15 +55,15 @@ def test_parts_follow_the_params_of_dvc_yaml() -> None:
 
 
 def test_names_are_those_of_git_and_differ_by_code() -> None:
-    grid = sweep.words_to_grid(["beta_a=0.1,1e-05", "rlbench.tasks=[reach,push],[push]"])
-    names = [one.name for one in sweep.plan([grid], "state")]
+    grid = experiments.words_to_grid(["beta_a=0.1,1e-05", "rlbench.tasks=[reach,push],[push]"])
+    names = [one.name for one in experiments.plan([grid], "state")]
     assert len(set(names)) == 4
     assert all(".." not in name and name.replace(".", "").replace("-", "").isalnum() for name in names)
-    assert not set(names) & {one.name for one in sweep.plan([grid], "other")}
+    assert not set(names) & {one.name for one in experiments.plan([grid], "other")}
 
 
 def test_the_same_settings_are_one_experiment() -> None:
-    assert len(sweep.plan([{"beta_a": [1, 1.0]}, {"seed": [0]}], "state")) == 1
+    assert len(experiments.plan([{"beta_a": [1, 1.0]}, {"seed": [0]}], "state")) == 1
 
 
 @pytest.mark.parametrize(
@@ -79,7 +79,7 @@ def test_the_same_settings_are_one_experiment() -> None:
 )
 def test_a_bad_sweep_ends_in_one_line(words: list[str], told: str) -> None:
     with pytest.raises(UserError) as refused:
-        sweep.plan([sweep.words_to_grid(words)], "state")
+        experiments.plan([experiments.words_to_grid(words)], "state")
     assert told in str(refused.value) and "\n" not in str(refused.value)
 
 
@@ -87,11 +87,11 @@ def test_files_hold_one_grid_or_several(tmp_path: Path) -> None:
     one, several = tmp_path / "one.yaml", tmp_path / "several.json"
     one.write_text("seed: [0, 1]\ntask: reach\n", encoding="utf-8")
     several.write_text(json.dumps([{"seed": [0]}, {"beta_a": 0.1}]), encoding="utf-8")
-    assert sweep.read_grids(one) == [{"seed": [0, 1], "task": ["reach"]}]
-    assert sweep.read_grids(several) == [{"seed": [0]}, {"beta_a": [0.1]}]
+    assert experiments.read_grids(one) == [{"seed": [0, 1], "task": ["reach"]}]
+    assert experiments.read_grids(several) == [{"seed": [0]}, {"beta_a": [0.1]}]
     one.write_text("seed\n", encoding="utf-8")
     with pytest.raises(UserError, match="holds no sweep"):
-        sweep.read_grids(one)
+        experiments.read_grids(one)
 
 
 @pytest.mark.parametrize("seed", range(5))
@@ -100,8 +100,8 @@ def test_nothing_is_made_twice_or_at_once(seed: int) -> None:
     draw = random.Random(seed)
     tasks = ["reach", "dial-turn", "door-lock"]
     grids = [{"beta_a": [0.1, 1.0], "task": tasks, "dataset": ["ssv2", "rlbench"]}]
-    waiting, running, gate = sweep.plan(grids, "state"), list[Experiment](), Gate()
-    made: list[sweep.Part] = []
+    waiting, running, gate = experiments.plan(grids, "state"), list[Experiment](), Gate()
+    made: list[experiments.Part] = []
     while waiting or running:
         admitted = [one for one in waiting if gate.admits(one)]
         if admitted and (not running or draw.random() < 0.5):

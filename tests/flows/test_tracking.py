@@ -12,8 +12,8 @@ from pathlib import Path
 
 import pytest
 
-from flows import tracking
-from prelar.data.store import Store
+from flows import dvc
+from prelar.store.store import Store
 from tests import archives
 from tests.bucket import bucket
 from tests.conftest import Project
@@ -115,7 +115,7 @@ def test_pretraining_reads_a_store_in_a_bucket_and_runs_again_when_it_changes(
 def committed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[list[str]]:
     """A folder that looks like a DVC project with a stage x; the commands that were run in it."""
     monkeypatch.chdir(tmp_path)
-    for name in tracking.IN_STAGE:
+    for name in dvc.IN_STAGE:
         monkeypatch.delenv(name, raising=False)
     Path(".dvc").mkdir()
     Path("dvc.yaml").write_text("stages: {x: {cmd: true, deps: [code.py, folder], outs: [out]}}")
@@ -128,14 +128,14 @@ def committed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[list[str]
         commands.append(command)
         return subprocess.CompletedProcess(command, 1, "", "ERROR: the lock is taken")
 
-    monkeypatch.setattr(tracking.subprocess, "run", run)
+    monkeypatch.setattr(dvc.subprocess, "run", run)
     return commands
 
 
 def test_what_dvc_cannot_record_is_told(
     committed: list[list[str]], capsys: pytest.CaptureFixture[str]
 ) -> None:
-    tracking.record("x", tracking.stamps("x"))
+    dvc.record("x", dvc.stamps("x"))
     assert [command[1:] for command in committed] == [["-m", "dvc", "commit", "--force", "x"]]
     told = capsys.readouterr().err
     assert told == "x: not recorded with DVC: the lock is taken; mend that and run `dvc commit x`\n"
@@ -146,21 +146,21 @@ def test_a_dependency_that_is_missing_is_named(
 ) -> None:
     """By DVC itself."""
     monkeypatch.chdir(tmp_path)
-    for name in tracking.IN_STAGE:
+    for name in dvc.IN_STAGE:
         monkeypatch.delenv(name, raising=False)
     subprocess.run([sys.executable, "-m", "dvc", "init", "--no-scm", "--quiet"], check=True)
     Path("dvc.yaml").write_text("stages: {x: {cmd: 'true', deps: [data/never-made], outs: [out]}}")
     Path("out").write_text("made")
-    tracking.record("x", tracking.stamps("x"))
+    dvc.record("x", dvc.stamps("x"))
     assert "dependency 'data/never-made' does not exist" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("name", tracking.IN_STAGE)
+@pytest.mark.parametrize("name", dvc.IN_STAGE)
 def test_inside_a_stage_nothing_is_committed(
     committed: list[list[str]], monkeypatch: pytest.MonkeyPatch, name: str
 ) -> None:
     monkeypatch.setenv(name, "x")
-    tracking.record("x", tracking.stamps("x"))
+    dvc.record("x", dvc.stamps("x"))
     assert committed == []
 
 
@@ -170,7 +170,7 @@ def test_outside_of_a_project_nothing_is_committed(committed: list[list[str]], l
         Path("dvc.yaml").write_text("stages: {y: {cmd: true, deps: []}}")
     else:
         Path(lost).rename("elsewhere")
-    tracking.record("x", tracking.stamps("x"))
+    dvc.record("x", dvc.stamps("x"))
     assert committed == []
 
 
@@ -180,9 +180,9 @@ def test_what_changed_meanwhile_is_not_recorded(
     committed: list[list[str]], changed: str, clock: int, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """Whatever the clock says by then."""
-    begun = tracking.stamps("x")
+    begun = dvc.stamps("x")
     Path(changed).write_text("changed")
     os.utime(changed, (time.time() + clock,) * 2)
-    tracking.record("x", begun)
+    dvc.record("x", begun)
     assert committed == []
     assert f"{changed.split('/')[0]} changed meanwhile" in capsys.readouterr().err

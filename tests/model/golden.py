@@ -9,9 +9,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from prelar.import_reference import convert
 from prelar.methods import build_pretrain
-from prelar.model.nets import BatchNorm
-from prelar.model.reference import convert
+from prelar.model.layers import BatchNorm
 from prelar.model.world_model import WorldModel
 
 FOLDER = Path(__file__).parents[1] / "golden"

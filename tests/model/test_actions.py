@@ -11,7 +11,6 @@ from hypothesis import strategies as st
 from scipy.stats import spearmanr
 from torch import Tensor
 
-from prelar.errors import UserError
 from prelar.methods import build_pretrain
 from prelar.model.actions import (
     KINDS,
@@ -25,8 +24,9 @@ from prelar.model.actions import (
     _another,
     window_frames,
 )
-from prelar.model.nets import initialise
+from prelar.model.layers import initialise
 from prelar.model.world_model import WorldModel
+from prelar.utils.errors import UserError
 
 
 def video_action(**changes: Any) -> VideoAction:

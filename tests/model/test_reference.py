@@ -8,9 +8,9 @@ import pytest
 import torch
 from torch import Tensor
 
+from prelar.import_reference import convert
 from prelar.methods import build_pretrain
 from prelar.model.losses import image_loss, kl_loss
-from prelar.model.reference import convert
 from tests.model.golden import golden_model, inputs, read_golden, weights
 
 METHODS = ("prelar", "apv", "contextwm")

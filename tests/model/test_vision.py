@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from prelar.model.nets import BatchNorm, initialise
+from prelar.model.layers import BatchNorm, initialise
 from prelar.model.vision import (
     ContextDecoder,
     ContextEncoder,

@@ -11,10 +11,10 @@ import torch
 from torch import Tensor
 from torch._dynamo.utils import counters
 
-from prelar.errors import UserError
 from prelar.methods import METHODS, build_finetune, build_pretrain
 from prelar.model.losses import squared_error
 from prelar.model.world_model import WorldModel
+from prelar.utils.errors import UserError
 
 SIZES = {"cnn_depth": 2, "hidden": 8, "deter": 8, "stoch": 4, "discrete": 4, "action_dim": 8}
 STATE = {"logit": (4, 4), "stoch": (4, 4), "deter": (8,)}

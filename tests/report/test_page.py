@@ -15,13 +15,12 @@ import pytest
 from prelar import finetune
 from prelar.config import Config, load_config
 from prelar.control.rollout import Episode
-from prelar.errors import UserError
 from prelar.report import page as report
+from prelar.report.catalog import EVALUATION_CURVES
 from prelar.report.figures import number
-from prelar.report.sections.origin import params_groups
-from prelar.report.sections.pretraining import loss_curves
-from prelar.report.sections.task import CURVES, learning_curves
-from prelar.tables import write_tsv
+from prelar.report.sections import learning_curves, loss_curves, params_groups
+from prelar.utils.errors import UserError
+from prelar.utils.tables import write_tsv
 from tests.conftest import ROOT
 from tests.fake_results import METRICS, make_results
 
@@ -197,7 +196,7 @@ def test_the_learning_curves_are_those_that_finetuning_logs(
         path = tmp_path / f"{name}.tsv"
         write_tsv(path, {"step": [500], path.stem: [value]})
     write_tsv(tmp_path / "eval/success_rate.tsv", {"step": [7], "success_rate": [0.7]})
-    success, total = learning_curves(tmp_path / CURVES.name)
+    success, total = learning_curves(tmp_path / EVALUATION_CURVES.name)
     assert (success.rows, total.rows) == ((("500", "1"),), (("500", "3"),))
 
 

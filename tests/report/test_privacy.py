@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from prelar.report.privacy import presentable
+from prelar.report.provenance import presentable
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,243 @@
+"""Demonstrations: episodes with actions, from any source, as clips of a store.
+
+A source names its jobs, one an episode, and collects each of them on its own in a worker process. Here also
+lies the default source, Meta-World's scripted experts; others answer the same calls (`Source`).
+
+Alignment of the per-frame arrays, the same for every source: `actions[t]` is the action taken after frame t,
+which leads to frame t + 1, so `pairs` and `actions` share their index. The last frame of a clip has no action
+after it: its row is zero. `gripper[t]` is the hand as frame t shows it.
+
+An episode becomes one clip per camera. Either all of its cameras are stored or none: an episode with a fault
+stands in the index under each camera with status "bad" and the reason. An expert's failure is no fault: it is
+kept out too (unless asked for), with `success` false.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import importlib.metadata
+import json
+import os
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+import numpy.typing as npt
+from PIL import Image
+
+from prelar.envs import gl, metaworld
+from prelar.store import store
+from prelar.store.store import FRAME, SIZE, Frames, Row
+from prelar.utils import files
+from prelar.utils.errors import UserError
+
+RESIZE = f"brought to {SIZE}x{SIZE} by means of whole blocks of pixels, or else by Pillow's bicubic"
+ALIGNMENT = "actions[t] is taken after frame t and leads to frame t + 1; zero at the last frame of a clip"
+HELD_OUT, ENOUGH, TURN = 10, 4, 5
+TAIL = 10
+MOTION = 8
+RATE = 80.0
+FIRST_EPISODE = 1_000_000
+VERSIONS = ("mujoco", "metaworld", "numpy", "pillow")
+
+Array = npt.NDArray[np.float32]
+
+
+@dataclasses.dataclass(frozen=True)
+class Job:
+    """One episode to collect; `files` are what a source that reads files takes it from, by camera."""
+
+    task: str
+    variation: int
+    episode: int
+    files: tuple[tuple[str, str], ...] = ()
+
+    def clip_id(self, camera: str) -> str:
+        """Name of the episode's clip from one camera."""
+        return f"{self.task}-v{self.variation}-e{self.episode}-{camera}"
+
+
+def same_episode(folder: Path, one: str, other: str) -> UserError:
+    """What is wrong where two places below a folder hold one episode."""
+    first, second = sorted((one, other))
+    return UserError(
+        f"rlbench.path = {folder}: {first} and {second} are the same episode; leave one of them there"
+    )
+
+
+@dataclasses.dataclass(frozen=True)
+class Episode:
+    """What came of a job.
+
+    frames: camera to uint8 (T, 64, 64, 3), upright. arrays: name to float32 (T, D), aligned as this module
+    says. success: whether the task was solved, None if unknown. fps: frames a second of simulated time.
+    reason: why there is nothing to store, else None. digests: camera to sha256 of the file that held its
+    frames, where there is one.
+    """
+
+    job: Job
+    frames: Mapping[str, Frames] = dataclasses.field(default_factory=dict)
+    arrays: Mapping[str, Array] = dataclasses.field(default_factory=dict)
+    success: bool | None = None
+    fps: float | None = None
+    reason: str | None = None
+    digests: Mapping[str, str] = dataclasses.field(default_factory=dict)
+
+
+class Source(Protocol):
+    """Where demonstrations come from: a picklable value, so that workers can collect."""
+
+    @property
+    def cameras(self) -> tuple[str, ...]:
+        """Cameras of every episode, in the order in which their clips are stored."""
+
+    @property
+    def arrays(self) -> dict[str, int]:
+        """Per-frame arrays of every episode and their widths."""
+
+    @property
+    def action_limit(self) -> float:
+        """Largest magnitude of a sound action."""
+
+    @property
+    def solved_only(self) -> bool:
+        """Whether only episodes that solve their task are stored."""
+
+    def jobs(self) -> list[Job]:
+        """All episodes in the order in which they are stored. Raises `UserError` where that is impossible."""
+
+    def collect(self, job: Job) -> Episode:
+        """Collect one episode; a pure function of the source and the job. Runs in a worker process."""
+
+    def files(self, job: Job) -> list[Path]:
+        """Files that decide an episode, if it is read and not made."""
+
+    def attributes(self) -> dict[str, Any]:
+        """What the store's attributes tell about the source."""
+
+
+def staging_key(source: Source, jobs: Sequence[Job]) -> str:
+    """A name for all that decides the result, so that only work towards the same result is continued."""
+    kinds = [kind.__module__ for kind in type(source).__mro__ if kind.__module__.startswith("prelar.")]
+    code = (gl.__name__, metaworld.__name__, store.__name__, __name__, *kinds)
+    found = [path for job in jobs for path in source.files(job) if path.exists()]
+    decides = {
+        "schema": store.SCHEMA,
+        "source": repr(source),
+        "jobs": [dataclasses.astuple(job) for job in jobs],
+        "files": [(str(path), path.stat().st_size, path.stat().st_mtime_ns) for path in found],
+        "versions": {name: importlib.metadata.version(name) for name in VERSIONS},
+        "gl": os.environ.get("MUJOCO_GL"),
+        "code": files.code_digests(*code),
+    }
+    return hashlib.sha256(json.dumps(decides).encode()).hexdigest()[:16]
+
+
+# --- From episodes to clips ---------------------------------------------------------------------------------
+
+
+def at_size(picture: Image.Image) -> Image.Image:
+    """A picture brought to 64x64 without aliasing, as `RESIZE` says."""
+    width, height = picture.size
+    if width % SIZE or height % SIZE:
+        return picture.resize((SIZE, SIZE), Image.Resampling.BICUBIC)
+    return picture.reduce((width // SIZE, height // SIZE))
+
+
+def fault(episode: Episode, cameras: Iterable[str], arrays: Mapping[str, int]) -> str | None:
+    """What makes an episode unfit to be stored, in words; None for a sound one."""
+    lengths = {}
+    for camera in cameras:
+        frames = episode.frames.get(camera)
+        if frames is None:
+            return f"camera {camera}: no frames"
+        if frames.dtype != np.uint8 or frames.ndim != 4 or frames.shape[1:] != FRAME:
+            return (
+                f"camera {camera}: frames are {frames.dtype} {frames.shape}, not uint8 (T, {SIZE}, {SIZE}, 3)"
+            )
+        lengths[camera] = len(frames)
+    length = max(lengths.values())
+    for camera, frames_of_camera in lengths.items():
+        if frames_of_camera != length:
+            return f"camera {camera}: {frames_of_camera} frames where another camera has {length}"
+    if length < 2:
+        return f"{length} frames; two are needed"
+    for name, width in arrays.items():
+        values = episode.arrays.get(name)
+        if values is None or values.shape != (length, width):
+            shape = None if values is None else values.shape
+            return f"{name}: shape {shape}, expected {(length, width)}"
+        if not np.isfinite(values).all():
+            return f"{name}: not finite at frame {int(np.argmin(np.isfinite(values).all(axis=1)))}"
+    if not any(_moves(episode.frames[camera]) for camera in lengths):
+        return "nothing moves in any camera"
+    return None
+
+
+def _moves(frames: Frames) -> bool:
+    """Whether any pixel departs from the first frame by more than noise."""
+    return any(bool((np.abs(frame.astype(np.int16) - frames[0]) > MOTION).any()) for frame in frames[1:])
+
+
+class Splits:
+    """Deals stored episodes into train and validation, in the order of the store.
+
+    Of each task the first episode is held out for validation, and every tenth after it. Of tasks that are
+    given fewer than `ENOUGH` episodes only every fifth holds its first one out, and none of a single episode.
+    """
+
+    def __init__(self, jobs: Iterable[Job], rows: Iterable[Row]) -> None:
+        """Continue after the stored clips `rows`."""
+        self._planned: dict[str, int] = {}
+        for job in jobs:
+            self._planned[job.task] = self._planned.get(job.task, 0) + 1
+        stored = {(row["task"], row["variation"], row["episode"]) for row in rows if row["status"] == "ok"}
+        self._stored: dict[str, int] = {}
+        for task, _, _ in stored:
+            self._stored[task] = self._stored.get(task, 0) + 1
+        few = [task for task, count in self._planned.items() if 1 < count < ENOUGH]
+        self._held = {task for task, count in self._planned.items() if count >= ENOUGH} | {*few[::TURN]}
+
+    def deal(self, task: str) -> str:
+        """The split of the next stored episode of a task."""
+        number = self._stored.get(task, 0)
+        self._stored[task] = number + 1
+        return "validation" if task in self._held and number % HELD_OUT == 0 else "train"
+
+
+Clip = tuple[Frames | None, dict[str, Any], dict[str, Array]]
+
+
+def clips(episode: Episode, source: Source, label_id: int, splits: Splits) -> Iterator[Clip]:
+    """An episode as what `StoreWriter.append` takes: one clip per camera, with its row and its arrays.
+
+    A clip's sha256 is that of its file, or of the bytes of its frames where no file of its own holds them.
+    """
+    job = episode.job
+    beyond = store.misfit({"variation": job.variation, "episode": job.episode})
+    reason = episode.reason or beyond or fault(episode, source.cameras, source.arrays)
+    split = None if reason else splits.deal(job.task)
+    for camera in source.cameras:
+        row = {
+            "id": job.clip_id(camera),
+            "split": split,
+            "label": job.task,
+            "label_id": label_id,
+            "width": SIZE,
+            "height": SIZE,
+            "fps": episode.fps,
+            "task": job.task,
+            "variation": job.variation,
+            "camera": camera,
+            "episode": job.episode,
+            "success": episode.success,
+            "reason": reason,
+            "sha256": episode.digests.get(camera),
+        }
+        if reason:
+            yield None, row, {}
+        else:
+            row["sha256"] = row["sha256"] or hashlib.sha256(episode.frames[camera].tobytes()).hexdigest()
+            yield episode.frames[camera], row, {name: episode.arrays[name] for name in source.arrays}

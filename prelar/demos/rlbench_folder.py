@@ -1,0 +1,505 @@
+"""Demonstrations in the folders that RLBench's own generator writes.
+
+    <task>/variation<i>/episodes/episode<j>/<camera>_rgb/<n>.png    one picture a step, from 0
+    <task>/variation<i>/episodes/episode<j>/low_dim_obs.pkl         a pickle of RLBench's Demo
+
+Other data sets hold all variations of a task together, and name each episode's beside it:
+
+    <task>/all_variations/episodes/episode<j>/…                     pictures and pickle as above
+    <task>/all_variations/episodes/episode<j>/variation_number.pkl  a pickle of a number
+
+The pickles are anybody's: they are read here, not by `pickle`, step by step and so far as such files need it.
+The few names that they need are inert stand-ins, and all others are refused. RLBench is not needed.
+
+Data sets are recorded with all five cameras or with some of them: those that any episode has are expected of
+every episode. Actions are those of `prelar.demos.rlbench_folder`.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import io
+import pickletools
+import re
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+from PIL import Image
+
+from prelar.demos.episodes import RESIZE, Array, Episode, Job, at_size, same_episode
+from prelar.envs.names import RLBENCH_CAMERAS, among
+from prelar.store.store import SIZE, Frames
+from prelar.utils import files
+from prelar.utils.errors import UserError, one_line, printable
+
+WIDTH = 7
+RATE = 20.0
+MOTIONS = {
+    "joint_velocity": "joint_velocities",
+    "joint_position": "joint_positions",
+    "gripper_pose": "gripper_pose",
+}
+ALIGNMENT = (
+    "actions[t] leads from frame t to frame t + 1, as the source tells with frame t + 1; zero at the last "
+    "frame of a clip"
+)
+
+
+class RlbenchDemonstrations:
+    """What both sources of RLBench's demonstrations tell of them."""
+
+    @property
+    def arrays(self) -> dict[str, int]:
+        """Actions: as the action mode says. Gripper: x, y, z, quaternion x, y, z, w, opening."""
+        return {"actions": WIDTH + 1, "gripper": WIDTH + 1}
+
+    @property
+    def action_limit(self) -> float:
+        """Rad/s, rad or m, with room."""
+        return 100.0
+
+    @property
+    def solved_only(self) -> bool:
+        """RLBench keeps successful demonstrations only."""
+        return True
+
+
+def step_arrays(
+    motion: npt.NDArray[np.float64], pose: npt.NDArray[np.float64], opening: npt.NDArray[np.float64]
+) -> dict[str, npt.NDArray[np.float32]]:
+    """`actions` and `gripper` of a demonstration, float32 (T, 8) each.
+
+    motion: (T, 7), the field of `MOTIONS`. pose: (T, 7). opening: (T). The last action is zero.
+    """
+    return {
+        "actions": ahead(np.concatenate([motion, opening[:, None]], axis=1)),
+        "gripper": np.concatenate([pose, opening[:, None]], axis=1).astype(np.float32),
+    }
+
+
+def ahead(told: npt.NDArray[Any]) -> npt.NDArray[np.float32]:
+    """Actions from what was told with each frame of how it was reached, float32 (T, A); the last one is zero.
+
+    told: (T, A), numbers.
+    """
+    actions = np.zeros(told.shape, dtype=np.float32)
+    actions[:-1] = told[1:]
+    return actions
+
+
+CAMERAS = RLBENCH_CAMERAS
+MAX_PIXELS = 2048 * 2048
+MAX_PICTURE = 64 << 20
+MAX_BYTES = 256 << 20
+MAX_VARIATION = 4 << 10
+MAX_STEPS = 2_000_000  # of a pickle: some 700 a step of a demonstration
+EPISODE = re.compile(
+    r"(?P<task>[^/]+)/(?:variation(?P<variation>\d+)|all_variations)/episodes/episode(?P<episode>\d+)"
+)
+TOGETHER = "all_variations"
+LOW_DIM, VARIATION = "low_dim_obs.pkl", "variation_number.pkl"
+PICTURE = re.compile(r"(?:rgb_)?(\d+)\.png")
+
+Numbers = npt.NDArray[np.float64]
+
+
+@dataclasses.dataclass(frozen=True)
+class RlbenchFolder(RlbenchDemonstrations):
+    """Episodes below a folder, of `tasks` or all, from `cameras`, which are found by `open_folder`."""
+
+    folder: Path
+    cameras: tuple[str, ...] = CAMERAS
+    action_mode: str = "joint_velocity"
+    tasks: tuple[str, ...] = ()
+
+    def jobs(self) -> list[Job]:
+        """Episodes by task, variation and number. Raises `UserError` where there is none, or one twice."""
+        if not self.folder.is_dir():
+            raise UserError(f"rlbench.path = {self.folder}: no such folder; name the data set's folder")
+        found: dict[tuple[str, int, int], str] = {}
+        for path in self.folder.glob("*/*/episodes/episode*"):
+            place = path.relative_to(self.folder).as_posix()
+            parts = EPISODE.fullmatch(place)
+            if not parts or not path.is_dir():
+                continue
+            task = printable(parts["task"])
+            if self.tasks and task not in self.tasks:
+                continue
+            variation = int(parts["variation"]) if parts["variation"] else _variation_or_none(path) or 0
+            key = task, variation, int(parts["episode"])
+            other = found.setdefault(key, place)
+            if other != place:
+                raise same_episode(self.folder, other, place)
+        if not found:
+            raise UserError(
+                f"rlbench.path = {self.folder}: holds no <task>/variation<i>/episodes/episode<j> and no "
+                "<task>/all_variations/episodes/episode<j>; name the data set's folder"
+            )
+        return [Job(*key, files=((LOW_DIM, f"{place}/{LOW_DIM}"),)) for key, place in sorted(found.items())]
+
+    def episode_folder(self, job: Job) -> Path:
+        """Where an episode lies."""
+        return (self.folder / job.files[0][1]).parent
+
+    def collect(self, job: Job) -> Episode:
+        """Read an episode; what cannot be read is its reason."""
+        folder = self.episode_folder(job)
+        try:
+            if folder.parents[1].name == TOGETHER:
+                read_variation(folder / VARIATION)
+            arrays = read_low_dim(folder / LOW_DIM, self.action_mode)
+            length = len(arrays["actions"])
+            frames = {camera: read_pictures(folder / f"{camera}_rgb", length) for camera in self.cameras}
+        except ValueError as error:
+            return Episode(job, reason=str(error))
+        return Episode(job, frames, arrays, success=True, fps=RATE)
+
+    def files(self, job: Job) -> list[Path]:
+        """The episode's pickles and the folders of its pictures."""
+        folder = self.episode_folder(job)
+        return [folder / VARIATION, folder / LOW_DIM, *(folder / f"{camera}_rgb" for camera in self.cameras)]
+
+    def attributes(self) -> dict[str, Any]:
+        """The source; the folder is the user's and stays unnamed."""
+        source = {"name": "rlbench_folder", "action_mode": self.action_mode}
+        return {"source": source, "resize": RESIZE, "alignment": ALIGNMENT}
+
+
+def open_folder(
+    folder: Path,
+    action_mode: str,
+    tasks: Sequence[str] | None = None,
+    cameras: Sequence[str] | None = None,
+) -> RlbenchFolder:
+    """The source in a folder, of given tasks and cameras. Raises `UserError` where it lacks one."""
+    source = RlbenchFolder(folder, action_mode=action_mode)
+    jobs = source.jobs()
+    wanted = among("rlbench.tasks", tasks, {job.task for job in jobs})
+    episodes = [source.episode_folder(job) for job in jobs if job.task in wanted]
+    recorded = [name for name in CAMERAS if any((path / f"{name}_rgb").is_dir() for path in episodes)]
+    cameras = among("rlbench.cameras", cameras, recorded or CAMERAS)
+    return dataclasses.replace(source, tasks=tuple(tasks or ()), cameras=cameras)
+
+
+def read_pictures(folder: Path, length: int) -> Frames:
+    """A camera's pictures 0 to length - 1, uint8 (length, 64, 64, 3). `ValueError` names a bad one."""
+    paths: dict[int, Path] = {}
+    for path in folder.glob("*.png"):
+        named = PICTURE.fullmatch(path.name)
+        if named and paths.setdefault(int(named[1]), path) != path:
+            raise ValueError(f"{folder.name}/{int(named[1])}.png: there under two names")
+    expected = set(range(length))
+    if paths.keys() != expected:
+        odd = min(paths.keys() ^ expected)
+        state = "missing" if odd in expected else f"left over: the episode has {length} steps"
+        raise ValueError(f"{folder.name}/{odd}.png: {state}")
+    frames = np.empty((length, SIZE, SIZE, 3), dtype=np.uint8)
+    for number in range(length):
+        try:
+            frames[number] = _picture(files.read_bytes(paths[number], MAX_PICTURE))
+        except Exception as error:
+            raise ValueError(f"{folder.name}/{paths[number].name}: {one_line(error)}") from None
+    return frames
+
+
+def _picture(content: bytes) -> Frames:
+    """A PNG as uint8 (64, 64, 3); its header is judged before anything is decoded."""
+    try:
+        picture = Image.open(io.BytesIO(content), formats=["PNG"])
+    except Image.UnidentifiedImageError:
+        raise ValueError("cannot identify a PNG in it") from None
+    with picture:
+        if picture.width * picture.height > MAX_PIXELS:
+            raise ValueError(f"{picture.width}x{picture.height} pixels, more than {MAX_PIXELS}")
+        return np.asarray(at_size(picture.convert("RGB")))
+
+
+def read_low_dim(path: Path, action_mode: str = "joint_velocity") -> dict[str, Array]:
+    """`actions` (T, 8) and `gripper` (T, 8) of an episode's pickle. Raises `ValueError` where it is unfit.
+
+    The pickle is a Demo, or a list of its observations.
+    """
+    try:
+        held = load_pickle(files.read_bytes(path, MAX_BYTES))
+        steps = held.state.get("_observations") if isinstance(held, _Record) else held
+        if not isinstance(steps, (list, tuple)):
+            raise ValueError("holds no Demo")
+        if not steps:
+            raise ValueError("no step")
+        rows = [_row(number, step, MOTIONS[action_mode]) for number, step in enumerate(steps)]
+    except ValueError as error:
+        raise ValueError(f"{path.name}: {error}") from None
+    motion, pose, opening = (np.array(column) for column in zip(*rows, strict=True))
+    return step_arrays(motion, pose, opening)
+
+
+def read_variation(path: Path) -> int:
+    """The number of an episode's variation. Raises `ValueError` where the pickle holds none."""
+    try:
+        return _whole(load_pickle(files.read_bytes(path, MAX_VARIATION)))
+    except ValueError as error:
+        raise ValueError(f"{path.name}: {error}") from None
+
+
+def _whole(value: Any) -> int:
+    number = _number(value, "the variation")
+    if not (0 <= number < 1 << 31 and number.is_integer()):
+        raise ValueError(f"the variation is {number:.10g}")
+    return int(number)
+
+
+def _variation_or_none(folder: Path) -> int | None:
+    """The number of an episode's variation if it can be read; `RlbenchFolder.collect` says why not."""
+    try:
+        return read_variation(folder / VARIATION)
+    except ValueError:
+        return None
+
+
+def _row(number: int, step: Any, motion: str) -> tuple[Numbers, Numbers, float]:
+    """Motion, gripper's pose and opening of one observation."""
+    if not isinstance(step, _Record):
+        raise ValueError(f"step {number} is no observation")
+    told = step.state
+    try:
+        return (
+            _vector(told[motion], motion),
+            _vector(told["gripper_pose"], "gripper_pose"),
+            _number(told["gripper_open"], "gripper_open"),
+        )
+    except KeyError as error:
+        raise ValueError(f"step {number} holds no {error.args[0]}") from None
+
+
+def _number(value: Any, name: str) -> float:
+    if isinstance(value, _Scalar):
+        return value.number()
+    if not isinstance(value, (int, float)):
+        raise ValueError(f"{name} is no number")
+    try:
+        return float(value)
+    except OverflowError:
+        raise ValueError(f"{name} is too large") from None
+
+
+def _vector(value: Any, name: str) -> Numbers:
+    if not isinstance(value, _Numbers):
+        raise ValueError(f"a joint or pose vector is missing: {name}")
+    return value.vector(name)
+
+
+# --- The reader of pickles ----------------------------------------------------------------------------------
+
+
+class _Record:
+    """Stands in for RLBench's Demo and observations: holds the attributes, does nothing."""
+
+    def __init__(self, *_: object) -> None:
+        self.state: dict[str, Any] = {}
+
+    def build(self, state: Any) -> None:
+        """Take the attributes."""
+        if not isinstance(state, dict):
+            raise ValueError("an object's state is no dict")
+        self.state = state
+
+
+class _Kind:
+    """Stands in for numpy's dtype: plain numbers only."""
+
+    _CODES = frozenset({"f8", "f4", "f2", "i8", "i4", "i2", "i1", "u8", "u4", "u2", "u1", "b1"})
+
+    def __init__(self, code: Any = None, *_: object) -> None:
+        if not isinstance(code, str) or code not in self._CODES:
+            shown = repr(code[:9]) if isinstance(code, str) else "of no name"
+            raise ValueError(f"dtype {shown} is refused")
+        self._code = code
+        self._order: Any = "<"
+
+    def build(self, state: Any) -> None:
+        """Take the order of bytes."""
+        self._order = state[1] if isinstance(state, tuple) and len(state) > 1 else None
+
+    def numbers(self, content: Any, count: int) -> Numbers:
+        """`count` numbers, float64 (count), that are all of the bytes `content`."""
+        if not isinstance(self._order, str) or self._order not in {"<", ">", "|", "="}:
+            raise ValueError("a dtype's state is refused")
+        dtype = np.dtype(self._order.replace("=", "<") + self._code)
+        if not isinstance(content, (bytes, bytearray)) or len(content) != count * dtype.itemsize:
+            raise ValueError("numbers that do not fit their bytes")
+        return np.frombuffer(content, dtype=dtype).astype(np.float64)
+
+
+class _Numbers:
+    """Stands in for numpy's ndarray: shape, kind and bytes, checked when they are used."""
+
+    def __init__(self, *_: object) -> None:
+        self._told: tuple[Any, ...] = ()
+
+    def build(self, state: Any) -> None:
+        """Take version, shape, kind, order and bytes."""
+        self._told = state[1:] if isinstance(state, tuple) else ()
+
+    @classmethod
+    def of(cls, content: Any, kind: Any, shape: Any, *order: Any) -> _Numbers:
+        """Stands in for what makes an array of a buffer."""
+        made = cls()
+        made.build((None, shape, kind, order, content))
+        return made
+
+    def vector(self, name: str) -> Numbers:
+        """A vector of `WIDTH` as float64. Raises `ValueError` with its name for others."""
+        shape, kind, _, content = self._told if len(self._told) == 4 else (None,) * 4
+        if not isinstance(kind, _Kind) or not isinstance(shape, tuple):
+            raise ValueError(f"a joint or pose vector is missing: {name}")
+        if shape != (WIDTH,):
+            shown = ", ".join(str(size) for size in shape[:9] if isinstance(size, int))
+            raise ValueError(f"a joint or pose vector has shape ({shown},), not ({WIDTH},): {name}")
+        return kind.numbers(content, WIDTH)
+
+
+class _Scalar:
+    """Stands in for numpy's scalars."""
+
+    def __init__(self, kind: Any = None, content: Any = None) -> None:
+        self._kind, self._content = kind, content
+
+    def number(self) -> float:
+        """The number."""
+        if not isinstance(self._kind, _Kind):
+            raise ValueError("a number of a kind that is refused")
+        return float(self._kind.numbers(self._content, 1)[0])
+
+
+def _bytes_of(text: Any = None, encoding: Any = None) -> bytes:
+    """Stands in for the encoder by which pickles before protocol 3 hold bytes."""
+    if not isinstance(text, str) or encoding != "latin1":
+        raise ValueError("an encoding that is refused")
+    return text.encode("latin1")
+
+
+_CORES = ("numpy.core", "numpy._core")
+_KNOWN: dict[str, Callable[..., Any]] = {
+    "rlbench.demo Demo": _Record,
+    "rlbench.backend.observation Observation": _Record,
+    "rlbench.backend.observation UnimanualObservation": _Record,
+    "numpy ndarray": _Numbers,
+    "numpy dtype": _Kind,
+    "_codecs encode": _bytes_of,
+    **{f"{core}.multiarray _reconstruct": _Numbers for core in _CORES},
+    **{f"{core}.multiarray scalar": _Scalar for core in _CORES},
+    **{f"{core}.numeric _frombuffer": _Numbers.of for core in _CORES},
+}
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class _Name:
+    """A known name in a pickle. It can be called, and nothing can be changed by it."""
+
+    name: str
+
+    def __post_init__(self) -> None:
+        if self.name not in _KNOWN:
+            shown = printable(self.name.replace(" ", "."), 100)
+            raise ValueError(f"names {shown}, which no demonstration needs: refused")
+
+    def call(self, arguments: Any) -> Any:
+        """What the stand-in makes of the arguments."""
+        if not isinstance(arguments, tuple):
+            raise ValueError("damaged (a call without arguments)")
+        return _KNOWN[self.name](*arguments)
+
+
+_CONSTANTS = {"NONE": None, "NEWTRUE": True, "NEWFALSE": False}
+_EMPTY: dict[str, Callable[[], Any]] = {
+    "EMPTY_DICT": dict,
+    "EMPTY_LIST": list,
+    "EMPTY_TUPLE": tuple,
+    "EMPTY_SET": list,  # nobody asks what is in it, and nothing is compared
+}
+_TUPLES = {"TUPLE1": 1, "TUPLE2": 2, "TUPLE3": 3}
+_GETS = {"GET", "BINGET", "LONG_BINGET"}
+_PUTS = {"PUT", "BINPUT", "LONG_BINPUT"}
+_PASSED = {"PROTO", "FRAME", "STOP"}
+_VALUES = {
+    *("BININT", "BININT1", "BININT2", "INT", "LONG", "LONG1", "LONG4", "FLOAT", "BINFLOAT"),
+    *("UNICODE", "SHORT_BINUNICODE", "BINUNICODE", "BINUNICODE8"),
+    *("SHORT_BINBYTES", "BINBYTES", "BINBYTES8", "BYTEARRAY8"),
+}
+
+
+class _Reader:
+    """The stack and the memo of a pickle in reading."""
+
+    def __init__(self) -> None:
+        self.stack: list[Any] = []
+        self.marks: list[int] = []
+        self.memo: dict[int, Any] = {}
+
+    def do(self, name: str, value: Any) -> None:
+        """One step of the pickle: an opcode of `pickletools` and its argument."""
+        stack = self.stack
+        if name in _VALUES:
+            stack.append(value)
+        elif name == "MEMOIZE" or name in _PUTS:
+            self.memo[len(self.memo) if value is None else value] = stack[-1]
+        elif name in _GETS:
+            stack.append(self.memo[value])
+        elif name in _TUPLES:
+            stack[-_TUPLES[name] :] = [tuple(stack[-_TUPLES[name] :])]
+        elif name == "MARK":
+            self.marks.append(len(stack))
+        elif name in {"TUPLE", "FROZENSET"}:
+            stack.append(tuple(self._marked()))
+        elif name in _CONSTANTS:
+            stack.append(_CONSTANTS[name])
+        elif name in _EMPTY:
+            stack.append(_EMPTY[name]())
+        elif name == "BUILD":
+            state = stack.pop()
+            stack[-1].build(state)
+        elif name in {"REDUCE", "NEWOBJ"}:
+            arguments = stack.pop()
+            stack.append(stack.pop().call(arguments))
+        elif name in {"APPEND", "APPENDS", "ADDITEMS"}:
+            items = [stack.pop()] if name == "APPEND" else self._marked()
+            stack[-1].extend(items)
+        elif name in {"SETITEM", "SETITEMS"}:
+            items = [stack.pop(-2), stack.pop()] if name == "SETITEM" else self._marked()
+            pairs = zip(items[::2], items[1::2], strict=True)
+            stack[-1].update({key: item for key, item in pairs if isinstance(key, str)})
+        elif name == "GLOBAL":
+            stack.append(_Name(value))
+        elif name == "STACK_GLOBAL":
+            stack[-2:] = [_Name(" ".join(stack[-2:]))]
+        elif name not in _PASSED:
+            raise ValueError(f"holds {name}, which no demonstration needs: refused")
+
+    def _marked(self) -> list[Any]:
+        """What was laid on the stack since the last mark."""
+        mark = self.marks.pop()
+        items = self.stack[mark:]
+        del self.stack[mark:]
+        return items
+
+
+def load_pickle(content: bytes) -> Any:
+    """What a pickle holds: plain values and stand-ins. Raises `ValueError` where it is damaged or refused.
+
+    Its steps are taken one by one and their number is limited; nothing that it names is imported, and what
+    it calls or changes are stand-ins of its own. Of a dict only what has a text as its key is kept.
+    """
+    reader = _Reader()
+    try:
+        for count, (opcode, value, _) in enumerate(pickletools.genops(content)):
+            if count >= MAX_STEPS:
+                raise ValueError(f"takes more than {MAX_STEPS} steps")
+            reader.do(opcode.name, value)
+        return reader.stack.pop()
+    except (AttributeError, IndexError, KeyError, TypeError, MemoryError, OverflowError):
+        raise ValueError("damaged: not a pickle of a demonstration") from None
+    except ValueError as error:
+        raise ValueError(one_line(error)) from None

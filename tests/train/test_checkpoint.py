@@ -1,0 +1,239 @@
+"""Checkpoints appear whole or not at all, and say in one line what is wrong with them."""
+
+from __future__ import annotations
+
+import errno
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+from prelar.train import checkpoint
+from prelar.train.checkpoint import Snapshots, load_config, load_parts, resume_key, save_parts
+from prelar.utils.errors import UserError
+
+
+def net(width: int = 3) -> nn.Module:
+    torch.manual_seed(width)
+    return nn.Sequential(nn.Linear(2, width), nn.BatchNorm1d(width))
+
+
+@pytest.fixture
+def saved(tmp_path: Path) -> Path:
+    folder = tmp_path / "pretrain"
+    save_parts(
+        folder, {"encoder": net().state_dict(), "decoder": net(4).state_dict()}, {"method": "apv", "step": 7}
+    )
+    return folder
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in folder.iterdir()}
+
+
+def test_parts_come_back_as_they_were(saved: Path) -> None:
+    parts, config = load_parts(saved)
+    assert config == {"schema": 1, "parts": ["decoder", "encoder"], "method": "apv", "step": 7}
+    for name, width in (("encoder", 3), ("decoder", 4)):
+        expected = net(width).state_dict()
+        assert parts[name].keys() == expected.keys()
+        assert all(torch.equal(parts[name][key], expected[key]) for key in expected)
+    assert set(load_parts(saved, ["encoder"])[0]) == {"encoder"}
+
+
+def test_the_same_weights_give_the_same_bytes_and_replace_the_old_ones(saved: Path, tmp_path: Path) -> None:
+    before = contents(saved)
+    apart = {
+        name: tensor.clone(memory_format=torch.preserve_format) for name, tensor in net().state_dict().items()
+    }
+    parts = {"decoder": net(4).state_dict(), "encoder": dict(reversed(apart.items()))}
+    save_parts(saved, parts, {"step": 7, "method": "apv"})
+    assert contents(saved) == before
+    save_parts(saved, {"encoder": net(5).state_dict()}, {"step": 8})
+    assert set(contents(saved)) == {"encoder.safetensors", "config.json"}
+    assert [path.name for path in tmp_path.iterdir()] == ["pretrain"]
+
+
+def test_weights_laid_out_channels_last_are_saved_alike(tmp_path: Path) -> None:
+    weight = torch.randn(4, 3, 2, 2)
+    for name, tensor in (("a", weight), ("b", weight.to(memory_format=torch.channels_last))):
+        save_parts(tmp_path / name, {"x": {"w": tensor}}, {})
+    assert contents(tmp_path / "a") == contents(tmp_path / "b")
+
+
+def test_a_failed_save_leaves_the_old_checkpoint(saved: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    before = contents(saved)
+    write = Path.write_bytes
+
+    def full(path: Path, data: bytes) -> int:
+        if path.name.startswith("decoder"):
+            raise OSError(errno.ENOSPC, "No space left on device")
+        return write(path, data)
+
+    monkeypatch.setattr(Path, "write_bytes", full)
+    with pytest.raises(
+        UserError, match=r"pretrain: cannot be written \(No space left on device\); free space"
+    ):
+        save_parts(saved, {"encoder": net(5).state_dict(), "decoder": net(5).state_dict()}, {})
+    assert contents(saved) == before
+    assert [path.name for path in saved.parent.iterdir()] == ["pretrain"]
+
+
+def corrupt(folder: Path, what: str) -> None:
+    config = json.loads((folder / "config.json").read_text())
+    match what:
+        case "absent":
+            (folder / "config.json").unlink()
+        case "newer":
+            (folder / "config.json").write_text(json.dumps({**config, "schema": 2}))
+        case "text":
+            (folder / "config.json").write_text("{")
+        case "list":
+            (folder / "config.json").write_text("[]")
+        case "missing":
+            (folder / "encoder.safetensors").unlink()
+        case "cut":
+            data = (folder / "encoder.safetensors").read_bytes()
+            (folder / "encoder.safetensors").write_bytes(data[: len(data) // 2])
+
+
+@pytest.mark.parametrize(
+    ("what", "message"),
+    [
+        ("absent", r"pretrain: no checkpoint; run `dvc repro pretrain`"),
+        ("newer", r"config.json: schema 2 is newer than 1, the newest known here; update prelar"),
+        ("text", r"config.json: unreadable \(.*\); run `dvc repro -f pretrain`"),
+        ("list", r"config.json: not a checkpoint's description"),
+        ("missing", r"part encoder is missing \(it lists: decoder, encoder\)"),
+        ("cut", r"encoder.safetensors: unreadable \(.*\); run `dvc repro -f pretrain`"),
+    ],
+)
+def test_a_damaged_checkpoint_is_refused_in_one_line(saved: Path, what: str, message: str) -> None:
+    corrupt(saved, what)
+    with pytest.raises(UserError, match=message) as caught:
+        load_parts(saved)
+    assert "\n" not in str(caught.value)
+
+
+def test_an_absent_checkpoint_and_an_unknown_part_are_named(saved: Path, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="finetune: no checkpoint; run `dvc repro finetune`"):
+        load_config(tmp_path / "finetune")
+    with pytest.raises(UserError, match="part heads is missing"):
+        load_parts(saved, ["heads"])
+
+
+def test_the_key_of_a_run_follows_params_inputs_and_code(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    package, data = tmp_path / "package", tmp_path / "data"
+    (package / "model").mkdir(parents=True)
+    data.mkdir()
+    files = {
+        package / "loop.py": "a",
+        package / "model/nets.py": "b",
+        package / "other.py": "c",
+        data / "x": "d",
+    }
+    for path, text in files.items():
+        path.write_text(text)
+    monkeypatch.setattr(checkpoint, "PACKAGE", package)
+
+    def key(stage: str = "pretrain", **params: Any) -> str:
+        return resume_key(stage, params={"beta": 1.0, **params}, inputs=[data], code=["loop.py", "model"])
+
+    first = key()
+    assert first.startswith("pretrain-") and key() == first
+    different = {first, key(beta=2.0), key("finetune")}
+    for path in (package / "loop.py", package / "model/nets.py", data / "x"):
+        path.write_text(files[path] + "!")
+        different.add(key())
+        path.write_text(files[path])
+    (data / "y").write_text("")
+    different.add(key())
+    (data / "y").unlink()
+    assert len(different) == 7
+    (package / "other.py").write_text("changed")
+    assert key() == first
+
+
+def state(step: int) -> dict[str, Any]:
+    return {"w": torch.full((3,), float(step)), "nested": [1, (2.5, None, "text"), {"on": True}]}
+
+
+def test_the_newest_snapshots_are_kept_and_read_back(tmp_path: Path) -> None:
+    snapshots = Snapshots("k", root=tmp_path, keep=2)
+    assert snapshots.latest() is None
+    for step in (5, 10, 1_000_000_005):
+        snapshots.save(step, state(step))
+    snapshots.wait()
+    assert len(list(snapshots.folder.iterdir())) == 2
+    found = Snapshots("k", root=tmp_path).latest()
+    assert found is not None and found[0] == 1_000_000_005
+    assert found[1]["nested"] == state(0)["nested"] and torch.equal(found[1]["w"], state(1_000_000_005)["w"])
+    assert Snapshots("other", root=tmp_path).latest() is None
+    snapshots.remove()
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_finished_run_takes_those_with_it_that_never_ended(tmp_path: Path) -> None:
+    for name in ("pretrain-1", "pretrain-2", "finetune-1"):
+        (tmp_path / name).mkdir()
+    snapshots = Snapshots("pretrain-2", root=tmp_path)
+    snapshots.remove()
+    assert [path.name for path in tmp_path.iterdir()] == ["finetune-1"]
+
+
+def test_a_snapshot_holds_the_state_of_its_moment(tmp_path: Path) -> None:
+    weights = torch.zeros(1000)
+    snapshots = Snapshots("k", root=tmp_path)
+    snapshots.save(1, {"w": weights})
+    weights += 1
+    snapshots.wait()
+    found = snapshots.latest()
+    assert found is not None and found[1]["w"].sum() == 0
+
+
+def test_an_unreadable_snapshot_is_passed_over_aloud(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    snapshots = Snapshots("k", root=tmp_path)
+    for step in (1, 2):
+        snapshots.save(step, state(step))
+    snapshots.wait()
+    newest = snapshots.folder / "step-000000002.pt"
+    newest.write_bytes(newest.read_bytes()[:300])
+    (snapshots.folder / ".step-000000003.pt.0.partial").write_bytes(b"half")
+    found = snapshots.latest()
+    assert found is not None and found[0] == 1
+    assert "step-000000002.pt: unreadable" in capsys.readouterr().err
+    assert not list(snapshots.folder.glob(".*"))
+
+
+def test_a_snapshot_runs_no_code_when_it_is_read(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "k").mkdir()
+    torch.save({"x": Path("/")}, tmp_path / "k/step-000000001.pt")
+    assert Snapshots("k", root=tmp_path).latest() is None
+    assert "unreadable" in capsys.readouterr().err
+
+
+def test_a_full_disk_is_told_and_leaves_earlier_snapshots(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    snapshots = Snapshots("k", root=tmp_path)
+    snapshots.save(1, state(1))
+    snapshots.wait()
+
+    def full(*_: Any) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(torch, "save", full)
+    snapshots.save(2, state(2))
+    with pytest.raises(
+        UserError, match=r"k: no snapshot could be written \(No space left on device\); free space"
+    ):
+        snapshots.wait()
+    monkeypatch.undo()
+    assert [path.name for path in snapshots.folder.iterdir()] == ["step-000000001.pt"]

@@ -1,0 +1,108 @@
+"""Errors as users see them: one line, a status, no trace."""
+
+from __future__ import annotations
+
+import errno
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from prelar.utils.errors import UserError, one_line, printable, run_main
+
+
+@pytest.mark.parametrize(
+    ("error", "line"),
+    [
+        (ValueError("a\n  b\tc "), "a b c"),
+        (TimeoutError(), "TimeoutError"),
+        (OSError(2, "No such file", "x"), "[Errno 2] No such file: 'x'"),
+    ],
+)
+def test_error_becomes_one_line(error: Exception, line: str) -> None:
+    assert one_line(error) == line
+
+
+@pytest.mark.parametrize(
+    ("error", "status", "told"),
+    [
+        (UserError("no disk; add one"), 2, "error: no disk; add one\n"),
+        (UserError("\x1b]0;x\x07\n.mp4: odd"), 2, "error: \\x1b]0;x\\x07\\n.mp4: odd\n"),
+        (
+            OSError(errno.EROFS, "Read-only file system", "data/.locks"),
+            2,
+            "error: data/.locks: Read-only file system; "
+            "let this user read and write there, or work in a copy of the project\n",
+        ),
+        (KeyboardInterrupt(), 130, None),
+    ],
+)
+def test_main_ends_with_a_status(
+    error: BaseException, status: int, told: str | None, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def main() -> None:
+        raise error
+
+    with pytest.raises(SystemExit) as ended:
+        run_main(main)
+    assert ended.value.code == status
+    printed = capsys.readouterr().err
+    assert "Traceback" not in printed and (told is None or printed == told)
+
+
+@pytest.mark.parametrize(
+    ("name", "shown"),
+    [
+        ("träume 01 – 日本.mp4", "träume 01 – 日本.mp4"),
+        ("a\x1b[2Jb\r\n\t", "a\\x1b[2Jb\\r\\n\\t"),
+        ("\u202egpj.exe", "\\u202egpj.exe"),
+        (os.fsdecode(b"\xff.mp4"), "\\udcff.mp4"),
+    ],
+)
+def test_what_a_terminal_would_obey_is_escaped(name: str, shown: str) -> None:
+    assert printable(name) == shown
+    shown.encode()
+
+
+@pytest.mark.parametrize("stream", ["stdout", "stderr"])
+def test_a_reader_that_goes_away_stops_no_work(tmp_path: Path, stream: str) -> None:
+    code = (
+        "import sys\n"
+        "from pathlib import Path\n"
+        "from prelar.utils.errors import run_main\n"
+        "def main():\n"
+        "    for line in range(20000):\n"
+        f"        print(line, file=sys.{stream}, flush=line % 1000 == 0)\n"
+        "    Path(sys.argv[1]).write_text('whole')\n"
+        "run_main(main)\n"
+    )
+    read, write = os.pipe()
+    begun = subprocess.Popen(
+        [sys.executable, "-c", code, str(tmp_path / "work")],
+        text=True,
+        **{"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, stream: write},
+    )
+    os.close(write)
+    os.read(read, 10)
+    os.close(read)
+    told = begun.communicate(timeout=60)
+    assert begun.returncode == 0 and not any(told)
+    assert (tmp_path / "work").read_text() == "whole"
+
+
+@pytest.mark.parametrize(
+    ("text", "shown"),
+    [
+        ("x" * 20, "x" * 10 + "…"),
+        ("\n" * 20, "\\n" * 5 + "…"),
+    ],
+)
+def test_text_from_elsewhere_is_escaped_and_cut_once(text: str, shown: str) -> None:
+    assert printable(text, 10) == printable(shown, 10) == shown
+
+
+def test_messages_are_printable() -> None:
+    assert str(UserError("a\udcffb: no such file")) == "a\\udcffb: no such file"
+    assert one_line(ValueError("a\x1b[2J")) == "a\\x1b[2J"
