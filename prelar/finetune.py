@@ -39,16 +39,14 @@ OUTPUT = Path("data/finetune")
 LOGS = Path("reports/finetune")
 CODE = (
     "control",
-    "model",
-    "checkpoint.py",
+    "envs",
     "finetune.py",
-    "gl.py",
-    "loop.py",
     "methods.py",
-    "processes.py",
-    "seeds.py",
-    "sim.py",
-    "workers.py",
+    "model",
+    "train",
+    "utils/distributed.py",
+    "utils/processes.py",
+    "utils/seeds.py",
 )
 PARAMS = (
     "method",

@@ -31,19 +31,14 @@ REPORT = Path("reports/pretrain")
 VIDEO = REPORT / "open_loop.mp4"
 
 CODE = (
-    "checkpoint.py",
-    "data/batches.py",
-    "data/objects.py",
-    "data/parquet.py",
-    "data/remote.py",
-    "data/store.py",
-    "loop.py",
-    "media.py",
     "methods.py",
     "model",
     "pretrain.py",
-    "processes.py",
-    "seeds.py",
+    "store",
+    "train",
+    "utils/distributed.py",
+    "utils/seeds.py",
+    "utils/video_file.py",
 )
 FLAT = (
     "method",

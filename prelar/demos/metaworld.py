@@ -1,4 +1,4 @@
-"""TODO doc."""
+"""Demonstrations of the scripted experts of Meta-World."""
 
 from __future__ import annotations
 
@@ -16,8 +16,6 @@ from prelar.envs.metaworld import ACTION_DIM, GRIPPER_DIM, MAX_STEPS, SUPERSAMPL
 from prelar.envs.names import check_camera, check_task
 from prelar.store.store import FRAME, SIZE
 from prelar.utils.errors import UserError
-
-# --- Meta-World ---------------------------------------------------------------------------------------------
 
 
 @dataclasses.dataclass(frozen=True)

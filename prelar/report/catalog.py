@@ -1,4 +1,4 @@
-"""TODO doc."""
+"""What a page can show of a run: the curves that stages log, how each is drawn, and what methods are."""
 
 from __future__ import annotations
 

@@ -29,7 +29,7 @@ from prelar.utils.files import atomic_file, publish, remove
 
 SCHEMA = 1
 RESUME = Path("data/.resume")
-PACKAGE = Path(__file__).parent
+PACKAGE = Path(__file__).parents[1]
 
 Weights = dict[str, Tensor]
 

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from prelar.demos import episodes
+from prelar.demos import episodes, metaworld
 from prelar.demos.episodes import Episode, Job, Splits, at_size, clips, fault
 from prelar.demos.metaworld import Metaworld
 from prelar.envs.metaworld import Simulator
@@ -153,7 +153,7 @@ def test_failures_are_named_and_kept_only_if_asked() -> None:
 
 
 def test_kept_failures_are_whole(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(episodes, "MAX_STEPS", 15)
+    monkeypatch.setattr(metaworld, "MAX_STEPS", 15)
     kept = dataclasses.replace(SOURCE, tasks=("peg-insert-side",), keep_failures=True)
     failed = kept.collect(kept.jobs()[0])
     assert failed.success is False and failed.reason is None

@@ -12,7 +12,7 @@ from prelar.config import Config, load_config
 from prelar.envs.names import among, check_names
 from prelar.utils.errors import UserError
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 
 
 def changed(**values: object) -> Config:

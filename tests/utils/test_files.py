@@ -17,7 +17,7 @@ from prelar.utils import files
 from prelar.utils.errors import UserError
 from prelar.utils.files import atomic_file, exclusive, publish, remove, write_text
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 
 
 def test_a_failed_write_leaves_the_old_file(tmp_path: Path) -> None:

@@ -140,14 +140,16 @@ def test_staging_of_other_clips_is_not_continued(tmp_path: Path, folder: Path, d
         build(tmp_path / "work", tmp_path / "other", decoder, 3)
 
 
-@pytest.mark.parametrize("module", ["archive", "ingest", "labels", "store", "video"])
+@pytest.mark.parametrize(
+    "module", ["store.store", *(f"videos.{name}" for name in ("archive", "ingest", "labels", "decode"))]
+)
 def test_work_of_other_code_is_not_continued(
     folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, module: str
 ) -> None:
     source = folder_source(folder, None)
     known = read_labels(source.labels)
     key = staging_key(source, known, "7.0", 8)
-    code = sys.modules[f"prelar.data.{module}"]
+    code = sys.modules[f"prelar.{module}"]
     edited = tmp_path / f"{module}.py"
     edited.write_text(Path(str(code.__file__)).read_text(encoding="utf-8") + "#", encoding="utf-8")
     monkeypatch.setattr(code, "__file__", str(edited))
