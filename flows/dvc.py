@@ -112,7 +112,7 @@ def _end(process: subprocess.Popen[bytes]) -> None:
 
 EXPERIMENTS = "refs/exps"
 LOST_AFTER = 60.0
-GENTLE = 6.0
+FORCE_KILL_AFTER = 6.0
 PATIENCE = 25.0
 
 
@@ -222,7 +222,7 @@ class Queue:
                 return
             _ask("remove", queued)
             if running:
-                _ask("kill", running, force=passed > GENTLE)
+                _ask("kill", running, force=passed > FORCE_KILL_AFTER)
                 time.sleep(1)
 
 

@@ -192,7 +192,7 @@ def main() -> None:
     """Run the flow with the settings of params.yaml."""
     _arguments()
     begun, settings = dvc.stamps(NAME), checked_config().ssv2
-    with staging.surroundings(NAME):
+    with staging.store_build(NAME):
         print(f"{staging.target(NAME)}: {ssv2.with_options(task_runner=task_runner(settings))()}")
         dvc.record(NAME, begun)
 

@@ -111,7 +111,7 @@ def target(name: str) -> Path:
 
 
 @contextlib.contextmanager
-def surroundings(
+def store_build(
     name: str, ahead: Callable[[], AbstractContextManager[None]] = contextlib.nullcontext
 ) -> Iterator[None]:
     """Hold the lock on a store, have a Prefect server, and tell of a full disk in one line.

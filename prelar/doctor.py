@@ -279,6 +279,6 @@ def _told(*command: str) -> str | None:
 
 
 def _without_secrets(url: str) -> str:
-    from prelar.report.provenance import presentable
+    from prelar.report.provenance import redact
 
-    return str(presentable(url))
+    return str(redact(url))

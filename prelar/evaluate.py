@@ -1,6 +1,6 @@
 """The evaluation: how often the agent succeeds, how well models foresee, what it helped, what actions mean.
 
-Writes metrics.json (the `CHIEF` numbers, for `dvc metrics` and `dvc exp show`) and reports/evaluate (all
+Writes metrics.json (the `HEADLINE_METRICS`, for `dvc metrics` and `dvc exp show`) and reports/evaluate (all
 numbers, tables for `dvc plots show`, videos, pictures, and what the report needs to know).
 """
 
@@ -26,7 +26,7 @@ from prelar.envs import gl
 from prelar.envs.metaworld import ACTION_DIM, Simulator
 from prelar.envs.pixels import PixelEnv, Purpose, episode_seed
 from prelar.evaluation import offline
-from prelar.evaluation.panels import abreast, describe, overview, write_png, write_previews
+from prelar.evaluation.panels import describe, overview, tile_horizontally, write_png, write_previews
 from prelar.evaluation.prediction import Prediction, measure, write_prediction
 from prelar.evaluation.probe import collect, demonstrations, run_probe, swap_actions
 from prelar.methods import METHODS, build_finetune, build_pretrain, load_pretrained
@@ -37,14 +37,14 @@ from prelar.train.loop import set_up
 from prelar.utils.errors import UserError
 from prelar.utils.files import publish, remove, write_text
 from prelar.utils.seeds import Stream, generator
-from prelar.utils.tables import evenly, write_tsv
+from prelar.utils.tables import evenly_spaced_indices, write_tsv
 from prelar.utils.video_file import write_mp4
 
 PRETRAIN = Path("data/pretrain")
 FINETUNE = Path("data/finetune")
 REPORT = Path("reports/evaluate")
 METRICS = Path("metrics.json")
-CHIEF = ("success_rate", "return", "prediction_error", "prediction_error_policy")
+HEADLINE_METRICS = ("success_rate", "return", "prediction_error", "prediction_error_policy")
 SPLIT = "validation"
 SHOWN_EPISODES = 3
 KEPT_EPISODES = 10
@@ -56,15 +56,15 @@ Frames = npt.NDArray[np.uint8]
 
 
 @dataclass(frozen=True)
-class Found:
+class EvalResult:
     """What a part of the evaluation found: metrics by name, and what the page needs to know beside them."""
 
     metrics: Mapping[str, float] = field(default_factory=dict)
     summary: Mapping[str, Any] = field(default_factory=dict)
 
-    def __or__(self, other: Found) -> Found:
+    def __or__(self, other: EvalResult) -> EvalResult:
         """Both together."""
-        return Found({**self.metrics, **other.metrics}, {**self.summary, **other.summary})
+        return EvalResult({**self.metrics, **other.metrics}, {**self.summary, **other.summary})
 
 
 def run(config: Config) -> None:
@@ -97,7 +97,7 @@ def run(config: Config) -> None:
             found |= evaluate_actions(config, model, store, folder)
     else:
         missing = f"{config.method} does not pre-train, so there is nothing to measure."
-        found |= Found(summary={"prediction_missing": missing, "probe_missing": missing})
+        found |= EvalResult(summary={"prediction_missing": missing, "probe_missing": missing})
     found |= evaluate_offline(config, fabric, folder)
     _write_json(
         folder / "dataset.json", describe(store) | {"previews": write_previews(store, folder / "previews")}
@@ -108,7 +108,7 @@ def run(config: Config) -> None:
     metrics = {name: float(f"{value:.9g}") for name, value in found.metrics.items()}
     _write_json(folder / METRICS.name, metrics)
     publish(folder, REPORT)
-    _write_json(METRICS, {name: metrics[name] for name in CHIEF if name in metrics})
+    _write_json(METRICS, {name: metrics[name] for name in HEADLINE_METRICS if name in metrics})
     print(f"evaluate: {told(found.metrics)} -> {METRICS}, {REPORT}", flush=True)
 
 
@@ -144,7 +144,7 @@ def load_pretrained_model(device: torch.device) -> WorldModel:
 # --- The agent --------------------------------------------------------------------------------------------
 
 
-def evaluate_agent(config: Config, agent: Any, folder: Path) -> Found:
+def evaluate_agent(config: Config, agent: Any, folder: Path) -> EvalResult:
     """Play the evaluation episodes; write their table and video, and how well the model foresees them."""
     settings = config.evaluate
     seed = episode_seed(config.seed, Purpose.EVALUATE)
@@ -157,7 +157,7 @@ def evaluate_agent(config: Config, agent: Any, folder: Path) -> Found:
         chance = play_visibly(env, chances, episodes=count, seed=config.seed, name="random actions")
         shown = played[:SHOWN_EPISODES]
         views = [film(simulator, seed, number, episode.actions) for number, episode in enumerate(shown)]
-    video = abreast(views, [episode.success for episode in shown])
+    video = tile_horizontally(views, [episode.success for episode in shown])
     write_mp4(folder / "policy.mp4", video, VIDEO_FPS)
     write_png(folder / "policy_poster.png", video[len(video) // 2])
     write_episodes(folder / "episodes.tsv", played)
@@ -171,7 +171,7 @@ def evaluate_agent(config: Config, agent: Any, folder: Path) -> Found:
         "return_max": max(returns),
         "random": summarise(chance),
     }
-    found = Found(
+    found = EvalResult(
         {"success_rate": result["success"], "return": result["return"]},
         {"policy": {"shown": len(shown)}, "episodes": episodes},
     )
@@ -240,7 +240,7 @@ def cut_segments(
     ]
     if not starts:
         return None
-    picks = evenly(len(starts), count)
+    picks = evenly_spaced_indices(len(starts), count)
     frames, actions = [], []
     for episode, start in (starts[pick] for pick in picks):
         assert episode.frames is not None
@@ -254,13 +254,13 @@ def cut_segments(
 # --- The pre-trained model --------------------------------------------------------------------------------
 
 
-def evaluate_prediction(config: Config, model: WorldModel, store: Store, folder: Path) -> Found:
+def evaluate_prediction(config: Config, model: WorldModel, store: Store, folder: Path) -> EvalResult:
     """Open-loop prediction of held-out clips; where the store has none, the summary says so."""
     settings = config.evaluate
     truth = held_out(store, length=settings.length, count=settings.clips, seed=config.seed)
     if truth is None:
         missing = f"Not measured: no clip of the {SPLIT} split has {settings.length} frames or more."
-        return Found(summary={"prediction_missing": missing})
+        return EvalResult(summary={"prediction_missing": missing})
     device = next(model.parameters()).device
     prediction = measure(model.open_loop, truth, observed=settings.observed, device=device, seed=config.seed)
     write_prediction(folder, "prediction", "open_loop", prediction)
@@ -268,16 +268,16 @@ def evaluate_prediction(config: Config, model: WorldModel, store: Store, folder:
     return _record(prediction, "prediction", "prediction_error", **more)
 
 
-def evaluate_actions(config: Config, model: WorldModel, store: Store, folder: Path) -> Found:
+def evaluate_actions(config: Config, model: WorldModel, store: Store, folder: Path) -> EvalResult:
     """Probe the latent action and draw the action swap; the summary says where a method has none."""
     if not infers_actions(model):
-        return Found(summary={"probe_missing": f"{config.method} infers no actions from video."})
+        return EvalResult(summary={"probe_missing": f"{config.method} infers no actions from video."})
     settings, device = config.evaluate, next(model.parameters()).device
     seed = episode_seed(config.seed, Purpose.PROBE)
     with Simulator(config.task) as simulator:
         played = collect(simulator, episodes=settings.probe_episodes, seed=seed)
     recorded = demonstrations(store, episodes=settings.probe_episodes, seed=seed)
-    found = Found()
+    found = EvalResult()
     for name, episodes in (("probe", played), ("probe_demonstrations", recorded)):
         if episodes is not None:
             result = run_probe(
@@ -285,7 +285,7 @@ def evaluate_actions(config: Config, model: WorldModel, store: Store, folder: Pa
             )
             _write_json(folder / f"{name}.json", result)
             latent, untrained = (row["mean"] for row in result["rows"][:2])
-            found |= Found({f"{name}_r2": latent, f"{name}_r2_untrained": untrained})
+            found |= EvalResult({f"{name}_r2": latent, f"{name}_r2_untrained": untrained})
     clips = held_out(store, length=settings.length, count=settings.clips, seed=config.seed)
     picture = None if clips is None else swap_actions(model, clips, observed=settings.observed, device=device)
     if picture is not None:
@@ -311,9 +311,9 @@ def held_out(store: Store, *, length: int, count: int, seed: int) -> Frames | No
     return store.read_many(store.clip_start[chosen] + offsets, length)
 
 
-def _record(prediction: Prediction, name: str, metric: str, **more: Any) -> Found:
+def _record(prediction: Prediction, name: str, metric: str, **more: Any) -> EvalResult:
     clips, length = prediction.truth.shape[:2]
-    return Found(
+    return EvalResult(
         {metric: float(prediction.model.mean()), f"{metric}_copy": float(prediction.copy.mean())},
         {name: {"clips": clips, "observed": prediction.observed, "length": length, **more}},
     )
@@ -322,7 +322,7 @@ def _record(prediction: Prediction, name: str, metric: str, **more: Any) -> Foun
 # --- The start of fine-tuning -----------------------------------------------------------------------------
 
 
-def evaluate_offline(config: Config, fabric: Fabric, folder: Path) -> Found:
+def evaluate_offline(config: Config, fabric: Fabric, folder: Path) -> EvalResult:
     """Fit the world model of fine-tuning to fixed episodes, from the checkpoint and from scratch."""
     settings = config.evaluate
     seed = episode_seed(config.seed, Purpose.OFFLINE)
@@ -366,7 +366,7 @@ def evaluate_offline(config: Config, fabric: Fabric, folder: Path) -> Found:
         "copy_error": copied,
         "mean_reward_error": mean,
     }
-    return Found(metrics, {"offline": summary})
+    return EvalResult(metrics, {"offline": summary})
 
 
 def _write_json(path: Path, content: Mapping[str, Any]) -> None:

@@ -18,12 +18,12 @@ import torch
 from lightning_fabric import Fabric
 
 from prelar.config import Config, Finetune
-from prelar.control.actor_critic import Behaviour
+from prelar.control.actor_critic import ActorCritic
 from prelar.control.agent import Agent
 from prelar.control.collector import Collector
 from prelar.control.exploration import Bonus
 from prelar.control.learner import Learner
-from prelar.control.replay import Feed, Replay
+from prelar.control.replay import BatchPrefetcher, Replay
 from prelar.control.rollout import RandomPolicy, play_episodes, summarise
 from prelar.envs import gl
 from prelar.envs.metaworld import ACTION_DIM, Simulator
@@ -163,7 +163,7 @@ def learn(
     snapshots: Snapshots,
     log_folder: Path,
     tell: Callable[[Speed], object] = print,
-) -> Behaviour:
+) -> ActorCritic:
     """Fine-tune `model` in place on the worlds that `make_world` makes; returns the behaviour learnt.
 
     bonus: weight of the exploration bonus, for models that have one. tell: takes what this process did.
@@ -179,7 +179,7 @@ def learn(
         )
         stack.callback(replay.close)
         pinned = fabric.device.type == "cuda"
-        feed = Feed(replay, batch=preset.batch, length=preset.length, seed=seed, pinned=pinned)
+        feed = BatchPrefetcher(replay, batch=preset.batch, length=preset.length, seed=seed, pinned=pinned)
         stack.callback(feed.close)
         envs = Envs(
             make_world,
@@ -213,7 +213,7 @@ def learn(
 
 def make_learner(fabric: Fabric, model: WorldModel, preset: Finetune, *, bonus: float, seed: int) -> Learner:
     """What updates the model, with a behaviour as it is born."""
-    behaviour = Behaviour(
+    behaviour = ActorCritic(
         **_actor_sizes(model, preset),
         horizon=preset.horizon,
         discount=preset.discount,
@@ -252,7 +252,9 @@ class Stepper:
     before. `steps` and `seconds` tell what this process did so far, and what it spent its time on.
     """
 
-    def __init__(self, preset: Finetune, learner: Learner, collector: Collector, feed: Feed) -> None:
+    def __init__(
+        self, preset: Finetune, learner: Learner, collector: Collector, feed: BatchPrefetcher
+    ) -> None:
         self.preset, self.learner, self.collector, self.feed = preset, learner, collector, feed
         self.steps = 0
         self.seconds = {"acting": 0.0, "learning": 0.0, "waiting for environments": 0.0}

@@ -214,7 +214,7 @@ def test_entry_points_refuse_bad_params_at_once(
     tmp_path: Path, params: str, old: str, new: str, told: str
 ) -> None:
     (tmp_path / "params.yaml").write_text(params.replace(old, new, 1), encoding="utf-8")
-    commands = ["prelar check", "flows.ssv2", "flows.rlbench", "flows.serve"]
+    commands = ["prelar check", "flows.ssv2", "flows.demos", "flows.serve"]
     for command in commands if "beta" not in old else [*commands, "prelar pretrain", "prelar report"]:
         done = subprocess.run(
             [sys.executable, "-m", *command.split()],

@@ -114,7 +114,7 @@ def test_the_reference_of_params_is_current() -> None:
 
 def test_the_reference_of_params_names_types_bounds_and_comments() -> None:
     text = params_page.page()
-    assert "| `rlbench.variations` | integer ≥ 1, ≤ 1,000,000,000 or null | `1` |" in text
+    assert "| `demos.variations` | integer ≥ 1, ≤ 1,000,000,000 or null | `1` |" in text
     assert "| `ssv2.max_bad` | number ≥ 0, ≤ 1 | `0.01` | share of bad clips" in text
     assert "| `lam` | number ≥ 0, ≤ 1 | `0.95` | `0.95` | `0.95` |" in text
     listed = [key for key in keys() if not key.startswith(("scales.lite", "scales.paper"))]

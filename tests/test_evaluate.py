@@ -118,7 +118,7 @@ def test_evaluation_writes_metrics_tables_and_videos_twice_the_same(place: Path,
     fitted = {f"offline_{error}_{start}" for error in ("error", "reward_error") for start in STARTS}
     assert metrics.keys() == {"success_rate", "return"} | errors | probed | fitted
     chief = json.loads((place / "metrics.json").read_text())
-    assert chief == {name: metrics[name] for name in evaluate.CHIEF if name in metrics}
+    assert chief == {name: metrics[name] for name in evaluate.HEADLINE_METRICS if name in metrics}
     assert all(0 < metrics[name] < 1 for name in errors)
     assert read_tsv(place / "reports/evaluate/prediction.tsv")["step"] == [1, 2, 3, 4]
     played = read_tsv(place / "reports/evaluate/episodes.tsv")

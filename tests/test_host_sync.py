@@ -14,7 +14,7 @@ from torch import Tensor
 from torch._dynamo.utils import counters
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from prelar.control.actor_critic import Behaviour
+from prelar.control.actor_critic import ActorCritic
 from prelar.control.learner import Learner
 from prelar.finetune import make_bonus
 from prelar.methods import METHODS, build_finetune, build_pretrain
@@ -67,7 +67,7 @@ def learner(method: str) -> Learner:
     model = build_finetune(
         method=method, robot_action_dim=4, units=6, layers=2, context_augment=augment, **SIZES
     )
-    behaviour = Behaviour(
+    behaviour = ActorCritic(
         model.feature_dim,
         4,
         units=6,

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from flows import rlbench
+from flows import demos
 from prelar import pretrain
 from prelar.demos.rlbench_folder import CAMERAS
 from prelar.envs import gl
@@ -80,14 +80,14 @@ def test_source_becomes_a_store_that_is_pretrained_on(
     chosen = prepare(tmp_path, request)
     monkeypatch.chdir(tmp_path)
     cfg = config(dataset="rlbench", rlbench={"episodes": EPISODES, "workers": 1, "tasks": None, **chosen})
-    source = rlbench.find(cfg.rlbench)
+    source = demos.find(cfg.rlbench)
     jobs = source.jobs()
     work_inline(monkeypatch)
     with StoreWriter(Path("data/rlbench.zarr"), arrays=source.arrays) as writer:
-        assert rlbench.fill(writer, source, jobs, 1) == len(jobs) == EPISODES
+        assert demos.fill(writer, source, jobs, 1) == len(jobs) == EPISODES
         writer.finish(source.attributes())
     store = Store.open(Path("data/rlbench.zarr"))
-    suites.validate("rlbench", rlbench.suites(store, source, 0.0), suites.facts(store))
+    suites.validate("rlbench", demos.suites(store, source, 0.0), suites.facts(store))
     assert store.num_clips == EPISODES * len(source.cameras) and store.has("actions")
     pretrain.run(cfg)
     assert load_parts(pretrain.OUTPUT)[0]

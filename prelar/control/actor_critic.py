@@ -88,7 +88,7 @@ class Actor(nn.Module):
 
 
 @dataclass(frozen=True)
-class Dream:
+class ImaginedRollout:
     """An imagined rollout over H steps from N states.
 
     feature (H + 1, N, F), policy: the distributions (H, N, A) that the actions were drawn from.
@@ -98,7 +98,7 @@ class Dream:
     policy: TruncatedNormal
 
 
-class Behaviour(nn.Module):
+class ActorCritic(nn.Module):
     """Actor, critic, and the slow copy of the critic that bootstraps the returns.
 
     features, actions: sizes F and A. units, layers: of both MLPs. discount, lam: of the λ-returns. entropy:
@@ -126,7 +126,7 @@ class Behaviour(nn.Module):
         self.horizon, self.discount, self.lam = horizon, discount, lam
         self.entropy, self.slow_every = entropy, slow_every
 
-    def imagine(self, model: Imaginable, start: State) -> Dream:
+    def imagine(self, model: Imaginable, start: State) -> ImaginedRollout:
         """Follow the policy for `horizon` steps from start states (N, …).
 
         The gradient of a later feature reaches the policy through the actions, but not through the features
@@ -139,7 +139,7 @@ class Behaviour(nn.Module):
             state = model.imagine_step(state, policies[-1].sample())
             features.append(model.feature(state))
         mean, std = (torch.stack([getattr(one, name) for one in policies]) for name in ("mean", "std"))
-        return Dream(torch.stack(features), TruncatedNormal(mean, std))
+        return ImaginedRollout(torch.stack(features), TruncatedNormal(mean, std))
 
     def losses(self, model: Imaginable, start: State) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
         """Loss of the actor, loss of the critic, and metrics (detached scalars), from start states (N, …)."""

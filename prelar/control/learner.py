@@ -8,7 +8,7 @@ from collections.abc import Iterator, Mapping
 from lightning_fabric import Fabric
 from torch import Tensor, nn
 
-from prelar.control.actor_critic import Behaviour
+from prelar.control.actor_critic import ActorCritic
 from prelar.control.exploration import Bonus
 from prelar.model.images import normalise
 from prelar.model.world_model import WorldModel
@@ -38,7 +38,7 @@ class Learner:
         self,
         fabric: Fabric,
         model: WorldModel,
-        behaviour: Behaviour,
+        behaviour: ActorCritic,
         bonus: Bonus | None,
         *,
         lr: float,
@@ -60,7 +60,7 @@ class Learner:
         self._wrapped_behaviour.mark_forward_method("losses")
 
     def update(self, batch: Mapping[str, Tensor], number: int) -> dict[str, Tensor]:
-        """Do update `number` (from 0) on a batch of `Feed.take`, and return metrics, scalars by name."""
+        """Do update `number` (from 0) on a batch of `BatchPrefetcher.take`; returns metrics, scalars by name."""
         data = {name: value.to(self.fabric.device, non_blocking=True) for name, value in batch.items()}
         post, metrics = self._update_model(data, number)
         return metrics | self._update_behaviour(post, number)

@@ -166,7 +166,7 @@ class Replay:
 Batch = dict[str, Tensor]
 
 
-class Feed:
+class BatchPrefetcher:
     """The batch of each update, read one update ahead by a thread of its own.
 
     Which sequences a batch holds is settled when the batch before it is taken, so that it is a function of

@@ -28,7 +28,7 @@ from typing import Any
 from prelar.demos import rlbench_worker
 from prelar.demos.episodes import RESIZE, Episode, Job
 from prelar.demos.rlbench_folder import ALIGNMENT, RlbenchDemonstrations
-from prelar.demos.rlbench_pool import ROOT, Crew, count_variations, given_display, surroundings
+from prelar.demos.rlbench_pool import ROOT, SimulatorPool, count_variations, given_display, simulator_env
 from prelar.envs.names import RLBENCH_CAMERAS
 from prelar.store.store import SIZE
 from prelar.utils.errors import UserError, run_main
@@ -86,7 +86,7 @@ class RlbenchLive(RlbenchDemonstrations):
 
     def collect(self, job: Job) -> Episode:
         """Collect one episode with a simulator for it alone, in a temporary folder."""
-        with tempfile.TemporaryDirectory() as folder, Crew(self, [job], 1, Path(folder)) as crew:
+        with tempfile.TemporaryDirectory() as folder, SimulatorPool(self, [job], 1, Path(folder)) as crew:
             return crew.result(job)
 
     def files(self, job: Job) -> list[Path]:
@@ -184,7 +184,7 @@ def _missing_libraries(library: Path) -> set[str]:
     try:
         told = subprocess.run(
             ["ldd", str(library)],
-            env=surroundings(None),
+            env=simulator_env(None),
             capture_output=True,
             text=True,
             timeout=30,

@@ -47,14 +47,14 @@ from prelar.utils.errors import UserError, one_line
 
 ROOT = "COPPELIASIM_ROOT"
 LAUNCH_SECONDS = 120.0
-FAREWELL = 5.0
-GLANCE = 1.0
+SHUTDOWN_GRACE = 5.0
+POLL_SECONDS = 1.0
 STILL_SECONDS = 30.0
 STILL_SHARE = 0.01
 DIED = "the simulator ended"
 
 
-def surroundings(display: str | None, threads: int = 1) -> dict[str, str]:
+def simulator_env(display: str | None, threads: int = 1) -> dict[str, str]:
     """The environment of a process that runs CoppeliaSim, whose software rendering gets `threads`."""
     root = os.environ.get(ROOT, "")
     paths = [path for path in os.environ.get("LD_LIBRARY_PATH", "").split(os.pathsep) if path]
@@ -98,7 +98,7 @@ def read_line(pipe: int, held: bytearray, seconds: float) -> bytes | None:
     return line + b"\n"
 
 
-class Pulse:
+class CpuActivity:
     """Whether a process works, told by its processor time: planning is silent for long, but never idle.
 
     A process that was stopped or waits for what never comes stands still; one that turns in circles does not.
@@ -134,7 +134,7 @@ class Simulator:
         with log.open("ab") as told:
             self._process = subprocess.Popen(
                 [sys.executable, "-m", rlbench_worker.__name__, str(writing), str(os.getpid())],
-                env=surroundings(display, threads),
+                env=simulator_env(display, threads),
                 pass_fds=[writing],
                 stdin=subprocess.PIPE,
                 stdout=told,
@@ -178,10 +178,12 @@ class Simulator:
 
         Raises `TimeoutError` in words where none comes.
         """
-        pulse, end = Pulse(self._process.pid), time.monotonic() + seconds
+        pulse, end = CpuActivity(self._process.pid), time.monotonic() + seconds
         while True:
             alive = self.alive
-            line = read_line(self._pipe, self._held, min(GLANCE, end - time.monotonic()) if alive else 0)
+            line = read_line(
+                self._pipe, self._held, min(POLL_SECONDS, end - time.monotonic()) if alive else 0
+            )
             if line is not None or not alive:
                 return line or b""
             if time.monotonic() >= end:
@@ -193,7 +195,7 @@ class Simulator:
         """Let it shut CoppeliaSim down; kill it if that takes long."""
         with contextlib.suppress(OSError):
             self._process.stdin.close() if self._process.stdin else None
-        self.kill(FAREWELL)
+        self.kill(SHUTDOWN_GRACE)
 
     def interrupt(self) -> None:
         """End the process from any thread; whoever waits for it finds it dead."""
@@ -324,7 +326,7 @@ SERVICE = 100
 NOT_TRIED = "not tried after episode"
 
 
-class Yard:
+class ManagedSimulator:
     """Keeps one simulator running for one thread, and launches it anew when it is gone or worn."""
 
     def __init__(self, source: RlbenchLive, display: Display, log: Path, threads: int) -> None:
@@ -386,7 +388,7 @@ class Yard:
         self._simulator = None
 
 
-class Crew:
+class SimulatorPool:
     """Simulators at work on all jobs at once; finished demos wait in `folder` until they are settled."""
 
     def __init__(self, source: RlbenchLive, jobs: Sequence[Job], workers: int, folder: Path) -> None:
@@ -414,11 +416,11 @@ class Crew:
         ]
         threads = max(1, len(os.sched_getaffinity(0)) // max(1, len(self._threads)))
         self._yards = [
-            Yard(source, self._display, self._folder / f"simulator{number}.log", threads)
+            ManagedSimulator(source, self._display, self._folder / f"simulator{number}.log", threads)
             for number in range(len(self._threads))
         ]
 
-    def __enter__(self) -> Crew:
+    def __enter__(self) -> SimulatorPool:
         if self._threads:
             self._display.name()
         for thread in self._threads:
@@ -542,7 +544,7 @@ class Crew:
             self._remember(job, reason)
             self._changed.notify_all()
 
-    def _attempts(self, yard: Yard, job: Job) -> str | None:
+    def _attempts(self, yard: ManagedSimulator, job: Job) -> str | None:
         """Try for a demo; None once it is stored, else what came of the attempts."""
         reasons: collections.Counter[str] = collections.Counter()
         hangs = 0

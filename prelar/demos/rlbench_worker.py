@@ -94,7 +94,7 @@ class _LastBadDemo(logging.Handler):
             self.reason = words.removeprefix(BAD_DEMO)
 
 
-class Bench:
+class Session:
     """A launched RLBench environment and the task that it holds."""
 
     def __init__(self, *, cameras: Sequence[str], size: int, renderer: str, action_mode: str) -> None:
@@ -199,7 +199,7 @@ def main() -> None:
             tell(variations=count_variations(settings["count"]))
             return
         try:
-            bench = Bench(**settings)
+            bench = Session(**settings)
         except Exception as error:
             traceback.print_exc()
             tell(reason=in_words(f"{type(error).__name__}: {error}"))

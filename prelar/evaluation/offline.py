@@ -23,7 +23,7 @@ from prelar.model.images import first_steps, normalise
 from prelar.model.world_model import WorldModel
 from prelar.train.loop import adam, descend, seed_step
 from prelar.utils.seeds import Stream, generator
-from prelar.utils.tables import evenly
+from prelar.utils.tables import evenly_spaced_indices
 
 Floats = npt.NDArray[np.float32]
 
@@ -105,7 +105,7 @@ def draw(learnt: Experience, *, batch: int, length: int, seed: int, update: int)
 
 
 @torch.no_grad()
-def foresee(
+def open_loop_error(
     model: WorldModel, held_out: Experience, *, observed: int, device: torch.device
 ) -> tuple[float, float]:
     """Errors of open-loop prediction after `observed` steps: of images and of rewards.
@@ -155,13 +155,16 @@ def fit(
     model = model.to(fabric.device)
     wrapped, optimizer = fabric.setup(model, adam(model.parameters(), RATE))
     wrapped.mark_forward_method("finetune_losses")
-    points = set(evenly(updates + 1, POINTS + 1).tolist())
+    points = set(evenly_spaced_indices(updates + 1, POINTS + 1).tolist())
     rows = []
     for update in range(updates + 1):
         if update in points:
             with fabric.autocast():
                 rows.append(
-                    (update, *foresee(model.eval(), held_out, observed=observed, device=fabric.device))
+                    (
+                        update,
+                        *open_loop_error(model.eval(), held_out, observed=observed, device=fabric.device),
+                    )
                 )
         if update == updates:
             break
@@ -214,7 +217,7 @@ def compare(
 
 
 def baselines(learnt: Experience, held_out: Experience, observed: int) -> tuple[float, float]:
-    """Errors, as `foresee` has them, of copying the last image seen, and of the mean reward learnt from."""
+    """Errors, as of `open_loop_error`, of copying the last image seen, and of the mean reward learnt from."""
     images = held_out.image.astype(np.float32) / 255
     copied = np.square(images[:, observed:] - images[:, observed - 1 : observed]).mean(dtype=np.float64)
     rewards = np.square(held_out.reward[:, observed:] - learnt.reward[:, 1:].mean()).mean(dtype=np.float64)

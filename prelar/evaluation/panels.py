@@ -14,7 +14,7 @@ from PIL import Image
 
 from prelar.store.store import Store
 from prelar.utils.files import atomic_file
-from prelar.utils.tables import evenly
+from prelar.utils.tables import evenly_spaced_indices
 
 Frames = npt.NDArray[np.uint8]
 
@@ -53,7 +53,7 @@ def strip(truth: Frames, predicted: Frames, observed: int, columns: int = 8) -> 
 
     The columns are spread evenly over the clip; a coloured line stands before the first that was predicted.
     """
-    picks = evenly(len(truth), columns)
+    picks = evenly_spaced_indices(len(truth), columns)
     cells = np.stack([truth[picks], predicted[picks], error_image(truth[picks], predicted[picks])])
     image = grid(cells)
     first = int(np.searchsorted(picks, observed))
@@ -63,7 +63,7 @@ def strip(truth: Frames, predicted: Frames, observed: int, columns: int = 8) -> 
     return image
 
 
-def abreast(episodes: list[Frames], marked: list[bool], height: int = 4) -> Frames:
+def tile_horizontally(episodes: list[Frames], marked: list[bool], height: int = 4) -> Frames:
     """A video of episodes (T, H, W, 3) in one row, each held on its last frame until the longest ends.
 
     A coloured bar of `height` pixels lies under those that are marked. Returns (T, H', W', 3).
@@ -107,7 +107,7 @@ def describe(store: Store) -> dict[str, Any]:
         "shortest": int(store.clip_length.min()),
         "longest": int(store.clip_length.max()),
         "median": float(np.median(store.clip_length)),
-        "sheet": len(evenly(store.num_clips, SHEET)),
+        "sheet": len(evenly_spaced_indices(store.num_clips, SHEET)),
         "reasons": [
             {"reason": reason, "count": len(ids), "examples": ids[:EXAMPLES]}
             for reason, ids in sorted(reasons.items())
@@ -120,7 +120,7 @@ def describe(store: Store) -> dict[str, Any]:
 
 def overview(store: Store) -> Frames:
     """A contact sheet of the middle frames of at most `SHEET` clips, spread evenly over the store."""
-    picks = evenly(store.num_clips, SHEET)
+    picks = evenly_spaced_indices(store.num_clips, SHEET)
     middles = store.clip_start[picks] + store.clip_length[picks] // 2
     return contact_sheet(store.read_many(middles, 1)[:, 0])
 
@@ -141,7 +141,7 @@ def write_previews(store: Store, folder: Path) -> list[dict[str, Any]]:
     for row in store.clip_index.select(columns).to_pylist():
         labels.setdefault(str(row["label"]), []).append(row)
     names = sorted(labels)
-    picks = evenly(len(names), LABELS)
+    picks = evenly_spaced_indices(len(names), LABELS)
     folder.mkdir(parents=True, exist_ok=True)
     shown = []
     for number, pick in enumerate(picks.tolist()):

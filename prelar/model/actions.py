@@ -26,7 +26,7 @@ from prelar.model.losses import (
     straight_through,
 )
 from prelar.model.rssm import RSSM, StackedRSSM, State
-from prelar.utils.distributed import draw, own, whole
+from prelar.utils.distributed import all_gather_rows, local_rows, sample_global
 from prelar.utils.errors import UserError
 
 Stats = dict[str, Tensor]
@@ -69,7 +69,9 @@ class Gaussian:
         mean, std = stats["mean"], stats["std"]
         if not sample:
             return mean
-        return mean + std * draw(lambda shape: torch.randn(shape, device=std.device), tuple(std.shape))
+        return mean + std * sample_global(
+            lambda shape: torch.randn(shape, device=std.device), tuple(std.shape)
+        )
 
     def kl(self, stats: Stats) -> Tensor:
         """KL against N(0, I) (…)."""
@@ -121,7 +123,9 @@ class Discrete:
     def action(self, stats: Stats, sample: bool) -> Tensor:
         """The groups' one-hots, drawn or of the mode, flattened (…, A)."""
         logit = stats["logit"]
-        noise = draw(lambda shape: gumbel(shape, logit.device), tuple(logit.shape)) if sample else None
+        noise = (
+            sample_global(lambda shape: gumbel(shape, logit.device), tuple(logit.shape)) if sample else None
+        )
         return straight_through(logit, noise).flatten(-2)
 
     def kl(self, stats: Stats) -> Tensor:
@@ -297,21 +301,23 @@ class VideoAction(ActionPart):
         several processes share it.
         """
         valid = 1 - is_first[:, 1:].float()
-        all_valid = whole(valid)
+        all_valid = all_gather_rows(valid)
         other = _another(len(all_valid), valid.device)
-        rows = own(other)
-        swapped = {key: whole(value)[rows] for key, value in found.stats.items()}
+        rows = local_rows(other)
+        swapped = {key: all_gather_rows(value)[rows] for key, value in found.stats.items()}
         with torch.no_grad():
             before = {key: value[:, :-1].flatten(0, 1).detach() for key, value in post.items()}
-            swapped_action = whole(found.action.detach())[rows, 1:]
+            swapped_action = all_gather_rows(found.action.detach())[rows, 1:]
             rolled = dynamics.img_step(before, swapped_action.flatten(0, 1), sample=False)
             state = categorical_kl(prior["logit"][:, 1:].flatten(0, 1), rolled["logit"]).unflatten(
                 0, valid.shape
             )
         action = self.kind.distance(found.stats, swapped)
         return {
-            "action_kl": masked_mean(whole(self.kind.kl(found.stats)), all_valid),
-            "consistency": self.consistency(whole(state), whole(action), all_valid * all_valid[other]),
+            "action_kl": masked_mean(all_gather_rows(self.kind.kl(found.stats)), all_valid),
+            "consistency": self.consistency(
+                all_gather_rows(state), all_gather_rows(action), all_valid * all_valid[other]
+            ),
         }
 
 

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from prelar.utils.distributed import draw, dropout, whole, world
+from prelar.utils.distributed import all_gather_rows, dropout, sample_global, world
 from prelar.utils.errors import UserError
 
 
@@ -104,7 +104,7 @@ class BatchNorm(nn.Module):
         """Normalise with the statistics of the rows of all processes, each of which holds as many."""
         values = x.float()
         own_var, own_mean = torch.var_mean(values, (0, 2, 3), correction=0)
-        means, variances = whole(torch.cat([own_mean, own_var])[None]).chunk(2, 1)
+        means, variances = all_gather_rows(torch.cat([own_mean, own_var])[None]).chunk(2, 1)
         mean = means.mean(0)
         var = (variances + (means - mean).square()).mean(0)
         with torch.no_grad():
@@ -195,7 +195,7 @@ class CrossAttention(nn.Module):
         k, v = (y.repeat_interleave(times, 0) for y in (k, v))
         if training:
             kept = max(1, int(tokens.shape[1] * (1 - self.mask)))
-            drawn = draw(lambda shape: torch.rand(shape, device=x.device), tuple(k.shape[:2]))
+            drawn = sample_global(lambda shape: torch.rand(shape, device=x.device), tuple(k.shape[:2]))
             index = drawn.argsort(1)[:, :kept, None].expand(-1, -1, width)
             k, v = k.gather(1, index), v.gather(1, index)
         q, k, v = (y.unflatten(-1, (self.heads, -1)).transpose(1, 2) for y in (q, k, v))

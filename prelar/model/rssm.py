@@ -13,7 +13,7 @@ from torch.nn import functional as F
 
 from prelar.model.layers import NormGRUCell
 from prelar.model.losses import gumbel, kl_loss, straight_through
-from prelar.utils.distributed import draw
+from prelar.utils.distributed import sample_global
 
 State = dict[str, Tensor]
 
@@ -77,7 +77,7 @@ class RSSM(nn.Module):
         if not sample:
             return None
         shape = (*batch, self.stoch, self.discrete)
-        return draw(lambda whole: gumbel(whole, like.device), shape, len(batch) - 1)
+        return sample_global(lambda whole: gumbel(whole, like.device), shape, len(batch) - 1)
 
     def filter(
         self, embed: Tensor, action: Tensor, is_first: Tensor, state: State | None = None, sample: bool = True

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from prelar.model.layers import AttentiveLayer, ResidualLayer, ResNet
-from prelar.utils.distributed import draw
+from prelar.utils.distributed import sample_global
 
 Context = tuple[Tensor, ...]
 """Maps of the context frame, 8×8 then 16×16, each (B, C, H, W); empty for encoders without a context."""
@@ -97,7 +97,7 @@ class ContextEncoder(ResNetEncoder):
         """The frame's number for each sequence (B,)."""
         batch, time = images.shape[:2]
         if self.frame == "random" and training:
-            return draw(lambda shape: torch.randint(time, shape, device=images.device), (batch,))
+            return sample_global(lambda shape: torch.randint(time, shape, device=images.device), (batch,))
         return torch.full((batch,), 0 if self.frame == "first" else time - 1, device=images.device)
 
 
@@ -171,7 +171,7 @@ def erase(
     log-uniformly from `aspect`, both are cut to the image, and its place is uniform.
     """
     batch, _, height, width = images.shape
-    drawn = draw(lambda shape: torch.rand(shape, device=images.device), (5, batch), 1)
+    drawn = sample_global(lambda shape: torch.rand(shape, device=images.device), (5, batch), 1)
     covered = (area[0] + (area[1] - area[0]) * drawn[0]) * height * width
     low, high = (math.log(bound) for bound in aspect)
     ratio = (low + (high - low) * drawn[1]).exp()

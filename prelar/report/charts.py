@@ -12,7 +12,7 @@ from prelar.report.catalog import Curve, Kind
 from prelar.report.figures import DASHES, Series, line_chart, number, thin
 from prelar.report.statistics import Estimate
 from prelar.report.variants import Variant, aggregate
-from prelar.utils.tables import evenly, read_tsv
+from prelar.utils.tables import evenly_spaced_indices, read_tsv
 
 TABLE_ROWS = 12
 LOG_FROM = 30.0
@@ -33,7 +33,8 @@ def figure(chart: str, caption: str, x_name: str, curves: dict[str, Curve]) -> F
     steps = next(iter(curves.values()))[0]
     columns = [y if x == steps else [float("nan")] * len(steps) for x, y in curves.values()]
     rows = tuple(
-        (number(steps[i]), *(number(column[i]) for column in columns)) for i in evenly(len(steps), TABLE_ROWS)
+        (number(steps[i]), *(number(column[i]) for column in columns))
+        for i in evenly_spaced_indices(len(steps), TABLE_ROWS)
     )
     return Figure(Markup(chart), caption, (x_name, *curves), rows)
 
@@ -127,6 +128,6 @@ def _others(variants: Sequence[Variant], kind: Kind) -> list[Series]:
 def _rows(variant: Variant, steps: list[float], estimates: list[Estimate]) -> list[tuple[str, ...]]:
     return [
         (variant.label, number(steps[i]), number(e.iqm), interval(e), number(e.mean))
-        for i in evenly(len(steps), TABLE_ROWS)
+        for i in evenly_spaced_indices(len(steps), TABLE_ROWS)
         for e in [estimates[i]]
     ]

@@ -15,7 +15,7 @@ from prelar.report.charts import charts, interval
 from prelar.report.figures import Series, number
 from prelar.report.page import TEMPLATES as SHARED
 from prelar.report.page import environment
-from prelar.report.provenance import commands, presentable
+from prelar.report.provenance import commands, redact
 from prelar.report.published import STEPS, Published, comparable, published
 from prelar.report.runs import Run, find_runs
 from prelar.report.statistics import Estimate
@@ -138,7 +138,7 @@ def origin(run: Run) -> dict[str, Any]:
     """Where a run comes from, as the page shows it."""
     return {
         "run": run,
-        "commands": commands(run.baseline, {key: presentable(value) for key, value in run.changed.items()}),
+        "commands": commands(run.baseline, {key: redact(value) for key, value in run.changed.items()}),
         "inputs": {
             path: digest
             for path, digest in run.inputs.items()
@@ -148,7 +148,7 @@ def origin(run: Run) -> dict[str, Any]:
 
 
 def _text(value: Any) -> str:
-    shown = presentable(value)
+    shown = redact(value)
     return "–" if shown is None else str(shown)
 
 

@@ -17,14 +17,14 @@ from prelar.config import Config, parse_yaml, read_yaml
 from prelar.videos.download import shown
 
 
-def presentable(value: Any) -> Any:
+def redact(value: Any) -> Any:
     """A parameter's value without what is private; lists item by item, other values as they are.
 
     An address loses user, password, query and fragment. A path from the root or from a home folder keeps its
     last part alone, since the folders above it name the user and the machine.
     """
     if isinstance(value, list):
-        return [presentable(item) for item in value]
+        return [redact(item) for item in value]
     if not isinstance(value, str):
         return value
     if value.startswith(("/", "~", "file:")):
@@ -89,7 +89,7 @@ def find_provenance(config: Config, root: Path = Path()) -> Provenance:
     stages = ("sample", config.dataset, "pretrain", "finetune")
     hashes, stale = _read_lock(root / "dvc.lock", stages, config.model_dump(mode="json"))
     changed = _changed_params(root, config) if commit else {}
-    shown = {key: presentable(value) for key, value in changed.items()}
+    shown = {key: redact(value) for key, value in changed.items()}
     return Provenance(
         commit=commit.strip() if commit else None,
         modified=tuple(path for path in modified if path not in WRITTEN_BY_RUNS),

@@ -14,7 +14,7 @@ from prelar.config import Config
 from prelar.report.catalog import EVALUATION_CURVES, LOSSES, METHODS, PRETRAINING_CURVES, Curve, Loss
 from prelar.report.charts import Figure, figure, read_curve, spreads, trend
 from prelar.report.figures import Series, line_chart, number
-from prelar.report.provenance import find_provenance, flatten, presentable
+from prelar.report.provenance import find_provenance, flatten, redact
 from prelar.report.runs import PAGE, Results, data_uri, read_json
 from prelar.utils.tables import read_tsv
 
@@ -190,7 +190,7 @@ def params_groups(config: Config) -> dict[str, dict[str, str]]:
 
     What is private in them is left out.
     """
-    flat = {key: presentable(value) for key, value in flatten(config.model_dump(mode="json")).items()}
+    flat = {key: redact(value) for key, value in flatten(config.model_dump(mode="json")).items()}
     groups: dict[str, dict[str, str]] = {"Ablation": {}, "Data": {}}
     groups.update({f"scales.{config.scale}.{stage}": {} for stage in STAGES})
     for key, value in flat.items():

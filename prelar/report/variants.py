@@ -10,10 +10,10 @@ from typing import Any
 import numpy as np
 
 from prelar.report.catalog import Curve
-from prelar.report.provenance import presentable
+from prelar.report.provenance import redact
 from prelar.report.runs import Run
 from prelar.report.statistics import Estimate, estimate
-from prelar.utils.tables import evenly
+from prelar.utils.tables import evenly_spaced_indices
 
 WITHIN = ("task", "seed")
 MACHINE = ("device", "threads", "data_root", "ssv2.workers", "rlbench.workers", "ssv2.batch", "ssv2.ffmpeg")
@@ -116,7 +116,7 @@ def _label(setting: Mapping[str, Any], differing: Sequence[str]) -> str:
 
 
 def _shown(value: Any) -> str:
-    shown = presentable(value)
+    shown = redact(value)
     return shown if isinstance(shown, str) else json.dumps(shown)
 
 
@@ -138,7 +138,7 @@ def common_steps(runs: Sequence[Run], kind: str) -> list[float]:
 def aggregate(variant: Variant, kind: str) -> tuple[list[float], list[Estimate]]:
     """The curve of a variant: steps that all its runs have, `POINTS` at most, and the aggregate at each."""
     steps = common_steps(variant.runs, kind)
-    steps = [steps[i] for i in evenly(len(steps), POINTS)]
+    steps = [steps[i] for i in evenly_spaced_indices(len(steps), POINTS)]
     if not steps:
         return [], []
     scores = [np.array([_values(run.curves[kind], steps) for run in runs]) for runs in variant.tasks.values()]

@@ -241,7 +241,7 @@ class Averages:
         self._sums, self._counts = dict(state["sums"]), dict(state["counts"])
 
 
-class Interrupts:
+class GracefulShutdown:
     """While entered, SIGTERM and Ctrl-C only leave a note, so that the step under way can end.
 
     A second signal ends the process at once, as it would have without this; Ctrl-C says so. `name` is the
@@ -253,7 +253,7 @@ class Interrupts:
         self.received: int | None = None
         self._before: dict[int, Any] = {}
 
-    def __enter__(self) -> Interrupts:
+    def __enter__(self) -> GracefulShutdown:
         if threading.current_thread() is threading.main_thread():
             self._before = {
                 number: signal.signal(number, self._note) for number in (signal.SIGTERM, signal.SIGINT)
@@ -316,7 +316,7 @@ def train(
     on_cpu = fabric is None or fabric.device.type == "cpu"
     try:
         start = run.resume()
-        with Interrupts(name) as interrupts, run.progress(start):
+        with GracefulShutdown(name) as interrupts, run.progress(start):
             for done in range(start + 1, steps + 1):
                 seed_step(seed, done - 1)
                 run.averages.add(done, step(done - 1))
@@ -435,7 +435,7 @@ class _Run:
         self.processes.largest(0)
         if not self.processes.first:
             sys.exit(0)
-        Interrupts.leave(number)
+        GracefulShutdown.leave(number)
 
     def finish(self) -> None:
         """Write what is left to write."""

@@ -115,7 +115,7 @@ def world() -> int:
     return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
 
 
-def own(values: Tensor, dim: int = 0) -> Tensor:
+def local_rows(values: Tensor, dim: int = 0) -> Tensor:
     """This process's rows, along `dim`, of values of the whole batch."""
     if world() == 1:
         return values
@@ -124,7 +124,7 @@ def own(values: Tensor, dim: int = 0) -> Tensor:
 
 
 @torch.compiler.disable
-def whole(values: Tensor) -> Tensor:
+def all_gather_rows(values: Tensor) -> Tensor:
     """The rows of all processes (N, …) -> (world · N, …), with gradients to each process's own."""
     if world() == 1:
         return values
@@ -145,19 +145,19 @@ class _Whole(torch.autograd.Function):
     def backward(ctx: Any, gradient: Tensor) -> Tensor:
         total = gradient.contiguous().clone()
         dist.all_reduce(total)
-        return own(total)
+        return local_rows(total)
 
 
-def draw(make: Callable[[Shape], Tensor], shape: Shape, dim: int = 0) -> Tensor:
+def sample_global(make: Callable[[Shape], Tensor], shape: Shape, dim: int = 0) -> Tensor:
     """Random values of `shape`, whose rows along `dim` are this process's rows of the batch.
 
     `make` draws values of a shape, independent along `dim`, from torch's global generator.
     """
     everyone = (*shape[:dim], shape[dim] * world(), *shape[dim + 1 :])
-    return own(make(everyone), dim)
+    return local_rows(make(everyone), dim)
 
 
 def dropout(x: Tensor, chance: float) -> Tensor:
     """Zero entries of (N, …) with `chance`, and scale the others so that the mean stays."""
-    drawn = draw(lambda shape: torch.rand(shape, device=x.device), tuple(x.shape))
+    drawn = sample_global(lambda shape: torch.rand(shape, device=x.device), tuple(x.shape))
     return x * (drawn >= chance) / (1 - chance)

@@ -59,7 +59,7 @@ def _cell(value: float) -> str:
     return str(int(value)) if float(value).is_integer() else f"{value:.9g}"
 
 
-def evenly(count: int, limit: int) -> npt.NDArray[np.int64]:
+def evenly_spaced_indices(count: int, limit: int) -> npt.NDArray[np.int64]:
     """At most `limit` of the numbers below `count`, evenly spread, in order: int64 (limit or fewer,).
 
     The first and the last are among them where there are two or more.

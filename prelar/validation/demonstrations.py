@@ -10,7 +10,7 @@ import pandas as pd
 
 from prelar.demos.episodes import ENOUGH, MOTION, Source
 from prelar.store.store import Store
-from prelar.utils.tables import evenly
+from prelar.utils.tables import evenly_spaced_indices
 from prelar.validation.suites import (
     Check,
     Suite,
@@ -96,7 +96,7 @@ def _tasks_suite(store: Store) -> Suite:
 
 def _motion_suite(store: Store) -> Suite:
     """Clips spread over the store: the share of pixels that change within them."""
-    numbers = evenly(store.num_clips, LOOKED_AT)
+    numbers = evenly_spaced_indices(store.num_clips, LOOKED_AT)
     moved = [changed_share(store.read(int(store.clip_start[n]), int(store.clip_length[n]))) for n in numbers]
     return Suite(
         "motion",

@@ -25,7 +25,7 @@ import zarr
 from prelar.store.store import FRAME, Store
 from prelar.utils import files
 from prelar.utils.errors import UserError
-from prelar.utils.tables import evenly
+from prelar.utils.tables import evenly_spaced_indices
 
 REPORTS = Path("reports/validation")
 LONG = 25
@@ -193,7 +193,7 @@ def stray_pairs(
 
 def _frames_suite(store: Store) -> Suite:
     """Brightness and contrast of frames spread evenly over the store, read by us and by zarr-python."""
-    numbers = evenly(store.num_frames, SAMPLED)
+    numbers = evenly_spaced_indices(store.num_frames, SAMPLED)
     pixels = [store.read(int(number), 1)[0] for number in numbers]
     others: Any = zarr.open_group(store.path, mode="r")["frames"]
     table = pd.DataFrame(

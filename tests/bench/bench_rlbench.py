@@ -1,4 +1,4 @@
-"""Live demonstrations: our flow against the way of `rlbench-generate-dataset`, both on stand-ins.
+"""Live demonstrations: our flow against the way of `demos-generate-dataset`, both on stand-ins.
 
 A model and not the simulator: the stand-ins sleep for `COSTS`, which fit two readings of the real one in
 software: 103 steps of push_button from five cameras, RGB alone, took 5.9 s, and the generator's four episodes
@@ -68,7 +68,7 @@ def ours(folder: Path) -> tuple[float, float]:
         YAML().dump(params, handle)
     begin = time.monotonic()
     done = subprocess.run(
-        [sys.executable, "-m", "flows.rlbench"],
+        [sys.executable, "-m", "flows.demos"],
         cwd=folder,
         env=surroundings(folder),
         check=True,

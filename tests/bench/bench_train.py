@@ -27,7 +27,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from prelar import pretrain
 from prelar.config import Config, load_config
-from prelar.control.actor_critic import Behaviour
+from prelar.control.actor_critic import ActorCritic
 from prelar.control.exploration import Bonus
 from prelar.control.learner import Learner, frozen
 from prelar.finetune import make_bonus
@@ -244,7 +244,7 @@ def finetuning(cfg: Config, fabric: Fabric, plain: bool) -> Step:
         action_dim=cfg.action_dim,
         **{name: getattr(small, name) for name in ("cnn_depth", "hidden", "deter", "stoch", "discrete")},
     )
-    behaviour = Behaviour(
+    behaviour = ActorCritic(
         model.feature_dim,
         ROBOT,
         **{name: getattr(sizes, name) for name in ("units", "layers", "horizon", "discount", "lam")},
@@ -282,7 +282,7 @@ def speed_up(model: WorldModel, fabric: Fabric) -> None:
 
 
 def plain_update(
-    fabric: Fabric, model: WorldModel, behaviour: Behaviour, bonus: Bonus | None, batch: dict[str, Tensor]
+    fabric: Fabric, model: WorldModel, behaviour: ActorCritic, bonus: Bonus | None, batch: dict[str, Tensor]
 ) -> Step:
     """A fine-tuning update as the papers write it."""
     spell_out(model)

@@ -8,7 +8,7 @@ import torch
 from scipy import stats
 from torch import Tensor
 
-from prelar.control.actor_critic import Actor, Behaviour, State, TruncatedNormal, actor_loss, critic_loss
+from prelar.control.actor_critic import Actor, ActorCritic, State, TruncatedNormal, actor_loss, critic_loss
 
 PAIRS = [(0.0, 1.1), (0.9, 0.1), (-0.99, 0.1), (0.5, 2.1), (-0.999, 1.0)]
 
@@ -29,9 +29,9 @@ class Line:
         return -(feature - self.goal).square().sum(-1)
 
 
-def make(**changes: float) -> Behaviour:
+def make(**changes: float) -> ActorCritic:
     settings = {"units": 32, "layers": 2, "horizon": 5, "discount": 0.9, "lam": 0.95, "entropy": 1e-4}
-    return Behaviour(3, 3, slow_every=4, **(settings | changes))  # type: ignore[arg-type]
+    return ActorCritic(3, 3, slow_every=4, **(settings | changes))  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize(("mean", "std"), PAIRS)

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from prelar.control.actor_critic import Behaviour
+from prelar.control.actor_critic import ActorCritic
 from prelar.control.learner import Learner
 from prelar.finetune import make_bonus
 from prelar.methods import build_finetune
@@ -34,7 +34,7 @@ def make(method: str, precision: str = "fp32") -> Learner:
     torch.manual_seed(0)
     model = build_finetune(method=method, robot_action_dim=ACTIONS, units=16, layers=2, **SIZES)
     settings = {"horizon": 3, "discount": 0.99, "lam": 0.95, "entropy": 1e-4, "slow_every": 100}
-    behaviour = Behaviour(model.feature_dim, ACTIONS, units=16, layers=2, **settings)  # type: ignore[arg-type]
+    behaviour = ActorCritic(model.feature_dim, ACTIONS, units=16, layers=2, **settings)  # type: ignore[arg-type]
     bonus = make_bonus(model, 1.0, seed=0, device=fabric.device)
     return Learner(fabric, model, behaviour, bonus, lr=1e-3, actor_lr=1e-3, critic_lr=1e-3, hold=0)
 

@@ -7,12 +7,12 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from prelar.control.replay import Batch, Feed, Replay
+from prelar.control.replay import Batch, BatchPrefetcher, Replay
 from tests.control.test_replay import episode, make
 
 
-def feed(replay: Replay) -> Feed:
-    return Feed(replay, batch=6, length=5, seed=3, pinned=False)
+def feed(replay: Replay) -> BatchPrefetcher:
+    return BatchPrefetcher(replay, batch=6, length=5, seed=3, pinned=False)
 
 
 def same(one: Batch, other: Batch) -> bool:

@@ -14,7 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from flows import rlbench
+from flows import demos
 from prelar.demos import apv_npz, episodes, rlbench_folder, rlbench_pool
 from prelar.demos.episodes import Job, Source
 from prelar.demos.metaworld import Metaworld
@@ -141,7 +141,7 @@ def rows_of(source: Source, path: Path, monkeypatch: pytest.MonkeyPatch) -> list
     """The index of a source's store, filled as the flow does it."""
     work_inline(monkeypatch)
     with StoreWriter(path, arrays=source.arrays) as writer:
-        rlbench.fill(writer, source, source.jobs(), 1)
+        demos.fill(writer, source, source.jobs(), 1)
         writer.finish(source.attributes())
     index: list[dict[str, Any]] = Store.open(path).index.to_pylist()
     return index

@@ -23,7 +23,7 @@ from prelar.config import load_config
 from prelar.demos import rlbench_live, rlbench_pool, rlbench_worker
 from prelar.demos.episodes import Episode, Job, fault
 from prelar.demos.rlbench_live import RlbenchLive
-from prelar.demos.rlbench_pool import Crew
+from prelar.demos.rlbench_pool import SimulatorPool
 from prelar.utils.errors import UserError
 from tests.rlbench_standin import STANDINS, orders, surround
 
@@ -50,7 +50,7 @@ def standin(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 def collect(source: RlbenchLive, folder: Path, workers: int = 1) -> list[Episode]:
     """All episodes of a source."""
     jobs = source.jobs()
-    with Crew(source, jobs, workers, folder) as crew:
+    with SimulatorPool(source, jobs, workers, folder) as crew:
         return [crew.result(job) for job in jobs]
 
 
@@ -127,7 +127,7 @@ def test_variations_are_asked_of_rlbench(
 @pytest.mark.parametrize("size", [32, 64, 96, 128])
 def test_pictures_of_any_size_are_brought_to_64(standin: Path, tmp_path: Path, size: int) -> None:
     source = replace(SOURCE, tasks=("push_button",), episodes=1, size=size)
-    with Crew(source, source.jobs(), 1, tmp_path / "demos") as crew:
+    with SimulatorPool(source, source.jobs(), 1, tmp_path / "demos") as crew:
         episode = crew.result(source.jobs()[0])
     with np.load(tmp_path / "demos/push_button-v0-e0.npz") as content:
         drawn = content["front"]
@@ -218,7 +218,7 @@ def test_hopeless_task_stays_given_up_in_the_next_run(standin: Path, tmp_path: P
     source = replace(SOURCE, tasks=("weighing_scales",), episodes=3)
     told = f"no demo in 10 attempts: 10 × {FAILED.format('weighing_scales')}"
     for done in (1, 2):
-        with Crew(source, jobs := source.jobs()[:done], 1, tmp_path / "demos") as crew:
+        with SimulatorPool(source, jobs := source.jobs()[:done], 1, tmp_path / "demos") as crew:
             assert crew.result(jobs[-1]).success is False
     assert reasons(collect(source, tmp_path / "demos")) == [told, *[f"not tried after episode 0: {told}"] * 2]
 
@@ -251,8 +251,8 @@ def test_pulse_tells_what_waits_from_what_turns_in_circles(monkeypatch: pytest.M
     running = [subprocess.Popen([sys.executable, "-c", code]) for code in codes]
     try:
         running[1].send_signal(signal.SIGSTOP)
-        waiting, stopped, turning = (rlbench_pool.Pulse(process.pid) for process in running)
-        still, end = set[rlbench_pool.Pulse](), time.monotonic() + 60
+        waiting, stopped, turning = (rlbench_pool.CpuActivity(process.pid) for process in running)
+        still, end = set[rlbench_pool.CpuActivity](), time.monotonic() + 60
         while not {waiting, stopped} <= still and time.monotonic() < end:
             still |= {pulse for pulse in (waiting, stopped, turning) if pulse.still()}
             time.sleep(0.1)
@@ -342,7 +342,7 @@ def test_interrupted_crew_leaves_finished_demos_to_the_next(standin: Path, tmp_p
     orders(standin, open_drawer="work hang")
     jobs = SOURCE.jobs()
     began = time.monotonic()
-    with pytest.raises(InterruptedError), Crew(SOURCE, jobs, 1, tmp_path / "demos") as crew:
+    with pytest.raises(InterruptedError), SimulatorPool(SOURCE, jobs, 1, tmp_path / "demos") as crew:
         before = [crew.result(job) for job in jobs[:3]]
         crew.settle(jobs[0])
         pool = ThreadPoolExecutor(1)
@@ -353,7 +353,7 @@ def test_interrupted_crew_leaves_finished_demos_to_the_next(standin: Path, tmp_p
     pool.shutdown()
     assert time.monotonic() - began < 30
     orders(standin, push_button="work die", open_drawer="die")
-    with Crew(SOURCE, jobs[1:], 2, tmp_path / "demos") as crew:
+    with SimulatorPool(SOURCE, jobs[1:], 2, tmp_path / "demos") as crew:
         after = [crew.result(job) for job in jobs[1:]]
     assert (standin / "orders" / "push_button").read_text() == "work\ndie\n"
     for old, new in zip(before[1:], after, strict=False):

@@ -11,7 +11,16 @@ from lightning_fabric import Fabric
 
 from prelar.envs.metaworld import Simulator
 from prelar.evaluation import offline
-from prelar.evaluation.offline import HELD, Experience, baselines, collect, compare, draw, foresee, segments
+from prelar.evaluation.offline import (
+    HELD,
+    Experience,
+    baselines,
+    collect,
+    compare,
+    draw,
+    open_loop_error,
+    segments,
+)
 from prelar.methods import build_finetune
 from prelar.model.world_model import WorldModel
 from tests.test_evaluate import SIZES, UNITS
@@ -86,7 +95,7 @@ def test_errors_are_those_of_what_the_model_foresees(monkeypatch: pytest.MonkeyP
     model, held_out = build().eval(), made_up(3, 6)
     monkeypatch.setattr(model, "decode", lambda feature, context: torch.zeros(*feature.shape[:2], 3, 64, 64))
     monkeypatch.setattr(model, "predict_reward", lambda feature: torch.full(feature.shape[:2], 2.0))
-    image_error, reward_error = foresee(model, held_out, observed=4, device=CPU)
+    image_error, reward_error = open_loop_error(model, held_out, observed=4, device=CPU)
     wanted = (held_out.image[:, 4:, 0, 0, 0] / 255 - 0.5) ** 2
     assert image_error == pytest.approx(wanted.mean(), rel=1e-5)
     assert reward_error == pytest.approx(((held_out.reward[:, 4:] - 2) ** 2).mean(), rel=1e-5)

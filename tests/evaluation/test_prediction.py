@@ -10,7 +10,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from prelar.evaluation.panels import abreast, contact_sheet, error_image, grid, strip
+from prelar.evaluation.panels import contact_sheet, error_image, grid, strip, tile_horizontally
 from prelar.evaluation.prediction import measure, psnr, write_prediction
 from prelar.utils.errors import UserError
 from prelar.utils.tables import read_tsv, write_tsv
@@ -76,7 +76,7 @@ def test_panels_put_frames_where_they_belong() -> None:
     assert not error_image(frames, frames).any()
     sheet = contact_sheet(frames, columns=4)
     assert sheet.shape == (130, 262, 3) and np.array_equal(sheet[66:, :64], frames[4])
-    video = abreast([frames, frames[:3]], [False, True])
+    video = tile_horizontally([frames, frames[:3]], [False, True])
     assert video.shape == (5, 68, 130, 3) and np.array_equal(video[4, :64, 66:], frames[2])
     assert (video[0, 66, 70] != video[0, 66, 3]).any()
 

@@ -10,11 +10,11 @@ from typing import Any
 
 import pytest
 
-from flows import rlbench
+from flows import demos
 from prelar.demos.episodes import Job, Source
 from prelar.demos.rlbench_live import RlbenchLive
 
-HANDS = rlbench.hands
+HANDS = demos.episode_workers
 DONE = SimpleNamespace(result=lambda: None)
 
 
@@ -29,11 +29,11 @@ def hands(source: Source, *rest: Any) -> Iterator[tuple[Callable[[Job], Any], Ca
 
 
 def work_inline(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Let `rlbench.fill` do so."""
+    """Let `demos.fill` do so."""
 
     def submit(desk: str, number: int) -> Any:
-        rlbench._desks[desk].work(number)
+        demos._desks[desk].work(number)
         return DONE
 
-    monkeypatch.setattr(rlbench.collect, "submit", submit)
-    monkeypatch.setattr(rlbench, "hands", hands)
+    monkeypatch.setattr(demos.collect, "submit", submit)
+    monkeypatch.setattr(demos, "hands", hands)

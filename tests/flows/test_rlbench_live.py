@@ -15,7 +15,7 @@ from pathlib import Path
 
 import pytest
 
-from flows import rlbench
+from flows import demos
 from prelar.config import load_config
 from prelar.demos import rlbench_live
 from prelar.demos.rlbench_folder import CAMERAS
@@ -47,11 +47,11 @@ def project(
 def test_flow_survives_what_simulators_do_and_being_killed(project: Project, tmp_path: Path) -> None:
     standin, root = tmp_path / "standin", project.root
     orders(standin, push_button="work die work fail", reach_target="work hang hang")
-    demos = "data/.staging/rlbench-*/demos/*.npz"
-    prey = Prey(root, "flows.rlbench")
-    assert prey.wait_for(lambda: list(root.glob(demos))) and prey.kill()
+    finished = "data/.staging/rlbench-*/demos/*.npz"
+    prey = Prey(root, "flows.demos")
+    assert prey.wait_for(lambda: list(root.glob(finished))) and prey.kill()
     assert not (root / "data/rlbench.zarr").exists()
-    told = project.run("python", "-m", "flows.rlbench").stdout
+    told = project.run("python", "-m", "flows.demos").stdout
     store = Store.open(root / "data/rlbench.zarr")
     rows = store.index.to_pylist()
     stored = Counter((row["task"], row["variation"]) for row in rows if row["status"] == "ok")
@@ -85,14 +85,14 @@ def test_simulators_begin_before_prefect_and_go_on(project: Project, monkeypatch
     monkeypatch.syspath_prepend(str(STANDINS))
     project.edit(rlbench={"tasks": ["push_button"], "variations": 1})
     settings = load_config().rlbench
-    with rlbench.head_start(settings):
-        errand = rlbench.planned(settings)
+    with demos.head_start(settings):
+        errand = demos.planned(settings)
         end = time.monotonic() + WAIT
         while len(list(errand.folder.glob("demos/*.npz"))) < 3 and time.monotonic() < end:
             time.sleep(0.1)
-        with rlbench.hands(errand.source, errand.jobs, 2, errand.folder / "other") as (start, _):
+        with demos.episode_workers(errand.source, errand.jobs, 2, errand.folder / "other") as (start, _):
             assert [start(job)().success for job in errand.jobs] == [True] * 3
-    assert not (errand.folder / "other").exists() and not rlbench._ahead
+    assert not (errand.folder / "other").exists() and not demos._ahead
 
 
 @pytest.mark.long
@@ -105,28 +105,28 @@ def test_storm_of_kills_costs_what_was_in_progress(
     project.edit(rlbench={"tasks": tasks, "episodes": 30, "cameras": ["front", "wrist"]})
     random_, kills = random.Random(0), Counter[str]()
     while kills.total() < 24:
-        prey = Prey(project.root, "flows.rlbench")
+        prey = Prey(project.root, "flows.demos")
         assert prey.wait_for(functools.partial(prey.family, "rlbench_simulator"))
         for word in random_.choices(["rlbench_simulator", "Xvfb"], [4, 1], k=random_.randint(1, 6)):
             time.sleep(3 * random_.random())
             kills[word] += prey.kill_one(word, random_)
         kills["flow"] += prey.kill()
     assert not (project.root / "data/rlbench.zarr").exists()
-    assert "left out:" not in project.run("python", "-m", "flows.rlbench").stdout
+    assert "left out:" not in project.run("python", "-m", "flows.demos").stdout
     rows = Store.open(project.root / "data/rlbench.zarr").index.to_pylist()
-    demos = 5 * 30
+    expected = 5 * 30
     assert Counter((row["status"], row["camera"]) for row in rows) == {
-        ("ok", "front"): demos,
-        ("ok", "wrist"): demos,
+        ("ok", "front"): expected,
+        ("ok", "wrist"): expected,
     }
     begun = (tmp_path / "standin/orders/asked").read_text().splitlines()
-    assert sum(name != "launch" for name in begun) <= demos + kills["rlbench_simulator"] + 2 * kills["flow"]
+    assert sum(name != "launch" for name in begun) <= expected + kills["rlbench_simulator"] + 2 * kills["flow"]
     assert not list((project.root / "data/.staging").iterdir())
 
 
 def test_flow_without_any_demo_says_why(project: Project) -> None:
     project.edit(rlbench={"tasks": ["weighing_scales"], "variations": 1})
-    told = project.run("python", "-m", "flows.rlbench", check=False)
+    told = project.run("python", "-m", "flows.demos", check=False)
     assert told.returncode == 2
     assert told.stderr.strip().splitlines()[-1].startswith("error: ")
     assert "Demo was completed, but was not successful" in told.stderr
@@ -147,7 +147,7 @@ def test_three_tasks_live(tmp_path: Path, make_project: Callable[[Path], Project
     project = make_project(tmp_path / "project")
     tasks = ["reach_target", "push_button", "open_drawer"]
     project.edit(rlbench={"source": "rlbench", "tasks": tasks, "cameras": list(CAMERAS), "episodes": 2})
-    project.run("python", "-m", "flows.rlbench", timeout=1800)
+    project.run("python", "-m", "flows.demos", timeout=1800)
     store = Store.open(project.root / "data/rlbench.zarr")
     stored = Counter(row["task"] for row in store.clip_index.to_pylist())
     assert stored == dict.fromkeys(tasks, 10)

@@ -173,17 +173,17 @@ def test_leftovers_of_killed_runs_are_removed() -> None:
 
 def test_full_disk_is_told_in_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(staging.runtime, "server", lambda: files.exclusive("nothing"))
-    with pytest.raises(UserError, match="the disk is full"), staging.surroundings("x"):
+    with pytest.raises(UserError, match="the disk is full"), staging.store_build("x"):
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-    with pytest.raises(PermissionError), staging.surroundings("x"):
+    with pytest.raises(PermissionError), staging.store_build("x"):
         raise PermissionError(errno.EACCES, "no")
 
 
 def test_second_writer_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(staging.runtime, "server", lambda: files.exclusive("nothing"))
     with (
-        staging.surroundings("x"),
+        staging.store_build("x"),
         pytest.raises(UserError, match=f"data/x.zarr: process {os.getpid()} is writing it"),
-        staging.surroundings("x"),
+        staging.store_build("x"),
     ):
         pass

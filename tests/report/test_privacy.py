@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from prelar.report.provenance import presentable
+from prelar.report.provenance import redact
 
 
 @pytest.mark.parametrize(
@@ -26,4 +26,4 @@ from prelar.report.provenance import presentable
     ],
 )
 def test_values_lose_what_is_private(value: Any, shown: Any) -> None:
-    assert presentable(value) == shown
+    assert redact(value) == shown

@@ -21,8 +21,8 @@ from prelar.train import loop
 from prelar.train.checkpoint import Snapshots, load_parts
 from prelar.train.loop import (
     Averages,
+    GracefulShutdown,
     Hook,
-    Interrupts,
     MetricLog,
     adam,
     compiles,
@@ -118,12 +118,12 @@ def test_a_signal_keeps_the_step_it_came_in(
 
 
 def test_ctrl_c_says_what_happens_once(capfd: pytest.CaptureFixture[str]) -> None:
-    with Interrupts("toy") as interrupts:
+    with GracefulShutdown("toy") as interrupts:
         signal.raise_signal(signal.SIGINT)
     assert interrupts.received == signal.SIGINT
     told = capfd.readouterr().err
     assert told.strip() == "toy: finishing the step under way to keep it; Ctrl-C again stops at once"
-    with Interrupts("toy"):
+    with GracefulShutdown("toy"):
         signal.raise_signal(signal.SIGTERM)
     assert capfd.readouterr().err == ""
 

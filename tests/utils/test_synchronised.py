@@ -12,7 +12,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from prelar.methods import build_pretrain
-from prelar.utils.distributed import draw, dropout, own, whole, world
+from prelar.utils.distributed import all_gather_rows, dropout, local_rows, sample_global, world
 
 PROCESSES = multiprocessing.get_context("forkserver")
 PROCESSES.set_forkserver_preload(["tests.utils.test_synchronised"])
@@ -31,11 +31,11 @@ def results(case: dict[str, Any]) -> dict[str, Tensor]:
     """Losses, gradients and buffers after one pass, of the whole batch, in double precision."""
     torch.manual_seed(1)
     model = build_pretrain(**SIZES, **case).double().train()
-    images = own(torch.rand(BATCH, TIME, 3, 64, 64, dtype=torch.float64) - 0.5)
+    images = local_rows(torch.rand(BATCH, TIME, 3, 64, 64, dtype=torch.float64) - 0.5)
     is_first = torch.zeros(BATCH, TIME, dtype=torch.bool)
     is_first[:, 0] = is_first[1, 3] = is_first[3, 2] = is_first[3, 4] = True
     torch.manual_seed(2)
-    losses, _ = model.pretrain_losses(images, own(is_first))
+    losses, _ = model.pretrain_losses(images, local_rows(is_first))
     model.total(losses).backward()
     found = {f"loss {name}": value.detach() for name, value in losses.items()}
     found |= {f"gradient {name}": p.grad for name, p in model.named_parameters() if p.grad is not None}
@@ -49,12 +49,12 @@ def results(case: dict[str, Any]) -> dict[str, Tensor]:
 def probes() -> dict[str, Tensor]:
     """What the functions themselves give, of the whole batch."""
     torch.manual_seed(3)
-    rows = own(torch.arange(8.0).reshape(4, 2))
-    drawn = draw(lambda shape: torch.rand(shape), (3, len(rows)), 1)
+    rows = local_rows(torch.arange(8.0).reshape(4, 2))
+    drawn = sample_global(lambda shape: torch.rand(shape), (3, len(rows)), 1)
     return {
-        "rows": whole(rows),
-        "drawn": whole(drawn.mT).mT,
-        "dropped": whole(dropout(rows + 1, 0.5)),
+        "rows": all_gather_rows(rows),
+        "drawn": all_gather_rows(drawn.mT).mT,
+        "dropped": all_gather_rows(dropout(rows + 1, 0.5)),
     }
 
 
@@ -96,9 +96,9 @@ def test_two_processes_find_what_one_does(found: dict[int, dict[str, dict[str, T
 
 def test_a_process_that_is_alone_holds_the_whole_batch() -> None:
     rows = torch.rand(3, 2)
-    assert world() == 1 and own(rows) is rows and whole(rows) is rows
+    assert world() == 1 and local_rows(rows) is rows and all_gather_rows(rows) is rows
     torch.manual_seed(0)
-    drawn = draw(lambda shape: torch.rand(shape), (3, 2))
+    drawn = sample_global(lambda shape: torch.rand(shape), (3, 2))
     torch.manual_seed(0)
     assert torch.equal(drawn, torch.rand(3, 2))
 

@@ -1,4 +1,4 @@
-"""The flow of stage rlbench: demonstrations become a store with actions. `python -m flows.rlbench`."""
+"""The flow of stage rlbench: demonstrations become a store with actions. `python -m flows.demos`."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from prelar.demos import apv_npz, rlbench_folder
 from prelar.demos.episodes import Episode, Job, Source, Splits, clips, staging_key
 from prelar.demos.metaworld import Metaworld
 from prelar.demos.rlbench_live import RlbenchLive
-from prelar.demos.rlbench_pool import Crew
+from prelar.demos.rlbench_pool import SimulatorPool
 from prelar.envs import gl
 from prelar.envs.names import CAMERAS, DEMONSTRATED, RLBENCH_CAMERAS, SEEN_FROM, TASKS, checked_config, chosen
 from prelar.store.store import Store, StoreWriter
@@ -42,7 +42,7 @@ SHOWN = 100
 _desks: dict[str, staging.Desk[list[Job], list[Episode]]] = {}
 
 
-class Errand(NamedTuple):
+class CollectionPlan(NamedTuple):
     """What a run has to do, and where it is staged."""
 
     source: Source
@@ -60,7 +60,7 @@ class Errand(NamedTuple):
         return self.folder / "built"
 
 
-_ahead: list[tuple[Errand, Crew]] = []
+_ahead: list[tuple[CollectionPlan, SimulatorPool]] = []
 
 
 @task(name="collect", task_run_name="collect-{number}", cache_policy=NO_CACHE)
@@ -71,7 +71,7 @@ def collect(desk: str, number: int) -> int:
 
 
 @flow(name=NAME)
-def rlbench() -> str:
+def demos() -> str:
     """Collect, store, index, validate and publish; returns a summary in a line, with the rate of this run.
 
     The caller holds the lock on the store. Work that an earlier run left in staging is continued.
@@ -99,11 +99,11 @@ def rlbench() -> str:
     )
 
 
-def planned(settings: Rlbench) -> Errand:
+def planned(settings: Rlbench) -> CollectionPlan:
     """What params.yaml asks for. Raises `UserError` where that is impossible."""
     source = find(settings)
     jobs = source.jobs()
-    return Errand(source, jobs, files.STAGING / f"{NAME}-{staging_key(source, jobs)}")
+    return CollectionPlan(source, jobs, files.STAGING / f"{NAME}-{staging_key(source, jobs)}")
 
 
 @contextlib.contextmanager
@@ -116,7 +116,7 @@ def head_start(settings: Rlbench) -> Iterator[None]:
     with StoreWriter(errand.store, arrays=errand.source.arrays) as writer:
         done = writer.count // len(errand.source.cameras)
     assert isinstance(errand.source, RlbenchLive)
-    with Crew(errand.source, errand.jobs[done:], settings.workers, errand.folder / "demos") as crew:
+    with SimulatorPool(errand.source, errand.jobs[done:], settings.workers, errand.folder / "demos") as crew:
         _ahead.append((errand, crew))
         try:
             yield
@@ -172,7 +172,7 @@ def fill(writer: StoreWriter, source: Source, jobs: list[Job], workers: int) -> 
     splits = Splits(jobs, writer.rows())
     total, stored = collections.Counter(job.task for job in jobs), collections.Counter[str]()
     with (
-        hands(source, jobs[done:], workers, writer.path.parent / "demos") as (collect_job, settle),
+        episode_workers(source, jobs[done:], workers, writer.path.parent / "demos") as (collect_job, settle),
         tqdm(desc="demonstrations", total=len(jobs), initial=done, unit="episode", disable=None) as bar,
     ):
         stored.update(job.task for job in jobs[:done])
@@ -193,12 +193,14 @@ Later = Callable[[], Episode]
 
 
 @contextlib.contextmanager
-def hands(
+def episode_workers(
     source: Source, jobs: list[Job], workers: int, folder: Path
 ) -> Iterator[tuple[Callable[[Job], Later], Callable[[Job], None]]]:
     """Worker processes, or simulators that use `folder`: what starts a job, and what ends it."""
     if isinstance(source, RlbenchLive):
-        at_work = contextlib.nullcontext(_ahead[0][1]) if _ahead else Crew(source, jobs, workers, folder)
+        at_work = (
+            contextlib.nullcontext(_ahead[0][1]) if _ahead else SimulatorPool(source, jobs, workers, folder)
+        )
         with at_work as crew:
             yield lambda job: functools.partial(crew.result, job), crew.settle
     else:
@@ -237,7 +239,7 @@ def account(store: Store) -> list[str]:
 
 
 def _arguments() -> None:
-    parser = argparse.ArgumentParser(prog="python -m flows.rlbench", description=__doc__)
+    parser = argparse.ArgumentParser(prog="python -m flows.demos", description=__doc__)
     parser.epilog = "What it does is set in params.yaml, group rlbench."
     parser.parse_args()
 
@@ -246,9 +248,9 @@ def main() -> None:
     """Run the flow with the settings of params.yaml."""
     _arguments()
     begun, settings = dvc.stamps(NAME), checked_config().rlbench
-    with staging.surroundings(NAME, functools.partial(head_start, settings)):
+    with staging.store_build(NAME, functools.partial(head_start, settings)):
         pool: Any = ThreadPoolTaskRunner(max_workers=settings.workers)
-        print(f"{staging.target(NAME)}: {rlbench.with_options(task_runner=pool)()}")
+        print(f"{staging.target(NAME)}: {demos.with_options(task_runner=pool)()}")
         dvc.record(NAME, begun)
         left_out = account(Store.open(staging.target(NAME)))
         if left_out:

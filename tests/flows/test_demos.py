@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from flows import rlbench, staging
+from flows import demos, staging
 from prelar.config import load_config
 from prelar.demos import apv_npz, episodes
 from prelar.demos.episodes import Source, staging_key
@@ -69,14 +69,14 @@ def threads(monkeypatch: pytest.MonkeyPatch) -> None:
     """Tasks run on plain threads, without Prefect's engine."""
     pool = ThreadPoolExecutor(3)
     monkeypatch.setattr(
-        rlbench.collect, "submit", lambda desk, number: pool.submit(rlbench._desks[desk].work, number)
+        demos.collect, "submit", lambda desk, number: pool.submit(demos._desks[desk].work, number)
     )
 
 
 def fill(path: Path, source: Source, workers: int) -> None:
     """What the flow does with a store in staging."""
     with StoreWriter(path, arrays=source.arrays) as writer:
-        rlbench.fill(writer, source, source.jobs(), workers)
+        demos.fill(writer, source, source.jobs(), workers)
         writer.finish(source.attributes())
 
 
@@ -103,7 +103,7 @@ def test_store_is_the_source_in_order(tmp_path: Path, recorded: apv_npz.ApvNpz, 
     assert store.attrs["source"] == {"name": "apv_npz"} and "actions[t]" in store.attrs["alignment"]
 
     def validated(max_bad: float) -> dict[str, Any]:
-        checks = functools.partial(rlbench.suites, source=recorded, max_bad=max_bad)
+        checks = functools.partial(demos.suites, source=recorded, max_bad=max_bad)
         return staging.validate.fn("rlbench", tmp_path / "x.zarr", checks)
 
     assert (validated(0.1)["clips"], validated(0.1)["bad"]) == (26, 2)
@@ -115,7 +115,7 @@ def test_bytes_do_not_depend_on_workers_batches_or_interruption(
     tmp_path: Path, recorded: apv_npz.ApvNpz, threads: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     fill(tmp_path / "a" / "x.zarr", recorded, 2)
-    monkeypatch.setattr(rlbench, "BATCH", 3)
+    monkeypatch.setattr(demos, "BATCH", 3)
     jobs = recorded.jobs()
     for stop in (4, 9):
         with (
@@ -132,7 +132,7 @@ def test_bytes_do_not_depend_on_workers_batches_or_interruption(
                     raise InterruptedError
 
             monkeypatch.setattr(writer, "commit", failing)
-            rlbench.fill(writer, recorded, jobs, 1)
+            demos.fill(writer, recorded, jobs, 1)
     with StoreWriter(tmp_path / "b/x.zarr", arrays=recorded.arrays) as writer:
         assert 18 <= writer.count < 2 * len(jobs)
     fill(tmp_path / "b" / "x.zarr", recorded, 1)
@@ -151,7 +151,7 @@ def test_dead_worker_is_told_in_one_line(
         StoreWriter(tmp_path / "x.zarr", arrays=recorded.arrays) as writer,
         pytest.raises(UserError, match="a worker process died; run again, the work so far is kept"),
     ):
-        rlbench.fill(writer, deadly, recorded.jobs(), 1)
+        demos.fill(writer, deadly, recorded.jobs(), 1)
 
 
 def _die(self: object) -> tuple[object, ...]:
@@ -185,16 +185,16 @@ def test_work_that_other_code_drew_is_not_continued(tmp_path: Path, monkeypatch:
 
 def test_params_choose_the_source(recorded: apv_npz.ApvNpz) -> None:
     settings = load_config().rlbench
-    made = rlbench.find(settings)
+    made = demos.find(settings)
     assert isinstance(made, Metaworld)
     assert (made.tasks, made.cameras) == (("drawer-open", "reach", "dial-turn"), ("corner",))
-    every = rlbench.find(settings.model_copy(update={"tasks": ["all"], "cameras": ["all"]}))
+    every = demos.find(settings.model_copy(update={"tasks": ["all"], "cameras": ["all"]}))
     assert isinstance(every, Metaworld) and (len(every.tasks), len(every.cameras)) == (50, 7)
     folder = str(recorded.folder)
     asked: dict[str, Any] = {"source": "apv_npz", "path": folder}
-    assert rlbench.find(settings.model_copy(update=asked)) == recorded
+    assert demos.find(settings.model_copy(update=asked)) == recorded
     few = asked | {"tasks": ["lamp_on"], "cameras": ["wrist"]}
-    assert rlbench.find(settings.model_copy(update=few)) == dataclasses.replace(
+    assert demos.find(settings.model_copy(update=few)) == dataclasses.replace(
         recorded, cameras=("wrist",), tasks=("lamp_on",)
     )
     episode = recorded.folder / "push_button/variation0/episodes/episode0"
@@ -202,8 +202,8 @@ def test_params_choose_the_source(recorded: apv_npz.ApvNpz) -> None:
         (episode / f"{camera}_rgb").mkdir(parents=True)
     changes = {"source": "rlbench_folder", "path": folder, "action_mode": "gripper_pose"}
     expected = RlbenchFolder(recorded.folder, ("wrist", "front"), "gripper_pose")
-    assert rlbench.find(settings.model_copy(update=changes)) == expected
-    live = rlbench.find(settings.model_copy(update={"source": "rlbench", "tasks": ["push_button"]}))
+    assert demos.find(settings.model_copy(update=changes)) == expected
+    live = demos.find(settings.model_copy(update={"source": "rlbench", "tasks": ["push_button"]}))
     assert isinstance(live, RlbenchLive) and (live.tasks, len(live.cameras)) == (("push_button",), 5)
 
 
@@ -220,7 +220,7 @@ def test_flow_runs_as_a_user_runs_it(
 ) -> None:
     project = make_project(tmp_path / "project")
     project.edit(rlbench={"cameras": ["corner", "topview"], "noise": 0.05})
-    told = project.run("python", "-m", "flows.rlbench")
+    told = project.run("python", "-m", "flows.demos")
     assert "data/rlbench.zarr: 4 clips of 2 cameras, " in told.stdout
     store = Store.open(project.root / "data/rlbench.zarr")
     assert store.has("actions") and store.has("gripper")
@@ -235,7 +235,7 @@ def test_recorded_source_without_folder_is_refused(
 ) -> None:
     project = make_project(tmp_path / "project")
     project.edit(rlbench={"source": "apv_npz"})
-    refused = project.run("python", "-m", "flows.rlbench", check=False)
+    refused = project.run("python", "-m", "flows.demos", check=False)
     assert refused.returncode == 2
     assert refused.stderr.splitlines()[-1].startswith(
         "error: params.yaml: rlbench: path is null; name the folder"
@@ -248,7 +248,7 @@ def test_recorded_source_runs_as_a_user_runs_it(
 ) -> None:
     project = make_project(tmp_path / "project")
     project.edit(rlbench={"source": "apv_npz", "path": str(recorded.folder), "tasks": None, "max_bad": 0.1})
-    told = project.run("python", "-m", "flows.rlbench")
+    told = project.run("python", "-m", "flows.demos")
     assert "26 clips of 2 cameras" in told.stdout and "2 clips left out" in told.stdout
     assert Store.open(project.root / "data/rlbench.zarr").attrs["source"] == {"name": "apv_npz"}
 
@@ -297,11 +297,11 @@ def test_processes_killed_at_random_moments_and_still_the_same_bytes(
     wanted, killed = (make_project(tmp_path / name) for name in ("wanted", "killed"))
     for project in (wanted, killed):
         project.edit(rlbench={"tasks": ["reach", "drawer-close", "coffee-pull"], "episodes": 20})
-    wanted.run("python", "-m", "flows.rlbench")
+    wanted.run("python", "-m", "flows.demos")
     random_ = random.Random(0)
     kills = 0
     while kills < 20:
-        prey = Prey(killed.root, "flows.rlbench")
+        prey = Prey(killed.root, "flows.demos")
         if prey.wait_for(functools.partial(prey.family, "spawn_main")):
             time.sleep(6 * random_.random())
             if random_.random() < 0.5:
@@ -311,7 +311,7 @@ def test_processes_killed_at_random_moments_and_still_the_same_bytes(
                 kills += 1
         prey.kill()
     assert not (killed.root / "data/rlbench.parquet").exists() or (killed.root / "data/rlbench.zarr").exists()
-    killed.run("python", "-m", "flows.rlbench")
+    killed.run("python", "-m", "flows.demos")
     first, second = (tree(project.root / "data", "rlbench") for project in (wanted, killed))
     assert first == second
     assert not list((killed.root / "data/.staging").iterdir())
