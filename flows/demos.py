@@ -1,4 +1,4 @@
-"""The flow of stage rlbench: demonstrations become a store with actions. `python -m flows.demos`."""
+"""The flow of stage demos: demonstrations become a store with actions. `python -m flows.demos`."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from prefect.task_runners import ThreadPoolTaskRunner
 from tqdm import tqdm
 
 from flows import dvc, runtime, staging
-from prelar.config import Rlbench, load_config
+from prelar.config import Demos, load_config
 from prelar.demos import apv_npz, rlbench_folder
 from prelar.demos.episodes import Episode, Job, Source, Splits, clips, staging_key
 from prelar.demos.metaworld import Metaworld
@@ -35,7 +35,7 @@ from prelar.utils.processes import worker_pool
 if TYPE_CHECKING:
     from prelar.validation.suites import Suite
 
-NAME = "rlbench"
+NAME = "demos"
 BATCH = 4
 SHOWN = 100
 
@@ -77,7 +77,7 @@ def demos() -> str:
     The caller holds the lock on the store. Work that an earlier run left in staging is continued.
     """
     config = load_config()
-    settings = config.rlbench
+    settings = config.demos
     staging.clear_leftovers(NAME)
     errand = _ahead[0][0] if _ahead else planned(settings)
     source, rate = errand.source, ""
@@ -99,7 +99,7 @@ def demos() -> str:
     )
 
 
-def planned(settings: Rlbench) -> CollectionPlan:
+def planned(settings: Demos) -> CollectionPlan:
     """What params.yaml asks for. Raises `UserError` where that is impossible."""
     source = find(settings)
     jobs = source.jobs()
@@ -107,7 +107,7 @@ def planned(settings: Rlbench) -> CollectionPlan:
 
 
 @contextlib.contextmanager
-def head_start(settings: Rlbench) -> Iterator[None]:
+def head_start(settings: Demos) -> Iterator[None]:
     """Let simulators begin with what the store lacks, while Prefect's server starts; others need not wait."""
     errand = planned(settings) if settings.source == "rlbench" else None
     if errand is None or errand.built.is_file():
@@ -131,7 +131,7 @@ def suites(store: Store, source: Source, max_bad: float) -> list[Suite]:
     return demonstration_suites(store, source, max_bad=max_bad)
 
 
-def find(settings: Rlbench) -> Source:
+def find(settings: Demos) -> Source:
     """The source that params.yaml names. Raises `UserError` where it cannot be used."""
     tasks, cameras = chosen(settings.tasks), chosen(settings.cameras)
     if settings.source == "metaworld":
@@ -240,14 +240,14 @@ def account(store: Store) -> list[str]:
 
 def _arguments() -> None:
     parser = argparse.ArgumentParser(prog="python -m flows.demos", description=__doc__)
-    parser.epilog = "What it does is set in params.yaml, group rlbench."
+    parser.epilog = "What it does is set in params.yaml, group demos."
     parser.parse_args()
 
 
 def main() -> None:
     """Run the flow with the settings of params.yaml."""
     _arguments()
-    begun, settings = dvc.stamps(NAME), checked_config().rlbench
+    begun, settings = dvc.stamps(NAME), checked_config().demos
     with staging.store_build(NAME, functools.partial(head_start, settings)):
         pool: Any = ThreadPoolTaskRunner(max_workers=settings.workers)
         print(f"{staging.target(NAME)}: {demos.with_options(task_runner=pool)()}")

@@ -35,7 +35,7 @@ from prelar.utils.errors import UserError
 
 Values = dict[str, Any]
 Grid = Mapping[str, list[Any]]
-Preset = Literal["rlbench", "ssv2", "action-representation", "beta-a"]
+Preset = Literal["demos", "ssv2", "action-representation", "beta-a"]
 Part = tuple[str, str]
 """A stage and the digest of all that its outputs follow from."""
 
@@ -55,9 +55,9 @@ _EVERY: Grid = {"task": TASKS, "seed": SEEDS}
 
 PRESETS: Mapping[str, tuple[str, tuple[Grid, ...]]] = MappingProxyType(
     {
-        "rlbench": (
+        "demos": (
             "The methods after pre-training on RLBench, on six tasks with eight seeds",
-            ({"method": METHODS, "dataset": ["rlbench"], **_EVERY},),
+            ({"method": METHODS, "dataset": ["demos"], **_EVERY},),
         ),
         "ssv2": (
             "The methods after pre-training on Something-Something V2, on six tasks with eight seeds",

@@ -133,8 +133,8 @@ def table(head: str, rows: dict[str, Any]) -> str:
 
 
 Ssv2 = one_of_each("ssv2")
-Rlbench = one_of_each("rlbench")
-SSV2, RLBENCH = Ssv2(), Rlbench()
+Demos = one_of_each("demos")
+SSV2, DEMOS = Ssv2(), Demos()
 
 
 @flow(name="store-ssv2")
@@ -147,14 +147,14 @@ def ssv2(settings: Ssv2 = SSV2) -> str:  # type: ignore[valid-type]
     return _store("ssv2", settings)
 
 
-@flow(name="store-rlbench")
-def rlbench(settings: Rlbench = RLBENCH) -> str:  # type: ignore[valid-type]
+@flow(name="store-demos")
+def demos(settings: Demos = DEMOS) -> str:  # type: ignore[valid-type]
     """Make the store of demonstrations; returns the experiment's name.
 
     Args:
-        settings: Changes to the group rlbench of params.yaml. What is left empty stays as the file has it.
+        settings: Changes to the group demos of params.yaml. What is left empty stays as the file has it.
     """
-    return _store("rlbench", settings)
+    return _store("demos", settings)
 
 
 def _store(group: str, settings: Form) -> str:

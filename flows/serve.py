@@ -139,7 +139,7 @@ def deployments() -> list[RunnerDeployment]:
     from prefect.schedules import Cron
 
     from flows.experiments import experiments
-    from flows.pipeline import pipeline, rlbench, ssv2
+    from flows.pipeline import demos, pipeline, ssv2
 
     nightly = [Cron(NIGHTLY, active=False, slug="nightly")]
     offered: list[tuple[Any, str, str, list[str], Any]] = [
@@ -159,7 +159,7 @@ def deployments() -> list[RunnerDeployment]:
             None,
         ),
         (ssv2, "ssv2", "The store of Something-Something V2 alone.", ["dvc", "data"], None),
-        (rlbench, "rlbench", "The store of demonstrations alone.", ["dvc", "data"], None),
+        (demos, "demos", "The store of demonstrations alone.", ["dvc", "data"], None),
     ]
     return [
         cast(

@@ -27,6 +27,8 @@ from prelar.utils.files import read_bytes
 from prelar.utils.urls import check_url
 
 PARAMS = Path("params.yaml")
+RENAMED = {"rlbench": "demos"}
+"""Keys of params.yaml by the names that they had before."""
 YAML_BYTES, YAML_DEPTH, YAML_NODES = 1 << 17, 64, 100_000
 CLASSES = 8  # of a group of a discrete latent action, as in prelar.model.actions
 MOST = 10**9  # of what a run counts
@@ -89,7 +91,7 @@ class Ssv2(_Frozen):
     _places = field_validator("source", "labels", "ffmpeg")(_found_anywhere)
 
 
-class Rlbench(_Frozen):
+class Demos(_Frozen):
     """Which demonstrations are made or read."""
 
     source: Literal["metaworld", "rlbench", "apv_npz", "rlbench_folder"]
@@ -111,7 +113,7 @@ class Rlbench(_Frozen):
     _places = field_validator("path")(_found_anywhere)
 
     @model_validator(mode="after")
-    def _has_folder(self) -> Rlbench:
+    def _has_folder(self) -> Demos:
         if self.source in ("apv_npz", "rlbench_folder") and self.path is None:
             raise ValueError(f"path is null; name the folder that source {self.source} reads")
         return self
@@ -228,7 +230,7 @@ class Config(_Frozen):
     """The whole of params.yaml."""
 
     method: Literal["dreamerv2", "apv", "contextwm", "prelar"]
-    dataset: Literal["ssv2", "rlbench"]
+    dataset: Literal["ssv2", "demos"]
     task: Text
     seed: Seed
     scale: Literal["smoke", "lite", "paper"]
@@ -253,7 +255,7 @@ class Config(_Frozen):
     data_root: Text
     sample: Sample
     ssv2: Ssv2
-    rlbench: Rlbench
+    demos: Demos
     scales: Scales
 
     _place = field_validator("data_root")(_root)
@@ -379,6 +381,8 @@ def _suggest(key: str) -> str:
     """A known key of the same group that looks like `key`, as advice."""
     import difflib
 
+    if key in RENAMED:
+        return f"it is called {RENAMED[key]} now, rename it"
     *groups, name = key.split(".")
     model: Any = Config
     for group in groups:

@@ -106,7 +106,7 @@ def examine() -> Iterator[Finding]:
     yield git()
     yield dvc()
     yield prefect(os.environ.get("PREFECT_API_URL") or SERVER)
-    yield coppeliasim(needed=config is not None and config.rlbench.source == "rlbench")
+    yield coppeliasim(needed=config is not None and config.demos.source == "rlbench")
 
 
 def guarded(name: str, examination: Callable[[], Finding]) -> Finding:

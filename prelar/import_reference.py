@@ -154,7 +154,7 @@ class Fit:
 
     @classmethod
     def of(cls, own: Mapping[str, Tensor], state: Mapping[str, Tensor]) -> Fit:
-        """Compare `state` with the model's `local_rows`."""
+        """Compare `state` with the model's `own`."""
         shared = {name: value for name, value in state.items() if name in own}
         fitting = {n: v.to(own[n].dtype) for n, v in shared.items() if v.shape == own[n].shape}
         misfits = [

@@ -22,7 +22,7 @@ ROOT = Path(__file__).parents[1]
 TINY: dict[str, Any] = {
     "sample": {"clips": 8},
     "ssv2": {"batch": 3},
-    "rlbench": {"tasks": ["reach"], "episodes": 2},
+    "demos": {"tasks": ["reach"], "episodes": 2},
     "scales": {
         "smoke": {
             "pretrain": {

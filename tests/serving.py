@@ -52,7 +52,7 @@ def serving(root: Path, surroundings: dict[str, str]) -> Iterator[str]:
 
 def ready(url: str) -> None:
     """Wait until the server knows the deployments."""
-    until(lambda: answers(f"{url}/deployments/name/store-rlbench/rlbench"), "the UI's deployments")
+    until(lambda: answers(f"{url}/deployments/name/store-demos/demos"), "the UI's deployments")
 
 
 def until(reached: Callable[[], object], what: str, seconds: float = 240) -> None:

@@ -73,6 +73,7 @@ def test_a_preset_belongs_to_one_stage_and_one_scale() -> None:
     ("old", "new", "told"),
     [
         ("beta_a: 1.0", "beta_aa: 1.0", ["beta_aa", "unknown", "did you mean beta_a?"]),
+        ("\ndemos:", "\nrlbench:", ["rlbench", "unknown", "it is called demos now"]),
         ("beta_a: 1.0", "beta_a: -1", ["beta_a = -1", "greater than or equal to 0"]),
         ("beta_a: 1.0", "beta_a: high", ["beta_a = 'high'", "number"]),
         ("beta_a: 1.0", "beta_a: .nan", ["beta_a", "finite"]),
@@ -96,7 +97,7 @@ def test_a_preset_belongs_to_one_stage_and_one_scale() -> None:
         ),
         ("labels: null", "labels: data/../../labels.zip", ["ssv2.labels: data/../../", "absolute path"]),
         ("ffmpeg: null", "ffmpeg: ../bin/ffmpeg", ["ssv2.ffmpeg: ../bin/ffmpeg", "absolute path"]),
-        ("path: null ", "path: .. ", ["rlbench.path: .. leads outside", "absolute path"]),
+        ("path: null ", "path: .. ", ["demos.path: .. leads outside", "absolute path"]),
         (
             "{episodes: 10, time_limit: 500",
             "{episodes: 0, time_limit: 500",

@@ -52,7 +52,7 @@ def parse_dvc(words: tuple[str, ...]) -> None:
             for group in groups:
                 node = node.setdefault(group, {})  # type: ignore[assignment]
             node[name] = YAML(typ="safe", pure=True).load(choice)
-            merge(params, {k: v for k, v in tree.items() if k != "rlbench"})
+            merge(params, {k: v for k, v in tree.items() if k != "demos"})
             Config.model_validate(params)
     for target in getattr(given, "targets", None) or []:
         assert target in read_yaml(ROOT / "dvc.yaml")["stages"]

@@ -26,9 +26,9 @@ FLOWS = {
     "pipeline": "pipeline",
     "experiments": "experiments",
     "ssv2": "store-ssv2",
-    "rlbench": "store-rlbench",
+    "demos": "store-demos",
 }
-DATA_STAGES = ("sample", "ssv2", "rlbench")
+DATA_STAGES = ("sample", "ssv2", "demos")
 
 
 @pytest.fixture(scope="module")

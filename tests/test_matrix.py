@@ -23,14 +23,14 @@ from tests.conftest import ROOT, TINY, merge
 from tests.control.toy_run import TINY as TINY_FINETUNE
 from tests.fake_results import moving
 
-DATASETS = ("ssv2", "rlbench")
+DATASETS = ("ssv2", "demos")
 STEPS = 2
 
 
 def make_store(dataset: str) -> None:
     """Six clips of 6 to 8 frames; demonstrations carry actions and the gripper's pose besides."""
     random = np.random.default_rng(0)
-    arrays = {"actions": 4, "gripper": 8} if dataset == "rlbench" else {}
+    arrays = {"actions": 4, "gripper": 8} if dataset == "demos" else {}
     with StoreWriter(Path(f"data/{dataset}.zarr"), arrays=arrays) as writer:
         for number in range(6):
             length = 6 + number % 3
@@ -97,7 +97,7 @@ def test_a_method_runs_through_every_stage(method: str, dataset: str) -> None:
     assert metrics["success_rate"] in (0, 1) and metrics["prediction_error_policy"] > 0
     assert ("prediction_error" in metrics) == pretrains
     assert ("probe_r2" in metrics) == (method == "prelar")
-    assert ("probe_demonstrations_r2" in metrics) == (method == "prelar" and dataset == "rlbench")
+    assert ("probe_demonstrations_r2" in metrics) == (method == "prelar" and dataset == "demos")
     assert ("offline_error_pretrained" in metrics) == pretrains and metrics["offline_error_scratch"] > 0
     assert all(math.isfinite(value) for value in metrics.values())
     described = json.loads((evaluate.REPORT / "dataset.json").read_text(encoding="utf-8"))

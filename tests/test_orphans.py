@@ -155,7 +155,7 @@ def test_a_stage_without_dvc_is_gone_when_the_cache_answers_and_goes_on_later(
 CHANGES: dict[str, dict[str, Any]] = {
     "sample": {"sample": {"seed": 5}},
     "ssv2": {"ssv2": {"clip_seconds": 4.0, "min_frames": 7}},
-    "rlbench": {"rlbench": {"seed": 5}},
+    "demos": {"demos": {"seed": 5}},
     "pretrain": {"beta_a": 0.37},
     "finetune": {"seed": 5},
     "evaluate": {"scales": {"smoke": {"evaluate": {"probe_updates": 3}}}},

@@ -261,7 +261,7 @@ def test_a_run_is_not_continued_on_other_frames(tmp_path: Path, monkeypatch: pyt
         episode = Episode(job, {"corner": frames}, arrays, fps=12.0, digests=digests)
         (tmp_path / name).mkdir()
         monkeypatch.chdir(tmp_path / name)
-        with StoreWriter(Path("rlbench.zarr"), arrays=source.arrays) as writer:
+        with StoreWriter(Path("demos.zarr"), arrays=source.arrays) as writer:
             for images, row, values in clips(episode, source, 0, Splits([job], [])):
                 writer.append(images, row, **values)
             return pretrain.run_key(config(), writer.finish(source.attributes()))

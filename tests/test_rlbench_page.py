@@ -1,4 +1,4 @@
-"""The commands of docs/rlbench.md give the keys of rlbench values that they take, together."""
+"""The commands of docs/rlbench.md give the keys of demos values that they take, together."""
 
 from __future__ import annotations
 
@@ -31,14 +31,14 @@ def configured(command: Command) -> Config:
 def test_commands_are_valid(command: Command) -> None:
     config = configured(command)
     check_names(config)
-    assert config.dataset == "rlbench"
+    assert config.dataset == "demos"
 
 
 def test_every_source_has_a_command() -> None:
-    sources = {configured(command).rlbench.source for command in COMMANDS}
+    sources = {configured(command).demos.source for command in COMMANDS}
     assert sources == {"metaworld", "rlbench", "apv_npz", "rlbench_folder"}
 
 
 def test_data_of_apv_are_ten_demos_of_every_task_from_five_cameras() -> None:
-    apv = next(configured(each) for each in COMMANDS if "method=apv" in each.words).rlbench
+    apv = next(configured(each) for each in COMMANDS if "method=apv" in each.words).demos
     assert (apv.tasks, apv.episodes, apv.variations, len(apv.cameras)) == (["all"], 10, 1, 5)

@@ -79,15 +79,15 @@ def test_source_becomes_a_store_that_is_pretrained_on(
 ) -> None:
     chosen = prepare(tmp_path, request)
     monkeypatch.chdir(tmp_path)
-    cfg = config(dataset="rlbench", rlbench={"episodes": EPISODES, "workers": 1, "tasks": None, **chosen})
-    source = demos.find(cfg.rlbench)
+    cfg = config(dataset="demos", demos={"episodes": EPISODES, "workers": 1, "tasks": None, **chosen})
+    source = demos.find(cfg.demos)
     jobs = source.jobs()
     work_inline(monkeypatch)
-    with StoreWriter(Path("data/rlbench.zarr"), arrays=source.arrays) as writer:
+    with StoreWriter(Path("data/demos.zarr"), arrays=source.arrays) as writer:
         assert demos.fill(writer, source, jobs, 1) == len(jobs) == EPISODES
         writer.finish(source.attributes())
-    store = Store.open(Path("data/rlbench.zarr"))
-    suites.validate("rlbench", demos.suites(store, source, 0.0), suites.facts(store))
+    store = Store.open(Path("data/demos.zarr"))
+    suites.validate("demos", demos.suites(store, source, 0.0), suites.facts(store))
     assert store.num_clips == EPISODES * len(source.cameras) and store.has("actions")
     pretrain.run(cfg)
     assert load_parts(pretrain.OUTPUT)[0]

@@ -51,9 +51,9 @@ def table() -> dict[str, dict[str, str]]:
     for line in lines[start + 2 :]:
         if not line.startswith("|"):
             break
-        name, _, ssv2, rlbench = (cell.strip() for cell in line.strip("|").split("|"))
+        name, _, ssv2, demos = (cell.strip() for cell in line.strip("|").split("|"))
         assert name not in rows
-        rows[name] = {"ssv2": ssv2.strip("`"), "rlbench": rlbench.strip("`")}
+        rows[name] = {"ssv2": ssv2.strip("`"), "demos": demos.strip("`")}
     return rows
 
 
@@ -137,6 +137,6 @@ def test_a_command_builds_both_models(name: str, dataset: str) -> None:
     ],
 )
 def test_a_command_sets_what_its_name_says(name: str, expected: dict[str, Any]) -> None:
-    for dataset in ("ssv2", "rlbench"):
+    for dataset in ("ssv2", "demos"):
         cfg = configure(COMMANDS[name, dataset])
         assert {key: getattr(cfg, key) for key in expected} == expected

@@ -24,7 +24,7 @@ GROUPS = {
     "": "Ablations and machine",
     "sample": "The embedded archive",
     "ssv2": "Something-Something V2",
-    "rlbench": "RLBench",
+    "demos": "Demonstrations",
 }
 
 

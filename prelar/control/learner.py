@@ -60,7 +60,7 @@ class Learner:
         self._wrapped_behaviour.mark_forward_method("losses")
 
     def update(self, batch: Mapping[str, Tensor], number: int) -> dict[str, Tensor]:
-        """Do update `number` (from 0) on a batch of `BatchPrefetcher.take`; returns metrics, scalars by name."""
+        """Do update `number` (from 0) on a batch of `BatchPrefetcher.take`; returns scalars by name."""
         data = {name: value.to(self.fabric.device, non_blocking=True) for name, value in batch.items()}
         post, metrics = self._update_model(data, number)
         return metrics | self._update_behaviour(post, number)

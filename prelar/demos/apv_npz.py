@@ -114,11 +114,11 @@ def open_folder(
     """The source in a folder, of given tasks and cameras. Raises `UserError` where it lacks one."""
     jobs = _jobs(folder)
     if not jobs:
-        raise UserError(f"rlbench.path = {folder}: holds no .npz episode; name the folder with the episodes")
-    among("rlbench.tasks", tasks, {job.task for job in jobs})
+        raise UserError(f"demos.path = {folder}: holds no .npz episode; name the folder with the episodes")
+    among("demos.tasks", tasks, {job.task for job in jobs})
     jobs = [job for job in jobs if not tasks or job.task in tasks]
     recorded = {camera for job in jobs for camera, _ in job.files} if cameras else _main_cameras(jobs)
-    seen = among("rlbench.cameras", cameras, sorted(recorded))
+    seen = among("demos.cameras", cameras, sorted(recorded))
     source = ApvNpz(folder, seen, (), tuple(tasks or ()))
     return dataclasses.replace(source, widths=_widths(folder, source.jobs()))
 
@@ -191,7 +191,7 @@ def _aligned(content: Mapping[str, npt.NDArray[Any]], name: str) -> Array:
 
 def _jobs(folder: Path) -> list[Job]:
     if not folder.is_dir():
-        raise UserError(f"rlbench.path = {folder}: no such folder; name the folder with the .npz episodes")
+        raise UserError(f"demos.path = {folder}: no such folder; name the folder with the .npz episodes")
     named: dict[tuple[str, int, int], dict[str, str]] = {}
     single: dict[str, list[str]] = {}
     for path in sorted(path for path in files.walk(folder) if path.suffix == ".npz"):

@@ -63,7 +63,7 @@ def same_episode(folder: Path, one: str, other: str) -> UserError:
     """What is wrong where two places below a folder hold one episode."""
     first, second = sorted((one, other))
     return UserError(
-        f"rlbench.path = {folder}: {first} and {second} are the same episode; leave one of them there"
+        f"demos.path = {folder}: {first} and {second} are the same episode; leave one of them there"
     )
 
 

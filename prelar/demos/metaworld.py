@@ -40,7 +40,7 @@ class Metaworld:
             check_camera(camera)
         for key, names in (("tasks", self.tasks), ("cameras", self.cameras)):
             if len(set(names)) < len(names):
-                raise UserError(f"rlbench.{key} = {list(names)}: name each one once")
+                raise UserError(f"demos.{key} = {list(names)}: name each one once")
 
     @property
     def arrays(self) -> dict[str, int]:

@@ -118,7 +118,7 @@ class RlbenchFolder(RlbenchDemonstrations):
     def jobs(self) -> list[Job]:
         """Episodes by task, variation and number. Raises `UserError` where there is none, or one twice."""
         if not self.folder.is_dir():
-            raise UserError(f"rlbench.path = {self.folder}: no such folder; name the data set's folder")
+            raise UserError(f"demos.path = {self.folder}: no such folder; name the data set's folder")
         found: dict[tuple[str, int, int], str] = {}
         for path in self.folder.glob("*/*/episodes/episode*"):
             place = path.relative_to(self.folder).as_posix()
@@ -135,7 +135,7 @@ class RlbenchFolder(RlbenchDemonstrations):
                 raise same_episode(self.folder, other, place)
         if not found:
             raise UserError(
-                f"rlbench.path = {self.folder}: holds no <task>/variation<i>/episodes/episode<j> and no "
+                f"demos.path = {self.folder}: holds no <task>/variation<i>/episodes/episode<j> and no "
                 "<task>/all_variations/episodes/episode<j>; name the data set's folder"
             )
         return [Job(*key, files=((LOW_DIM, f"{place}/{LOW_DIM}"),)) for key, place in sorted(found.items())]
@@ -177,10 +177,10 @@ def open_folder(
     """The source in a folder, of given tasks and cameras. Raises `UserError` where it lacks one."""
     source = RlbenchFolder(folder, action_mode=action_mode)
     jobs = source.jobs()
-    wanted = among("rlbench.tasks", tasks, {job.task for job in jobs})
+    wanted = among("demos.tasks", tasks, {job.task for job in jobs})
     episodes = [source.episode_folder(job) for job in jobs if job.task in wanted]
     recorded = [name for name in CAMERAS if any((path / f"{name}_rgb").is_dir() for path in episodes)]
-    cameras = among("rlbench.cameras", cameras, recorded or CAMERAS)
+    cameras = among("demos.cameras", cameras, recorded or CAMERAS)
     return dataclasses.replace(source, tasks=tuple(tasks or ()), cameras=cameras)
 
 

@@ -62,7 +62,7 @@ class RlbenchLive(RlbenchDemonstrations):
     def __post_init__(self) -> None:
         for key, names in (("tasks", self.tasks), ("cameras", self.cameras)):
             if len(set(names)) < len(names):
-                raise UserError(f"rlbench.{key} = {list(names)}: name each one once")
+                raise UserError(f"demos.{key} = {list(names)}: name each one once")
         for camera in self.cameras:
             _known("cameras", camera, RLBENCH_CAMERAS)
 
@@ -111,7 +111,7 @@ def _known(key: str, name: str, names: Sequence[str]) -> str:
     if name in names:
         return name
     close = difflib.get_close_matches(name, names, n=3, cutoff=0.4) or names[:5]
-    raise UserError(f"rlbench.{key}: RLBench has no {name!r}; did you mean {', '.join(close)}?")
+    raise UserError(f"demos.{key}: RLBench has no {name!r}; did you mean {', '.join(close)}?")
 
 
 # --- What must be there -------------------------------------------------------------------------------------
@@ -138,7 +138,7 @@ def check() -> None:
     """Raise `UserError` with all that is missing for live demos, in one line."""
     missing = [*_missing_packages(), *_missing_simulator(), *_missing_display()]
     if missing:
-        raise UserError(f"rlbench.source = rlbench: {'; '.join(missing)}")
+        raise UserError(f"demos.source = rlbench: {'; '.join(missing)}")
 
 
 def _missing_packages() -> list[str]:

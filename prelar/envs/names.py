@@ -39,13 +39,13 @@ def checked_config(path: Path = PARAMS) -> Config:
 def check_names(config: Config) -> None:
     """Check the values that name things of a simulator. Raises `UserError` with the nearest known name."""
     check_task(config.task)
-    tasks, cameras = (chosen(given) or () for given in (config.rlbench.tasks, config.rlbench.cameras))
-    if config.rlbench.source == "metaworld":
+    tasks, cameras = (chosen(given) or () for given in (config.demos.tasks, config.demos.cameras))
+    if config.demos.source == "metaworld":
         for task in tasks:
             check_task(task)
         for camera in cameras:
             check_camera(camera)
-    if config.rlbench.source == "rlbench":
+    if config.demos.source == "rlbench":
         for camera in cameras:
             _known("camera", camera, RLBENCH_CAMERAS, "RLBench")
 

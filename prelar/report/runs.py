@@ -86,7 +86,7 @@ def stand_in(config: Config) -> str | None:
             "These are not clips of Something-Something V2, but the project’s own sample in the same shape: "
             "Meta-World’s scripted experts, rendered."
         )
-    if config.dataset == "rlbench" and config.rlbench.source == "metaworld":
+    if config.dataset == "demos" and config.demos.source == "metaworld":
         return "These are demonstrations of Meta-World’s scripted experts, not of RLBench."
     return None
 

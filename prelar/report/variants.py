@@ -16,8 +16,8 @@ from prelar.report.statistics import Estimate, estimate
 from prelar.utils.tables import evenly_spaced_indices
 
 WITHIN = ("task", "seed")
-MACHINE = ("device", "threads", "data_root", "ssv2.workers", "rlbench.workers", "ssv2.batch", "ssv2.ffmpeg")
-DATASETS = ("ssv2", "rlbench")
+MACHINE = ("device", "threads", "data_root", "ssv2.workers", "demos.workers", "ssv2.batch", "ssv2.ffmpeg")
+DATASETS = ("ssv2", "demos")
 POINTS = 100
 NAMES = {"dreamerv2": "DreamerV2", "apv": "APV", "contextwm": "ContextWM", "prelar": "PreLAR"}
 

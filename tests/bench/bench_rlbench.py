@@ -1,4 +1,4 @@
-"""Live demonstrations: our flow against the way of `demos-generate-dataset`, both on stand-ins.
+"""Live demonstrations: our flow against the way of `rlbench-generate-dataset`, both on stand-ins.
 
 A model and not the simulator: the stand-ins sleep for `COSTS`, which fit two readings of the real one in
 software: 103 steps of push_button from five cameras, RGB alone, took 5.9 s, and the generator's four episodes
@@ -62,8 +62,8 @@ def surroundings(folder: Path) -> dict[str, str]:
 def ours(folder: Path) -> tuple[float, float]:
     """Seconds in which the flow collects all episodes, and seconds of its whole run."""
     params = read_yaml(PARAMS)
-    params["rlbench"] |= {"source": "rlbench", "tasks": TASKS, "cameras": list(RLBENCH_CAMERAS)}
-    params["rlbench"] |= {"episodes": EPISODES, "workers": len(TASKS)}
+    params["demos"] |= {"source": "rlbench", "tasks": TASKS, "cameras": list(RLBENCH_CAMERAS)}
+    params["demos"] |= {"episodes": EPISODES, "workers": len(TASKS)}
     with (folder / PARAMS.name).open("w", encoding="utf-8") as handle:
         YAML().dump(params, handle)
     begin = time.monotonic()

@@ -1,4 +1,4 @@
-"""The way in which RLBench's own `demos-generate-dataset` works, against the stand-ins for its classes.
+"""The way in which RLBench's own `rlbench-generate-dataset` works, against the stand-ins for its classes.
 
 `python -m tests.bench.rlbench_generator FOLDER PROCESSES EPISODES TASK…`. As read off its source: a process
 takes a task and variation and makes all its episodes; it loads the task twice and resets it once more than is

@@ -70,11 +70,11 @@ def test_given_tasks_and_cameras_are_kept(folder: Path) -> None:
         assert set(episode.frames) == {"left_shoulder"}
         assert fault(episode, source.cameras, source.arrays) is None
     with pytest.raises(
-        UserError, match=r"rlbench\.tasks: nothing recorded of 'open_door'; there is open_drawer"
+        UserError, match=r"demos\.tasks: nothing recorded of 'open_door'; there is open_drawer"
     ):
         open_folder(folder, ["open_door"])
     with pytest.raises(
-        UserError, match=r"rlbench\.cameras: nothing recorded of 'overhead'; there is front, left"
+        UserError, match=r"demos\.cameras: nothing recorded of 'overhead'; there is front, left"
     ):
         open_folder(folder, None, ["overhead"])
 

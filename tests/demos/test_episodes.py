@@ -166,8 +166,8 @@ def test_kept_failures_are_whole(monkeypatch: pytest.MonkeyPatch) -> None:
     [
         ({"tasks": ("reech",)}, "task = 'reech'.*reach"),
         ({"cameras": ("conrer",)}, "camera = 'conrer'.*corner"),
-        ({"tasks": ("reach", "reach-v3")}, r"rlbench.tasks = \['reach', 'reach'\]: name each one once"),
-        ({"cameras": ("corner", "corner")}, "rlbench.cameras"),
+        ({"tasks": ("reach", "reach-v3")}, r"demos.tasks = \['reach', 'reach'\]: name each one once"),
+        ({"cameras": ("corner", "corner")}, "demos.cameras"),
     ],
 )
 def test_mistyped_sources_are_refused(change: dict[str, tuple[str, ...]], words: str) -> None:
@@ -271,7 +271,7 @@ def failures(store: Store, tmp_path: Path, max_bad: float = 0.0, **changes: bool
     source = dataclasses.replace(SOURCE, **changes)
     try:
         validate(
-            "rlbench",
+            "demos",
             demonstration_suites(store, source, max_bad=max_bad),
             facts(store),
             tmp_path / "reports",
@@ -294,7 +294,7 @@ def test_sound_store_passes(tmp_path: Path) -> None:
     assert store.num_clips == 6 and store.index.num_rows == 8
     assert failures(store, tmp_path) == ""
     assert sorted(set(store.clip_index["split"].to_pylist())) == ["train", "validation"]
-    summary = (tmp_path / "reports" / "rlbench" / "summary.json").read_text()
+    summary = (tmp_path / "reports" / "demos" / "summary.json").read_text()
     assert "the expert did not solve the task" in summary
 
 

@@ -142,10 +142,10 @@ def test_given_tasks_and_cameras_are_kept(
     source = open_folder(tmp_path, "joint_velocity", ["lamp_on"], ["front", "wrist"])
     assert source.cameras == ("wrist", "front") and [job.task for job in source.jobs()] == ["lamp_on"]
     assert fault(source.collect(source.jobs()[0]), source.cameras, source.arrays) is None
-    with pytest.raises(UserError, match=r"rlbench\.tasks: nothing recorded of 'lamp_off'; there is lamp_on"):
+    with pytest.raises(UserError, match=r"demos\.tasks: nothing recorded of 'lamp_off'; there is lamp_on"):
         open_folder(tmp_path, "joint_velocity", ["lamp_off"])
     shutil.rmtree(tmp_path / "lamp_on/variation0/episodes/episode0/front_rgb")
-    with pytest.raises(UserError, match=r"rlbench\.cameras: nothing recorded of 'front'"):
+    with pytest.raises(UserError, match=r"demos\.cameras: nothing recorded of 'front'"):
         open_folder(tmp_path, "joint_velocity", ["lamp_on"], ["front"])
 
 

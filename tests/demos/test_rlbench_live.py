@@ -139,7 +139,7 @@ def test_pictures_of_any_size_are_brought_to_64(standin: Path, tmp_path: Path, s
 
 
 def test_pictures_are_drawn_large_unless_asked_otherwise() -> None:
-    assert SOURCE.size == load_config().rlbench.image_size == 128
+    assert SOURCE.size == load_config().demos.image_size == 128
 
 
 def test_action_mode_decides_what_is_written_down(standin: Path, tmp_path: Path) -> None:
@@ -469,9 +469,9 @@ def test_display_on_which_nothing_starts_is_left_for_an_xvfb(
 @pytest.mark.parametrize(
     ("change", "words"),
     [
-        ({"tasks": ("push_buton",)}, "rlbench.tasks: RLBench has no 'push_buton'; did you mean push_button"),
+        ({"tasks": ("push_buton",)}, "demos.tasks: RLBench has no 'push_buton'; did you mean push_button"),
         ({"tasks": ("push_button", "push_button")}, "name each one once"),
-        ({"cameras": ("corner",)}, "rlbench.cameras: RLBench has no 'corner'"),
+        ({"cameras": ("corner",)}, "demos.cameras: RLBench has no 'corner'"),
     ],
 )
 def test_mistyped_sources_are_refused(standin: Path, change: dict[str, tuple[str, ...]], words: str) -> None:

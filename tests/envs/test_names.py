@@ -16,9 +16,9 @@ ROOT = Path(__file__).parents[2]
 
 
 def changed(**values: object) -> Config:
-    """params.yaml with other values in group rlbench."""
+    """params.yaml with other values in group demos."""
     present = load_config(ROOT / "params.yaml")
-    return present.model_copy(update={"rlbench": present.rlbench.model_copy(update=values)})
+    return present.model_copy(update={"demos": present.demos.model_copy(update=values)})
 
 
 def test_names_belong_to_the_simulator_that_is_asked() -> None:
@@ -34,11 +34,11 @@ def test_names_belong_to_the_simulator_that_is_asked() -> None:
 
 def test_recorded_names_are_chosen_from() -> None:
     recorded = ("lamp_on", "lamp_off", "push_button")
-    assert among("rlbench.tasks", None, recorded) == recorded
-    assert among("rlbench.tasks", ["push_button", "lamp_on"], recorded) == ("lamp_on", "push_button")
-    told = r"rlbench\.tasks: nothing recorded of 'lamp_in'; there is lamp_on, lamp_off; or say \[all\]"
+    assert among("demos.tasks", None, recorded) == recorded
+    assert among("demos.tasks", ["push_button", "lamp_on"], recorded) == ("lamp_on", "push_button")
+    told = r"demos\.tasks: nothing recorded of 'lamp_in'; there is lamp_on, lamp_off; or say \[all\]"
     with pytest.raises(UserError, match=told):
-        among("rlbench.tasks", ["lamp_on", "lamp_in"], recorded)
+        among("demos.tasks", ["lamp_on", "lamp_in"], recorded)
 
 
 def test_checking_imports_no_simulator() -> None:

@@ -1,4 +1,4 @@
-"""The rlbench flow's work where it is asked for, without Prefect and worker processes."""
+"""The work of the flow `demos` where it is asked for, without Prefect and worker processes."""
 
 from __future__ import annotations
 

@@ -308,7 +308,7 @@ def test_every_page_of_the_ui_works_signed_in(api: str) -> None:
                 page.wait_for_load_state("networkidle")
                 assert "/login" not in page.url
             page.goto(f"{ui}{version}/deployments")
-            page.get_by_text("rlbench", exact=True).first.wait_for()
+            page.get_by_text("demos", exact=True).first.wait_for()
             picture(page, f"deployments{version.replace('/', '-')}")
         assert not refused
         run_from_form(page, ui, "pipeline", "from-a-form", {"seed": "3"})

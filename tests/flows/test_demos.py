@@ -1,4 +1,4 @@
-"""The rlbench flow: every source into one store, the same bytes however it ran or was interrupted."""
+"""The flow `demos`: every source into one store, the same bytes however it ran or was interrupted."""
 
 import dataclasses
 import functools
@@ -104,7 +104,7 @@ def test_store_is_the_source_in_order(tmp_path: Path, recorded: apv_npz.ApvNpz, 
 
     def validated(max_bad: float) -> dict[str, Any]:
         checks = functools.partial(demos.suites, source=recorded, max_bad=max_bad)
-        return staging.validate.fn("rlbench", tmp_path / "x.zarr", checks)
+        return staging.validate.fn("demos", tmp_path / "x.zarr", checks)
 
     assert (validated(0.1)["clips"], validated(0.1)["bad"]) == (26, 2)
     with pytest.raises(UserError, match=r"at most 1\.00% of the clips are bad"):
@@ -184,7 +184,7 @@ def test_work_that_other_code_drew_is_not_continued(tmp_path: Path, monkeypatch:
 
 
 def test_params_choose_the_source(recorded: apv_npz.ApvNpz) -> None:
-    settings = load_config().rlbench
+    settings = load_config().demos
     made = demos.find(settings)
     assert isinstance(made, Metaworld)
     assert (made.tasks, made.cameras) == (("drawer-open", "reach", "dial-turn"), ("corner",))
@@ -219,14 +219,14 @@ def test_flow_runs_as_a_user_runs_it(
     tmp_path: Path, make_project: Callable[[Path], Project], recorded: apv_npz.ApvNpz
 ) -> None:
     project = make_project(tmp_path / "project")
-    project.edit(rlbench={"cameras": ["corner", "topview"], "noise": 0.05})
+    project.edit(demos={"cameras": ["corner", "topview"], "noise": 0.05})
     told = project.run("python", "-m", "flows.demos")
-    assert "data/rlbench.zarr: 4 clips of 2 cameras, " in told.stdout
-    store = Store.open(project.root / "data/rlbench.zarr")
+    assert "data/demos.zarr: 4 clips of 2 cameras, " in told.stdout
+    store = Store.open(project.root / "data/demos.zarr")
     assert store.has("actions") and store.has("gripper")
     assert store.clip_index["split"].to_pylist() == ["validation"] * 2 + ["train"] * 2
     assert store.clip_index["success"].to_pylist() == [True] * 4
-    assert (project.root / "reports/validation/rlbench/index.html").is_file()
+    assert (project.root / "reports/validation/demos/index.html").is_file()
     assert not list((project.root / "data/.staging").iterdir())
 
 
@@ -234,11 +234,11 @@ def test_recorded_source_without_folder_is_refused(
     tmp_path: Path, make_project: Callable[[Path], Project]
 ) -> None:
     project = make_project(tmp_path / "project")
-    project.edit(rlbench={"source": "apv_npz"})
+    project.edit(demos={"source": "apv_npz"})
     refused = project.run("python", "-m", "flows.demos", check=False)
     assert refused.returncode == 2
     assert refused.stderr.splitlines()[-1].startswith(
-        "error: params.yaml: rlbench: path is null; name the folder"
+        "error: params.yaml: demos: path is null; name the folder"
     )
 
 
@@ -247,31 +247,31 @@ def test_recorded_source_runs_as_a_user_runs_it(
     tmp_path: Path, make_project: Callable[[Path], Project], recorded: apv_npz.ApvNpz
 ) -> None:
     project = make_project(tmp_path / "project")
-    project.edit(rlbench={"source": "apv_npz", "path": str(recorded.folder), "tasks": None, "max_bad": 0.1})
+    project.edit(demos={"source": "apv_npz", "path": str(recorded.folder), "tasks": None, "max_bad": 0.1})
     told = project.run("python", "-m", "flows.demos")
     assert "26 clips of 2 cameras" in told.stdout and "2 clips left out" in told.stdout
-    assert Store.open(project.root / "data/rlbench.zarr").attrs["source"] == {"name": "apv_npz"}
+    assert Store.open(project.root / "data/demos.zarr").attrs["source"] == {"name": "apv_npz"}
 
 
 def work_once(source: Source) -> None:
     """What the flow does, but for Prefect, worker processes and validation."""
-    staging.clear_leftovers("rlbench")
-    folder = files.STAGING / "rlbench-key"
+    staging.clear_leftovers("demos")
+    folder = files.STAGING / "demos-key"
     if not (folder / "built").is_file():
-        fill(folder / "rlbench.zarr", source, 1)
+        fill(folder / "demos.zarr", source, 1)
         files.write_text(folder / "built", "")
-    files.write_text(checks_path(folder / "rlbench.zarr"), "{}")
-    staging.publish("rlbench", folder)
+    files.write_text(checks_path(folder / "demos.zarr"), "{}")
+    staging.publish("demos", folder)
 
 
 def stormed(source: Source, folder: Path, seed: int, monkeypatch: pytest.MonkeyPatch) -> int:
     """How often the work was killed until it had the same bytes as without."""
     work_inline(monkeypatch)
-    fill(folder / "wanted/rlbench.zarr", source, 1)
+    fill(folder / "wanted/demos.zarr", source, 1)
     (folder / "work").mkdir()
     monkeypatch.chdir(folder / "work")
-    wanted = tree(folder / "wanted", "rlbench")
-    return storm("rlbench", functools.partial(work_once, source), wanted, seed, monkeypatch)
+    wanted = tree(folder / "wanted", "demos")
+    return storm("demos", functools.partial(work_once, source), wanted, seed, monkeypatch)
 
 
 def test_killed_at_many_operations_and_still_the_same_bytes(
@@ -296,7 +296,7 @@ def test_processes_killed_at_random_moments_and_still_the_same_bytes(
     """A worker or the flow itself, twenty times; what runs out of work is started anew."""
     wanted, killed = (make_project(tmp_path / name) for name in ("wanted", "killed"))
     for project in (wanted, killed):
-        project.edit(rlbench={"tasks": ["reach", "drawer-close", "coffee-pull"], "episodes": 20})
+        project.edit(demos={"tasks": ["reach", "drawer-close", "coffee-pull"], "episodes": 20})
     wanted.run("python", "-m", "flows.demos")
     random_ = random.Random(0)
     kills = 0
@@ -310,8 +310,8 @@ def test_processes_killed_at_random_moments_and_still_the_same_bytes(
                 assert prey.end() == 2
                 kills += 1
         prey.kill()
-    assert not (killed.root / "data/rlbench.parquet").exists() or (killed.root / "data/rlbench.zarr").exists()
+    assert not (killed.root / "data/demos.parquet").exists() or (killed.root / "data/demos.zarr").exists()
     killed.run("python", "-m", "flows.demos")
-    first, second = (tree(project.root / "data", "rlbench") for project in (wanted, killed))
+    first, second = (tree(project.root / "data", "demos") for project in (wanted, killed))
     assert first == second
     assert not list((killed.root / "data/.staging").iterdir())

@@ -84,6 +84,6 @@ def test_a_bad_sweep_ends_before_anything_starts(tmp_path: Path) -> None:
     refused = toy.sweep("beta_a=-1", check=False)
     assert refused.returncode == 2
     assert refused.stderr.startswith("error: params.yaml: beta_a = -1")
-    listed = toy.sweep("--preset", "rlbench", "task=reach", "seed=0", "--dry-run").stdout.split()
+    listed = toy.sweep("--preset", "demos", "task=reach", "seed=0", "--dry-run").stdout.split()
     assert [name.split("-")[0] for name in listed] == ["dreamerv2", "apv", "contextwm", "prelar"]
     assert "192 experiments" in toy.sweep("--list").stdout

@@ -1,4 +1,4 @@
-"""The rlbench flow with live demos: through stand-ins while it is killed, and through the real simulator."""
+"""The flow `demos` with live demos: through stand-ins while it is killed, and through the real simulator."""
 
 from __future__ import annotations
 
@@ -40,19 +40,19 @@ def project(
     project = make_project(tmp_path / "project")
     tasks = ["push_button", "weighing_scales", "reach_target"]
     settings = {"source": "rlbench", "tasks": tasks, "cameras": list(CAMERAS), "episodes": 3, "variations": 2}
-    project.edit(rlbench={**settings, "timeout": 5.0})
+    project.edit(demos={**settings, "timeout": 5.0})
     return project
 
 
 def test_flow_survives_what_simulators_do_and_being_killed(project: Project, tmp_path: Path) -> None:
     standin, root = tmp_path / "standin", project.root
     orders(standin, push_button="work die work fail", reach_target="work hang hang")
-    finished = "data/.staging/rlbench-*/demos/*.npz"
+    finished = "data/.staging/demos-*/demos/*.npz"
     prey = Prey(root, "flows.demos")
     assert prey.wait_for(lambda: list(root.glob(finished))) and prey.kill()
-    assert not (root / "data/rlbench.zarr").exists()
+    assert not (root / "data/demos.zarr").exists()
     told = project.run("python", "-m", "flows.demos").stdout
-    store = Store.open(root / "data/rlbench.zarr")
+    store = Store.open(root / "data/demos.zarr")
     rows = store.index.to_pylist()
     stored = Counter((row["task"], row["variation"]) for row in rows if row["status"] == "ok")
     assert stored == dict.fromkeys([(t, v) for t in ("push_button", "reach_target") for v in (0, 1)], 15)
@@ -77,14 +77,14 @@ def test_flow_survives_what_simulators_do_and_being_killed(project: Project, tmp
         "action_mode": "joint_velocity",
         "seed": 0,
     }
-    assert not list((root / "data/.staging").glob("rlbench-*/demos"))
+    assert not list((root / "data/.staging").glob("demos-*/demos"))
 
 
 def test_simulators_begin_before_prefect_and_go_on(project: Project, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(project.root)
     monkeypatch.syspath_prepend(str(STANDINS))
-    project.edit(rlbench={"tasks": ["push_button"], "variations": 1})
-    settings = load_config().rlbench
+    project.edit(demos={"tasks": ["push_button"], "variations": 1})
+    settings = load_config().demos
     with demos.head_start(settings):
         errand = demos.planned(settings)
         end = time.monotonic() + WAIT
@@ -102,7 +102,7 @@ def test_storm_of_kills_costs_what_was_in_progress(
     """Simulators, displays and the flow itself are killed at random moments."""
     monkeypatch.setenv("RLBENCH_COSTS", json.dumps({"launch": 0.3, "plan": 0.2, "step": 0.04}))
     tasks = ["push_button", "reach_target", "open_drawer"]
-    project.edit(rlbench={"tasks": tasks, "episodes": 30, "cameras": ["front", "wrist"]})
+    project.edit(demos={"tasks": tasks, "episodes": 30, "cameras": ["front", "wrist"]})
     random_, kills = random.Random(0), Counter[str]()
     while kills.total() < 24:
         prey = Prey(project.root, "flows.demos")
@@ -111,21 +111,23 @@ def test_storm_of_kills_costs_what_was_in_progress(
             time.sleep(3 * random_.random())
             kills[word] += prey.kill_one(word, random_)
         kills["flow"] += prey.kill()
-    assert not (project.root / "data/rlbench.zarr").exists()
+    assert not (project.root / "data/demos.zarr").exists()
     assert "left out:" not in project.run("python", "-m", "flows.demos").stdout
-    rows = Store.open(project.root / "data/rlbench.zarr").index.to_pylist()
+    rows = Store.open(project.root / "data/demos.zarr").index.to_pylist()
     expected = 5 * 30
     assert Counter((row["status"], row["camera"]) for row in rows) == {
         ("ok", "front"): expected,
         ("ok", "wrist"): expected,
     }
     begun = (tmp_path / "standin/orders/asked").read_text().splitlines()
-    assert sum(name != "launch" for name in begun) <= expected + kills["rlbench_simulator"] + 2 * kills["flow"]
+    assert (
+        sum(name != "launch" for name in begun) <= expected + kills["rlbench_simulator"] + 2 * kills["flow"]
+    )
     assert not list((project.root / "data/.staging").iterdir())
 
 
 def test_flow_without_any_demo_says_why(project: Project) -> None:
-    project.edit(rlbench={"tasks": ["weighing_scales"], "variations": 1})
+    project.edit(demos={"tasks": ["weighing_scales"], "variations": 1})
     told = project.run("python", "-m", "flows.demos", check=False)
     assert told.returncode == 2
     assert told.stderr.strip().splitlines()[-1].startswith("error: ")
@@ -146,9 +148,9 @@ def test_three_tasks_live(tmp_path: Path, make_project: Callable[[Path], Project
     rlbench_live.check()
     project = make_project(tmp_path / "project")
     tasks = ["reach_target", "push_button", "open_drawer"]
-    project.edit(rlbench={"source": "rlbench", "tasks": tasks, "cameras": list(CAMERAS), "episodes": 2})
+    project.edit(demos={"source": "rlbench", "tasks": tasks, "cameras": list(CAMERAS), "episodes": 2})
     project.run("python", "-m", "flows.demos", timeout=1800)
-    store = Store.open(project.root / "data/rlbench.zarr")
+    store = Store.open(project.root / "data/demos.zarr")
     stored = Counter(row["task"] for row in store.clip_index.to_pylist())
     assert stored == dict.fromkeys(tasks, 10)
     assert all(abs(store.array("actions")).max(axis=0) > 0)

@@ -27,7 +27,7 @@ def pretrainings(plan: list[Experiment]) -> int:
 
 @pytest.mark.parametrize(
     ("preset", "count", "shared"),
-    [("rlbench", 192, 32), ("ssv2", 192, 32), ("action-representation", 144, 24), ("beta-a", 192, 32)],
+    [("demos", 192, 32), ("ssv2", 192, 32), ("action-representation", 144, 24), ("beta-a", 192, 32)],
 )
 def test_presets_share_pretraining_over_tasks(preset: str, count: int, shared: int) -> None:
     plan = experiments.plan(experiments.PRESETS[preset][1], "state")
@@ -55,7 +55,7 @@ def test_parts_follow_the_params_of_dvc_yaml() -> None:
 
 
 def test_names_are_those_of_git_and_differ_by_code() -> None:
-    grid = experiments.words_to_grid(["beta_a=0.1,1e-05", "rlbench.tasks=[reach,push],[push]"])
+    grid = experiments.words_to_grid(["beta_a=0.1,1e-05", "demos.tasks=[reach,push],[push]"])
     names = [one.name for one in experiments.plan([grid], "state")]
     assert len(set(names)) == 4
     assert all(".." not in name and name.replace(".", "").replace("-", "").isalnum() for name in names)
@@ -99,7 +99,7 @@ def test_nothing_is_made_twice_or_at_once(seed: int) -> None:
     """Workers that take whatever the gate admits, in any order, some failing, make each part once."""
     draw = random.Random(seed)
     tasks = ["reach", "dial-turn", "door-lock"]
-    grids = [{"beta_a": [0.1, 1.0], "task": tasks, "dataset": ["ssv2", "rlbench"]}]
+    grids = [{"beta_a": [0.1, 1.0], "task": tasks, "dataset": ["ssv2", "demos"]}]
     waiting, running, gate = experiments.plan(grids, "state"), list[Experiment](), Gate()
     made: list[experiments.Part] = []
     while waiting or running:
@@ -112,7 +112,7 @@ def test_nothing_is_made_twice_or_at_once(seed: int) -> None:
             running.append(one)
             continue
         one = draw.choice(running)
-        succeeded, early = draw.random() < 0.8, {"sample", "ssv2", "rlbench", "pretrain"}
+        succeeded, early = draw.random() < 0.8, {"sample", "ssv2", "demos", "pretrain"}
         making = {part for part, name in gate.making.items() if name == one.name}
         if making and draw.random() < 0.5:
             made += [part for part in making if part[0] in early]

@@ -13,7 +13,7 @@ from prelar.report.published import TASKS
 from tests.report.run_files import make_run
 from tests.report.test_page import ADDRESSES, Page
 
-REAL = {"scale": "paper", "dataset": "rlbench"}
+REAL = {"scale": "paper", "dataset": "demos"}
 
 
 def real_runs(tasks: tuple[str, ...] = TASKS, seeds: int = 2, steps: int = 25) -> list[compare.Run]:

@@ -138,7 +138,7 @@ def test_what_stands_in_the_data_is_text_not_markup(text: str) -> None:
 def test_every_parameter_of_the_run_is_shown(text: str, config: Config) -> None:
     for key in ("beta_a", "action_window", "ssv2.min_frames", "cnn_depth", "observed"):
         assert re.search(rf'<td class="mono">{re.escape(key)}</td>', text), key
-    assert "rlbench.keep_failures" not in text
+    assert "demos.keep_failures" not in text
     shown = {k for values in params_groups(config).values() for k in values}
     assert {k for k, v in config.model_dump().items() if not isinstance(v, dict)} <= shown
 
@@ -204,7 +204,7 @@ def test_the_learning_curves_are_those_that_finetuning_logs(
     ("changes", "told"),
     [
         ({"dataset": "ssv2"}, "not clips of Something-Something V2"),
-        ({"dataset": "rlbench"}, "not of RLBench"),
+        ({"dataset": "demos"}, "not of RLBench"),
     ],
 )
 def test_data_that_stand_in_for_others_are_called_so(

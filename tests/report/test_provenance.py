@@ -19,8 +19,8 @@ stages:
   ssv2:
     params: {{params.yaml: {{ssv2: {{min_frames: 8}}}}}}
     outs: [{{path: data/ssv2.zarr, hash: md5, md5: aa.dir}}]
-  rlbench:
-    outs: [{{path: data/rlbench.zarr, hash: md5, md5: bb.dir}}]
+  demos:
+    outs: [{{path: data/demos.zarr, hash: md5, md5: bb.dir}}]
   pretrain:
     params: {{params.yaml: {{beta_a: 1.0, scales.smoke.pretrain: {{steps: {STEPS}}}}}}}
     outs: [{{path: data/pretrain, hash: md5, md5: cc.dir}}]
@@ -67,9 +67,9 @@ def test_changed_params_become_settings_and_stale_stages_are_named(project: Path
     (project / "dvc.lock").write_text(LOCK + "# a run writes this\n")
     found = find_provenance(load_config(project / "params.yaml"), project)
     assert found.modified == ("params.yaml",) and not found.needs_more
-    assert found.changed == {"beta_a": 0.1, "rlbench.tasks": ["reach"]}
+    assert found.changed == {"beta_a": 0.1, "demos.tasks": ["reach"]}
     assert found.stale == ("pretrain",)
-    assert found.commands[-1] == ".venv/bin/dvc exp run -S beta_a=0.1 -S 'rlbench.tasks=[reach]'"
+    assert found.commands[-1] == ".venv/bin/dvc exp run -S beta_a=0.1 -S 'demos.tasks=[reach]'"
 
 
 def test_commands_hold_nothing_private_and_say_so(project: Path) -> None:

@@ -61,7 +61,7 @@ def test_a_repeated_run_is_no_further_seed() -> None:
 def test_presets_of_the_chosen_scale_are_compared_by_their_own_name() -> None:
     found = essential(PARAMS)
     assert found["pretrain.steps"] == PARAMS["scales.smoke.pretrain.steps"]
-    assert not any(key.startswith(("scales.", "rlbench.")) for key in found) and "ssv2.source" in found
+    assert not any(key.startswith(("scales.", "demos.")) for key in found) and "ssv2.source" in found
     assert "sample.clips" in found and "sample.clips" not in essential(PARAMS | {"ssv2.source": "elsewhere"})
 
 
