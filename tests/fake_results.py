@@ -37,8 +37,8 @@ def moving(length: int = 12, height: int = 64, width: int = 64) -> np.ndarray:
 def make_results(root: Path, *, pretrained: bool = True) -> None:
     """Write metrics.json and the folders under reports/ that the page is made from."""
     metrics = {k: v for k, v in METRICS.items() if pretrained or "policy" in k or "prediction" not in k}
-    chief = {name: value for name, value in metrics.items() if not name.endswith("_copy")}
-    (root / "metrics.json").write_text(json.dumps(chief), encoding="utf-8")
+    headline = {name: value for name, value in metrics.items() if not name.endswith("_copy")}
+    (root / "metrics.json").write_text(json.dumps(headline), encoding="utf-8")
     write_text(root / "reports/evaluate/metrics.json", json.dumps(metrics))
     curves = root / "reports/finetune/plots/metrics"
     steps = list(range(0, 1501, 250))

@@ -11,6 +11,7 @@ import pytest
 from prelar.config import load_config
 from prelar.report import compare as comparison
 from prelar.report import page as report
+from prelar.report.runs import workspace_files
 from prelar.utils.files import write_text
 from tests.browser import browser_page, obstacles, picture
 from tests.conftest import ROOT
@@ -25,7 +26,6 @@ def write_pages(folder: Path) -> list[Path]:
     """The page of one run, and one that compares settings, of one seed and of two."""
     make_results(folder)
     report.run(load_config(ROOT / "params.yaml"), folder)
-    media = {path.name: path.read_bytes() for path in (folder / "reports/evaluate").glob("open_loop*")}
     runs = []
     for number, (beta_a, seed) in enumerate(((1.0, 0), (0.1, 0), (0.1, 1))):
         run = make_run(f"run-{number}", [0.1, 0.2 * beta_a, 0.3 + 0.1 * seed], beta_a=beta_a, seed=seed)
@@ -34,7 +34,7 @@ def write_pages(folder: Path) -> list[Path]:
             "offline_pretrained_error": (UPDATES, (0.5, 0.1 + 0.01 * seed, 0.05)),
             "offline_scratch_error": (UPDATES, (0.6, 0.3, 0.1 * beta_a)),
         }
-        runs.append(replace(run, curves={**run.curves, **curves}, media=media))
+        runs.append(replace(run, curves={**run.curves, **curves}, files=workspace_files(folder)))
     compared = folder / "reports/compare.html"
     write_text(compared, comparison.render(runs))
     return [folder / report.PAGE, compared]

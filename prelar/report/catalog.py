@@ -1,12 +1,24 @@
-"""What a page can show of a run: the curves that stages log, how each is drawn, and what methods are."""
+"""What the pages show of a run: the methods, and every metric and curve with its file and its texts."""
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
-METHODS = {
+METRICS = Path("metrics.json")
+EVALUATE = Path("reports/evaluate")
+LEARNING = Path("reports/learning")
+VALIDATION = Path("reports/validation")
+EVALUATION_CURVES = Path("reports/finetune/plots/metrics/eval")
+PRETRAINING_CURVES = Path("reports/pretrain/plots/metrics")
+COMPARED_MEDIA = ("open_loop.mp4", "open_loop_poster.png", "action_swap.png")
+
+ENVIRONMENT_STEPS = "environment steps"
+UPDATES = "updates"
+
+METHODS = {  # name as its authors write it, and what it does
     "dreamerv2": (
         "DreamerV2",
         "DreamerV2 learns its world model from the task alone, without any pre-training: it is the baseline.",
@@ -28,146 +40,146 @@ METHODS = {
         "same space.",
     ),
 }
-METRICS = Path("metrics.json")
-EVALUATE = Path("reports/evaluate")
-
-EVALUATION_CURVES = Path("reports/finetune/plots/metrics/eval")
-
-PRETRAINING_CURVES = Path("reports/pretrain/plots/metrics")
-
-
-@dataclass(frozen=True)
-class Loss:
-    """What pre-training logs: how it is called, its axis, what it is, and the folder that it is logged to."""
-
-    title: str
-    axis: str
-    caption: str
-    place: str = "loss"
-
-
-LOSSES = {
-    "image": Loss(
-        "Reconstruction",
-        "reconstruction, squared error / 2 of an image",
-        "Squared error of the decoded frame, halved and summed over pixels and channels.",
-    ),
-    "kl": Loss(
-        "Dynamics KL",
-        "dynamics KL, nats",
-        "Posterior against prior of the state: what the dynamics failed to foresee.",
-    ),
-    "action_kl": Loss(
-        "Action KL", "action KL, nats", "Latent action against N(0, I): what the action carries."
-    ),
-    "consistency": Loss(
-        "Consistency",
-        "consistency loss",
-        "Disagreement between the orders of action distances and state distances.",
-    ),
-    "total": Loss("Total", "total, weighted sum of the losses", "The weighted sum that is minimised."),
-    "prediction_error": Loss(
-        "Prediction error",
-        "prediction error, mean squared",
-        "Of the frames of held-out clips that the model does not see, while it learns; pixels in [0, 1].",
-        place="validation",
-    ),
+METRIC_NAMES = {
+    "success_rate": "Success",
+    "return": "Return",
+    "prediction_error": "Prediction error",
+    "prediction_error_policy": "Prediction error, own episodes",
+    "probe_r2": "Probe R²",
 }
-CURVES: Mapping[str, tuple[str, str]] = {
-    **{name: (f"{EVALUATION_CURVES}/{name}.tsv", name) for name in ("success", "return")},
-    **{
-        f"pretrain_{name}": (f"{PRETRAINING_CURVES}/{loss.place}/{name}.tsv", name)
-        for name, loss in LOSSES.items()
-    },
-    **{
-        f"offline_{start}_{error}": (f"{EVALUATE}/offline_{start}.tsv", error)
-        for start in ("pretrained", "scratch")
-        for error in ("error", "reward_error")
-    },
-    "prediction": (f"{EVALUATE}/prediction.tsv", "model"),
-    "prediction_copy": (f"{EVALUATE}/prediction.tsv", "copy"),
-}  # each curve's file, and the column that is drawn against its steps
 
-Curve = tuple[Sequence[float], Sequence[float]]
-
-ENVIRONMENT_STEPS = "environment steps"
+Curve = tuple[Sequence[float], Sequence[float]]  # steps and values
 
 
 @dataclass(frozen=True)
-class Kind:
-    """A curve of `Run.curves` as it is drawn.
+class CurveSpec:
+    """Where a curve is found and how it is drawn.
 
     Attributes:
-        name: of the curve.
+        file: table that holds it, by path from the top of the project.
+        column: of the table, drawn against its column `step`.
         title: of the chart.
         x, y: names of the axes with their units.
         caption: what stands below the chart.
         limits: of y, where they are fixed.
-        log: whether y may be logarithmic, as it is where the curves spread far.
-        behind: another curve of the same runs, drawn behind in grey, and what it is called.
+        log_from: y is logarithmic where the highest value is more than so many times the lowest.
+        reference: name and label of another curve of the same run, drawn behind in grey in comparisons.
     """
 
-    name: str
+    file: str
+    column: str
     title: str
     x: str
     y: str
     caption: str
     limits: tuple[float, float] | None = None
-    log: bool = False
-    behind: tuple[str, str] | None = None
+    log_from: float | None = None
+    reference: tuple[str, str] | None = None
+
+    @property
+    def label(self) -> str:
+        """How a lone line is called: the caption's first words."""
+        return re.split("[,.]", self.caption)[0]
 
 
-SUCCESS = Kind(
-    "success",
-    "Success rate while fine-tuning",
-    ENVIRONMENT_STEPS,
-    "success rate, interquartile mean",
-    "Success rate of the evaluations during fine-tuning, at the steps that all runs of a setting have.",
-    limits=(0.0, 1.0),
+def loss_curve(name: str, caption: str = "", y: str | None = None, folder: str = "loss") -> CurveSpec:
+    """A metric that pre-training logs; the caption begins with what it is called, else its name does."""
+    caption = caption or f"{name.replace('_', ' ').capitalize()}."
+    label = caption.split(".")[0]
+    file, title = f"{PRETRAINING_CURVES}/{folder}/{name}.tsv", f"{label} during pre-training"
+    return CurveSpec(file, name, title, UPDATES, y or label.lower(), caption, log_from=30)
+
+
+_LOSSES = (
+    loss_curve(
+        "image",
+        "Reconstruction. Squared error of the decoded frame, halved and summed over pixels and channels.",
+        "reconstruction, squared error / 2 of an image",
+    ),
+    loss_curve(
+        "kl",
+        "Dynamics KL. Posterior against prior of the state: what the dynamics failed to predict.",
+        "dynamics KL, nats",
+    ),
+    loss_curve(
+        "action_kl", "Action KL. Latent action against N(0, I): what the action carries.", "action KL, nats"
+    ),
+    loss_curve(
+        "consistency",
+        "Consistency. Disagreement between the orders of action distances and state distances.",
+        "consistency loss",
+    ),
+    loss_curve("total", "Total. The weighted sum that is minimised.", "total, weighted sum of the losses"),
+    loss_curve(
+        "prediction_error",
+        "Prediction error. Of the frames of held-out clips that the model does not see, while it learns; "
+        "pixels in [0, 1].",
+        "prediction error, mean squared",
+        folder="validation",
+    ),
 )
-RETURN = Kind(
-    "return",
-    "Return while fine-tuning",
-    ENVIRONMENT_STEPS,
-    "return, interquartile mean",
-    "Return of the evaluations during fine-tuning, at the steps that all runs of a setting have.",
-)
-PREDICTION = Kind(
-    "prediction",
+_PREDICTION = CurveSpec(
+    f"{EVALUATE}/prediction.tsv",
+    "model",
     "Open-loop prediction error on held-out clips",
     "frames ahead",
     "prediction error, mean squared",
     "Mean squared error on held-out clips, pixels in [0, 1].",
-    behind=("prediction_copy", "copying the last frame seen"),
+    reference=("prediction_copy", "copying the last frame seen"),
 )
-OFFLINE = (
-    Kind(
-        "offline_pretrained_error",
-        "Prediction error of the fitted world model",
-        "updates",
-        "prediction error, mean squared",
-        "Mean squared error of the images of held-out episodes, pixels in [0, 1].",
-        log=True,
-        behind=("offline_scratch_error", "from scratch"),
+_ERROR = CurveSpec(
+    f"{EVALUATE}/offline_pretrained.tsv",
+    "error",
+    "Prediction error of the fitted world model on held-out episodes",
+    UPDATES,
+    "prediction error, mean squared",
+    "Mean squared error of the images of held-out episodes, pixels in [0, 1].",
+    log_from=1,
+    reference=("offline_scratch_error", "from scratch"),
+)
+_REWARD_ERROR = CurveSpec(
+    f"{EVALUATE}/offline_pretrained.tsv",
+    "reward_error",
+    "Reward error of the fitted world model on held-out episodes",
+    UPDATES,
+    "reward error, mean squared",
+    "Mean squared error of the rewards of held-out episodes, which lie between 0 and 10.",
+    log_from=1,
+    reference=("offline_scratch_reward_error", "from scratch"),
+)
+_SCRATCH = f"{EVALUATE}/offline_scratch.tsv"
+CURVES: Mapping[str, CurveSpec] = {
+    "success": CurveSpec(
+        f"{EVALUATION_CURVES}/success.tsv",
+        "success",
+        "Success rate during fine-tuning",
+        ENVIRONMENT_STEPS,
+        "success rate, share of the evaluation episodes",
+        "Success rate, share of the evaluation episodes.",
+        limits=(0.0, 1.0),
     ),
-    Kind(
-        "offline_pretrained_reward_error",
-        "Reward error of the fitted world model",
-        "updates",
-        "reward error, mean squared",
-        "Mean squared error of the rewards of held-out episodes, which lie between 0 and 10.",
-        log=True,
-        behind=("offline_scratch_reward_error", "from scratch"),
+    "return": CurveSpec(
+        f"{EVALUATION_CURVES}/return.tsv",
+        "return",
+        "Return during fine-tuning",
+        ENVIRONMENT_STEPS,
+        "return, mean of the evaluation episodes",
+        "Return, mean of the evaluation episodes.",
     ),
-)
-PRETRAINING = tuple(
-    Kind(
-        f"pretrain_{name}",
-        f"{loss.title} during pre-training",
-        "updates",
-        loss.axis,
-        f"{loss.title}. {loss.caption}",
-        log=True,
-    )
-    for name, loss in LOSSES.items()
-)
+    **{f"pretrain_{spec.column}": spec for spec in _LOSSES},
+    "offline_pretrained_error": _ERROR,
+    "offline_pretrained_reward_error": _REWARD_ERROR,
+    "offline_scratch_error": replace(_ERROR, file=_SCRATCH, reference=None),
+    "offline_scratch_reward_error": replace(_REWARD_ERROR, file=_SCRATCH, reference=None),
+    "prediction": _PREDICTION,
+    "prediction_copy": replace(_PREDICTION, column="copy", reference=None),
+    "prediction_policy": replace(
+        _PREDICTION,
+        file=f"{EVALUATE}/prediction_policy.tsv",
+        title="Open-loop prediction error on the agent’s own episodes",
+        caption="Mean squared error on the agent’s own episodes, pixels in [0, 1].",
+        reference=None,
+    ),
+}
+PRETRAINING = tuple(f"pretrain_{spec.column}" for spec in _LOSSES)
+OFFLINE = ("offline_pretrained_error", "offline_pretrained_reward_error")

@@ -2,35 +2,31 @@
 
 from __future__ import annotations
 
-import base64
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from jinja2 import FileSystemLoader
-
-from prelar.report.catalog import OFFLINE, PREDICTION, PRETRAINING, RETURN, SUCCESS
-from prelar.report.charts import charts, interval
-from prelar.report.figures import Series, number
-from prelar.report.page import TEMPLATES as SHARED
-from prelar.report.page import environment
-from prelar.report.provenance import commands, redact
-from prelar.report.published import STEPS, Published, comparable, published
+from prelar.report.catalog import (
+    COMPARED_MEDIA,
+    CURVES,
+    EVALUATE,
+    METRIC_NAMES,
+    OFFLINE,
+    PRETRAINING,
+    Curve,
+)
+from prelar.report.charts import DASHES, TABLE_ROWS, Figure, Series, figure, number
+from prelar.report.page import embed_media, environment
+from prelar.report.provenance import redact
+from prelar.report.published import STEPS, Published, comparable, published_results
 from prelar.report.runs import Run, find_runs
 from prelar.report.statistics import Estimate
 from prelar.report.variants import Variant, aggregate, at_step, differences, essential, group
 from prelar.utils.files import write_text
+from prelar.utils.tables import evenly_spaced_indices
 
 PAGE = Path("reports/compare.html")
-TEMPLATES = Path(__file__).parent / "templates"
-METRICS = {
-    "success_rate": "Success",
-    "return": "Return",
-    "prediction_error": "Prediction error",
-    "prediction_error_policy": "Prediction error, own episodes",
-    "probe_r2": "Probe R²",
-}
 
 
 @dataclass(frozen=True)
@@ -43,7 +39,7 @@ class Row:
     label: str
     size: str
     cells: tuple[str, ...]
-    theirs: bool = False
+    published: bool = False
     last: Estimate | None = None
     step: float = 0
 
@@ -58,36 +54,110 @@ def run(names: Sequence[str], output: Path = PAGE, root: Path = Path()) -> None:
 def render(runs: Sequence[Run]) -> str:
     """The page's text."""
     variants, repeats = group(runs)
-    templates = environment()
-    templates.loader = FileSystemLoader([TEMPLATES, SHARED])
-    refusal, theirs = held_against(variants)
-    text: str = templates.get_template("compare.html.jinja").render(
-        {
-            "runs": runs,
-            "variants": variants,
-            "repeats": repeats,
-            "tasks": sorted({task for variant in variants for task in variant.tasks}),
-            "smoke": any(run.params.get("scale") == "smoke" for run in runs),
-            "learning": charts(variants, SUCCESS, as_series(theirs)) + charts(variants, RETURN),
-            "pretraining": [chart for kind in PRETRAINING for chart in charts(variants, kind)],
-            "offline": [chart for kind in OFFLINE for chart in charts(variants, kind)],
-            "prediction": charts(variants, PREDICTION),
-            "efficiency": efficiency(variants, theirs),
-            "refusal": refusal,
-            "theirs": theirs,
-            "differing": differences_table(variants),
-            "metrics": {key: name for key, name in METRICS.items() if any(key in r.metrics for r in runs)},
-            "origins": [origin(run) for run in runs],
-            "shown": [(variant, media(variant)) for variant in variants],
-        }
+    refusal, published = select_published(variants)
+    lines = [Series(f"{found.label} (published)", STEPS, found.success) for found in published]
+    text: str = (
+        environment()
+        .get_template("compare.html.jinja")
+        .render(
+            {
+                "runs": runs,
+                "variants": variants,
+                "repeats": repeats,
+                "tasks": sorted({task for variant in variants for task in variant.tasks}),
+                "smoke": any(run.params.get("scale") == "smoke" for run in runs),
+                "learning": compare_curves(variants, "success", lines) + compare_curves(variants, "return"),
+                "pretraining": [chart for name in PRETRAINING for chart in compare_curves(variants, name)],
+                "offline": [chart for name in OFFLINE for chart in compare_curves(variants, name)],
+                "prediction": compare_curves(variants, "prediction"),
+                "efficiency": efficiency(variants, published),
+                "refusal": refusal,
+                "published": published,
+                "differing": differences_table(variants),
+                "metrics": {
+                    key: name for key, name in METRIC_NAMES.items() if any(key in r.metrics for r in runs)
+                },
+                "shown": [
+                    (
+                        variant,
+                        embed_media(variant.runs[0].files, [EVALUATE / name for name in COMPARED_MEDIA]),
+                    )
+                    for variant in variants
+                ],
+            }
+        )
     )
     return text
+
+
+# --- Charts -------------------------------------------------------------------------------------------------
+
+
+def compare_curves(variants: Sequence[Variant], name: str, behind: Sequence[Series] = ()) -> list[Figure]:
+    """Charts of a curve, so many that each has lines that can be told apart; none where no run has it.
+
+    A setting has the same line in the charts of every curve. `behind` is drawn behind in grey.
+    """
+    spec = CURVES[name]
+    figures = []
+    for part, begin in enumerate(range(0, len(variants), len(DASHES))):
+        chosen = variants[begin : begin + len(DASHES)]
+        lines, rows = [], []
+        for style, variant in enumerate(chosen):
+            steps, estimates = aggregate(variant, name)
+            if steps:
+                lines.append(_series(style, variant, steps, estimates))
+                rows += [
+                    _row(variant, steps[i], estimates[i])
+                    for i in evenly_spaced_indices(len(steps), TABLE_ROWS)
+                ]
+        if lines:
+            identifier = f"{name.replace('_', '-')}-{part}"
+            chart = figure(spec, lines, identifier=identifier, behind=[*behind, *_references(chosen, name)])
+            headings = ("Setting", spec.x.capitalize(), "IQM", "95%", "Mean")
+            figures.append(replace(chart, headings=headings, rows=tuple(rows)))
+    return figures
+
+
+def interval(estimate: Estimate, scale: float = 1) -> str:
+    """The interval's ends, an en dash between them; a dash where there is none."""
+    if estimate.low is None or estimate.high is None:
+        return "–"
+    return f"{number(scale * estimate.low)} – {number(scale * estimate.high)}"
+
+
+def _series(style: int, variant: Variant, steps: list[float], estimates: list[Estimate]) -> Series:
+    low = [e.low for e in estimates if e.low is not None]
+    high = [e.high for e in estimates if e.high is not None]
+    middle = [e.iqm for e in estimates]
+    if len(low) < len(steps):
+        return Series(variant.label, steps, middle, style=style)
+    return Series(variant.label, steps, middle, low, high, style)
+
+
+def _references(variants: Sequence[Variant], name: str) -> list[Series]:
+    """The reference curves of some settings; settings that share one have it once."""
+    reference = CURVES[name].reference
+    if reference is None:
+        return []
+    shared: dict[Curve, list[str]] = {}
+    for variant in variants:
+        steps, estimates = aggregate(variant, reference[0])
+        if steps:
+            shared.setdefault((tuple(steps), tuple(e.iqm for e in estimates)), []).append(variant.label)
+    if len(shared) == 1:
+        return [Series(reference[1], steps, values) for steps, values in shared]
+    return [Series(f"{'; '.join(who)}, {reference[1]}", *curve) for curve, who in shared.items()]
+
+
+def _row(variant: Variant, step: float, estimate: Estimate) -> tuple[str, ...]:
+    return variant.label, number(step), number(estimate.iqm), interval(estimate), number(estimate.mean)
 
 
 # --- Published results --------------------------------------------------------------------------------------
 
 
-def held_against(variants: Sequence[Variant]) -> tuple[str | None, list[Published]]:
+def select_published(variants: Sequence[Variant]) -> tuple[str | None, list[Published]]:
     """Why the published results are not shown, and else those that are."""
     tasks = {task for variant in variants for task in variant.tasks}
     ends = [steps[-1] for variant in variants if (steps := aggregate(variant, "success")[0])]
@@ -95,19 +165,14 @@ def held_against(variants: Sequence[Variant]) -> tuple[str | None, list[Publishe
     refusal = comparable(params, tasks, max(ends, default=0))
     if refusal is None and any(set(variant.tasks) != tasks for variant in variants):
         refusal = "the settings were not run on the same tasks"
-    return refusal, [] if refusal else published(tasks)
-
-
-def as_series(theirs: Sequence[Published]) -> list[Series]:
-    """Published success rates as lines of a chart."""
-    return [Series(f"{found.label} (published)", STEPS, found.success) for found in theirs]
+    return refusal, [] if refusal else published_results(tasks)
 
 
 # --- Tables -------------------------------------------------------------------------------------------------
 
 
-def efficiency(variants: Sequence[Variant], theirs: Sequence[Published]) -> tuple[tuple[str, ...], list[Row]]:
-    """Headings and rows of the table of sample efficiency: success at 1e5, at 2e5 and at the last step."""
+def efficiency(variants: Sequence[Variant], published: Sequence[Published]) -> list[Row]:
+    """Rows of the table of sample efficiency: success at 1e5, at 2e5 and at the last common step."""
     rows = []
     for variant in variants:
         steps, estimates = aggregate(variant, "success")
@@ -115,10 +180,10 @@ def efficiency(variants: Sequence[Variant], theirs: Sequence[Published]) -> tupl
         last = f"{_efficiency_cell(estimates[-1])} at {number(steps[-1])}" if steps else "no common step"
         ends = (estimates[-1], steps[-1]) if steps else (None, 0.0)
         rows.append(Row(variant.label, variant.size, (*cells, last), False, *ends))
-    for p in theirs:
-        told = [f"mean {number(100 * value)}%" for value in p.success]
-        rows.append(Row(f"{p.label} (published)", p.source, (*told, ""), theirs=True))
-    return ("1e5 steps", "2e5 steps", "last common step"), rows
+    for result in published:
+        means = [f"mean {number(100 * value)}%" for value in result.success]
+        rows.append(Row(f"{result.label} (published)", result.source, (*means, ""), published=True))
+    return rows
 
 
 def _efficiency_cell(found: Estimate | None) -> str:
@@ -130,32 +195,10 @@ def _efficiency_cell(found: Estimate | None) -> str:
 
 def differences_table(variants: Sequence[Variant]) -> list[tuple[str, tuple[str, ...]]]:
     """Each key that differs among the variants, with its value in each."""
-    settings = [dict(variant.settings) for variant in variants]
-    return [(key, tuple(_text(setting.get(key)) for setting in settings)) for key in differences(settings)]
-
-
-def origin(run: Run) -> dict[str, Any]:
-    """Where a run comes from, as the page shows it."""
-    return {
-        "run": run,
-        "commands": commands(run.baseline, {key: redact(value) for key, value in run.changed.items()}),
-        "inputs": {
-            path: digest
-            for path, digest in run.inputs.items()
-            if path in (f"data/{run.params.get('dataset')}.zarr", "data/pretrain", "data/finetune")
-        },
-    }
+    settings = [{key: redact(value) for key, value in variant.settings.items()} for variant in variants]
+    keys = differences([variant.settings for variant in variants])
+    return [(key, tuple(_text(setting.get(key)) for setting in settings)) for key in keys]
 
 
 def _text(value: Any) -> str:
-    shown = redact(value)
-    return "–" if shown is None else str(shown)
-
-
-def media(variant: Variant) -> Mapping[str, str]:
-    """Pictures and videos of the variant's first run as `data:` addresses, by name without dots."""
-    kinds = {"png": "image/png", "mp4": "video/mp4"}
-    return {
-        name.replace(".", "_"): f"data:{kinds[name[-3:]]};base64,{base64.b64encode(content).decode('ascii')}"
-        for name, content in variant.runs[0].media.items()
-    }
+    return "–" if value is None else str(value)

@@ -8,30 +8,24 @@ validation split) is said in a sentence where it would stand.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import base64
+import re
+from collections.abc import Iterable
 from pathlib import Path
 
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
-from markupsafe import Markup
 
 from prelar.config import Config
-from prelar.report import sections
-from prelar.report.figures import number
-from prelar.report.runs import PAGE, Results
-from prelar.report.sections import Section
+from prelar.report.catalog import EVALUATE, METHODS
+from prelar.report.charts import number
+from prelar.report.provenance import flatten
+from prelar.report.runs import Files, read_workspace
+from prelar.report.sections import PAGE, SECTIONS
 from prelar.utils.files import write_text
 
 TEMPLATES = Path(__file__).parent / "templates"
-SECTIONS: tuple[Callable[[Results], Section | None], ...] = (
-    sections.task,
-    sections.learning,
-    sections.prediction,
-    sections.offline,
-    sections.action,
-    sections.pretraining,
-    sections.data,
-    sections.origin,
-)
+MEDIA_TYPES = {".png": "image/png", ".mp4": "video/mp4"}
+SAMPLE = Path("data/sample")
 
 
 def run(config: Config, root: Path = Path()) -> None:
@@ -46,21 +40,27 @@ def run(config: Config, root: Path = Path()) -> None:
 
 def render(config: Config, root: Path = Path()) -> str:
     """The page's text."""
-    results = Results(config, root)
-    common = results.values()
-    templates = environment()
-    shown = [section for make in SECTIONS if (section := make(results)) is not None]
-    bodies = [
-        Markup(
-            templates.get_template(f"sections/{section.name}.html.jinja").render(
-                {**common, **section.values, "section": section}
-            )
-        )
-        for section in shown
-    ]
-    page: str = templates.get_template("report.html.jinja").render(
-        {**common, "sections": shown, "bodies": bodies}
-    )
+    found = read_workspace(root, flatten(config.model_dump(mode="json")))
+    method, account = METHODS[config.method]
+    common = {
+        "config": config,
+        "method": method,
+        "account": account,
+        "pretrains": config.method != "dreamerv2" and config.pretrain.steps > 0,
+        "metrics": found.metrics,
+        "summary": found.files.load(EVALUATE / "summary.json") or {},
+        "media": embed_media(found.files, map(Path, found.files.find(EVALUATE))),
+        "stand_in": stand_in(config),
+    }
+    made = {
+        name: values
+        for name, (_, section) in SECTIONS.items()
+        if (values := section(config, found)) is not None
+    }
+    shown = {"sections": {name: SECTIONS[name][0] for name in made}}
+    for values in made.values():
+        shown |= values
+    page: str = environment().get_template("report.html.jinja").render({**common, **shown})
     return page
 
 
@@ -77,3 +77,30 @@ def environment() -> Environment:
     templates.filters["score"] = lambda value: f"{round(value, 2) + 0.0:.2f}".replace("-", "\u2212")
     templates.filters["grouped"] = lambda value: f"{value:,}"
     return templates
+
+
+def embed_media(files: Files, paths: Iterable[Path]) -> dict[str, str]:
+    """The pictures and videos of the evaluation among `paths` as `data:` addresses.
+
+    Their names are their paths below the evaluation's folder, `open_loop_mp4` for `open_loop.mp4`.
+    """
+    media = {}
+    for path in paths:
+        if path.suffix in MEDIA_TYPES and (content := files.read(path)):
+            name = re.sub("[./]", "_", path.relative_to(EVALUATE).as_posix())
+            media[name] = (
+                f"data:{MEDIA_TYPES[path.suffix]};base64,{base64.b64encode(content).decode('ascii')}"
+            )
+    return media
+
+
+def stand_in(config: Config) -> str | None:
+    """What the data are where they are not those that the data set's name promises."""
+    if config.dataset == "ssv2" and config.ssv2.source == str(SAMPLE):
+        return (
+            "These are not clips of Something-Something V2, but the project’s own sample in the same shape: "
+            "Meta-World’s scripted experts, rendered."
+        )
+    if config.dataset == "demos" and config.demos.source == "metaworld":
+        return "These are demonstrations of Meta-World’s scripted experts, not of RLBench."
+    return None

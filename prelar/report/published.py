@@ -70,7 +70,7 @@ def comparable(params: Iterable[Mapping[str, Any]], tasks: Iterable[str], last_s
     return None
 
 
-def published(tasks: Iterable[str]) -> list[Published]:
+def published_results(tasks: Iterable[str]) -> list[Published]:
     """The published results for a set of the six tasks; the headline of PreLAR for all six alone."""
     chosen = sorted(set(tasks))
     found = []

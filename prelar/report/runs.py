@@ -1,119 +1,100 @@
-"""What is known of a run of any revision, read from git and DVC's cache without checking anything out."""
+"""What is known of a run: of the workspace, or of any revision, read from git and DVC's cache in place."""
 
 from __future__ import annotations
 
-import base64
 import fnmatch
-import functools
 import math
 import re
-import subprocess
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from prelar.config import Config, parse_yaml
-from prelar.report.catalog import CURVES, EVALUATE, METHODS, METRICS, Curve
-from prelar.report.provenance import WRITTEN_BY_RUNS, flatten
+from fsspec import AbstractFileSystem
+from fsspec.implementations.dirfs import DirFileSystem
+from fsspec.implementations.local import LocalFileSystem
+
+from prelar.config import parse_yaml
+from prelar.report.catalog import CURVES, EVALUATE, METRICS, Curve
+from prelar.report.provenance import commands, flatten, git, modified_files, parse_lock, redact
 from prelar.utils.errors import UserError
 from prelar.utils.files import parse_json
 from prelar.utils.tables import parse_tsv
 
-PAGE = Path("reports/index.html")
-SAMPLE = Path("data/sample")
-
-
-@dataclass(frozen=True)
-class Results:
-    """The results at hand under `root`, of a run with the parameters `config`."""
-
-    config: Config
-    root: Path = Path()
-
-    @property
-    def folder(self) -> Path:
-        """What the evaluation left."""
-        return self.root / EVALUATE
-
-    @property
-    def pretrains(self) -> bool:
-        """Whether this run has a pre-training."""
-        return self.config.method != "dreamerv2" and self.config.pretrain.steps > 0
-
-    @property
-    def method(self) -> str:
-        """The method's name as its authors write it."""
-        return METHODS[self.config.method][0]
-
-    @functools.cached_property
-    def metrics(self) -> dict[str, Any]:
-        """All figures of the evaluation. Raises `UserError` where nothing was evaluated yet."""
-        chief = read_json(self.root / METRICS)
-        if chief is None:
-            raise UserError(f"{self.root / METRICS}: no such file; run `dvc repro evaluate` first")
-        return {**(read_json(self.folder / METRICS.name) or {}), **chief}
-
-    @functools.cached_property
-    def summary(self) -> dict[str, Any]:
-        """What the evaluation says beside its figures; empty where it said nothing."""
-        return dict(read_json(self.folder / "summary.json") or {})
-
-    @functools.cached_property
-    def media(self) -> dict[str, str]:
-        """Pictures and videos of the evaluation as `data:` addresses, `open_loop.mp4` by `open_loop_mp4`."""
-        paths = [path for path in sorted(self.folder.glob("*")) if path.suffix in (".png", ".mp4")]
-        return {path.name.replace(".", "_"): data_uri(path) for path in paths}
-
-    def values(self) -> dict[str, Any]:
-        """What every template sees."""
-        return {
-            "config": self.config,
-            "method": self.method,
-            "account": METHODS[self.config.method][1],
-            "pretrains": self.pretrains,
-            "metrics": self.metrics,
-            "summary": self.summary,
-            "media": self.media,
-            "stand_in": stand_in(self.config),
-        }
-
-
-def stand_in(config: Config) -> str | None:
-    """What the data are where they are not those that the data set's name promises."""
-    if config.dataset == "ssv2" and config.ssv2.source == str(SAMPLE):
-        return (
-            "These are not clips of Something-Something V2, but the project’s own sample in the same shape: "
-            "Meta-World’s scripted experts, rendered."
-        )
-    if config.dataset == "demos" and config.demos.source == "metaworld":
-        return "These are demonstrations of Meta-World’s scripted experts, not of RLBench."
-    return None
-
-
-def data_uri(path: Path) -> str:
-    """A PNG or MP4 file as a `data:` address."""
-    kind = {".png": "image/png", ".mp4": "video/mp4"}[path.suffix]
-    return f"data:{kind};base64,{base64.b64encode(path.read_bytes()).decode('ascii')}"
-
-
-def read_json(path: Path) -> Any:
-    """A JSON file's value, None where there is no file. Raises `UserError` where it is not JSON."""
-    if not path.exists():
-        return None
-    try:
-        return parse_json(path.read_bytes())
-    except ValueError as error:
-        raise UserError(f"{path}: not JSON ({error}); run `dvc repro evaluate` again") from None
-
-
 WORKSPACE = "workspace"
 PARAMS = "params.yaml"
 LOCK = "dvc.lock"
-PICTURES = ("open_loop.mp4", "open_loop_poster.png", "action_swap.png")
-_ABSENT = object()
 EXPERIMENT = re.compile(r"refs/exps/([0-9a-f]{2})/([0-9a-f]{38})/(.+)")
-Read = Callable[[str], bytes | None]
+_ABSENT = object()
+
+
+@dataclass(frozen=True)
+class Files:
+    """The files of one run, by path from the top of the project.
+
+    Attributes:
+        run: the run's name, for errors.
+        system: where they are read.
+        missing: the errors by which `system` says that a file is not there.
+    """
+
+    run: str
+    system: AbstractFileSystem
+    missing: tuple[type[Exception], ...] = (OSError,)
+
+    def read(self, path: str | Path) -> bytes | None:
+        """A file's content; None where it is not there."""
+        try:
+            content: bytes = self.system.cat_file(str(path))
+        except self.missing:
+            return None
+        return content
+
+    def find(self, folder: str | Path) -> list[str]:
+        """The paths of the files below a folder, sorted."""
+        return sorted(self.system.find(str(folder)))
+
+    def load(self, path: str | Path) -> dict[str, Any] | None:
+        """The mapping in a JSON or YAML file, None where there is no file; broken it raises `UserError`."""
+        content = self.read(path)
+        if content is None:
+            return None
+        try:
+            parse = parse_json if Path(path).suffix == ".json" else parse_yaml
+            found = parse(content) or {}
+        except ValueError:
+            found = None
+        if not isinstance(found, dict):
+            raise UserError(f"{self.run}: its {path} cannot be read; run it again")
+        return found
+
+    def table(self, path: str | Path) -> dict[str, list[float]]:
+        """The columns of a table of numbers, none where there is no file; broken it raises `UserError`."""
+        content = self.read(path)
+        return parse_tsv(content.decode("utf-8"), Path(path)) if content else {}
+
+    def curve(self, path: str | Path, column: str) -> Curve | None:
+        """A column against the column `step`, finite points only; None where there are none."""
+        table = self.table(path)
+        points = zip(table.get("step", ()), table.get(column, ()), strict=False)
+        finite = [point for point in points if all(map(math.isfinite, point))]
+        return (tuple(step for step, _ in finite), tuple(value for _, value in finite)) if finite else None
+
+
+def workspace_files(root: Path = Path()) -> Files:
+    """The files under the top of a project."""
+    return Files(WORKSPACE, DirFileSystem(path=str(root.absolute()), fs=LocalFileSystem()))
+
+
+def revision_files(name: str, root: Path, commit: str) -> Files:
+    """The files of a commit: those that git has, and those of which DVC's cache has the content."""
+    from dvc.api import DVCFileSystem
+    from dvc.exceptions import DvcException
+    from dvc_data.index import DataIndexError
+
+    return Files(
+        name, DVCFileSystem(str(root.absolute()), rev=commit), (OSError, DvcException, DataIndexError)
+    )
 
 
 @dataclass(frozen=True)
@@ -124,14 +105,15 @@ class Run:
         name: as the user named it.
         commit: full hash; None for the workspace.
         baseline: full hash of the commit that the run started from: an experiment's baseline, the commit
-            itself for other revisions; None outside of git.
+            itself for other revisions, the one checked out for the workspace; None outside of git.
         modified: files that differ from the baseline, without those that every run writes.
-        params: dotted key → value of params.yaml at that revision.
+        params: dotted key → value of the run's parameters.
         changed: those of `params` that are not so in the baseline's params.yaml.
-        inputs: path → hash of what the stages made, as dvc.lock has them.
+        outputs: stage → path → hash of what it made, as dvc.lock has them.
+        stale: stages whose entry in dvc.lock was made with other parameters than `params`.
         metrics: the figures of the evaluation.
         curves: name as in `CURVES` → steps and values, as far as they were measured.
-        media: pictures and videos of the evaluation by file name.
+        files: what else the run left.
     """
 
     name: str
@@ -140,10 +122,36 @@ class Run:
     modified: tuple[str, ...]
     params: Mapping[str, Any]
     changed: Mapping[str, Any]
-    inputs: Mapping[str, str]
+    outputs: Mapping[str, Mapping[str, str]]
+    stale: tuple[str, ...]
     metrics: Mapping[str, float]
     curves: Mapping[str, Curve]
-    media: Mapping[str, bytes]
+    files: Files
+
+    @property
+    def stages(self) -> tuple[str, ...]:
+        """The stages before the evaluation."""
+        return ("sample", str(self.params.get("dataset")), "pretrain", "finetune")
+
+    @property
+    def inputs(self) -> dict[str, str]:
+        """Path → hash of what the stages before the evaluation made."""
+        return {path: digest for name in self.stages for path, digest in self.outputs.get(name, {}).items()}
+
+    @property
+    def unrepeated(self) -> tuple[str, ...]:
+        """Files that differ from the baseline in what `commands` does not repeat."""
+        return tuple(path for path in self.modified if path != PARAMS)
+
+    @property
+    def commands(self) -> list[str]:
+        """Shell commands that make the run again from a clone of the repository, private values redacted."""
+        return commands(self.baseline, {key: redact(value) for key, value in self.changed.items()})
+
+    @property
+    def redacted(self) -> bool:
+        """Whether `commands` lacks something private."""
+        return any(redact(value) != value for value in self.changed.values())
 
 
 def find_runs(names: Sequence[str], root: Path = Path()) -> list[Run]:
@@ -155,12 +163,19 @@ def find_runs(names: Sequence[str], root: Path = Path()) -> list[Run]:
         UserError: a name is unknown or stands for nothing, or its results are not here.
     """
     experiments = list_experiments(root)
-    runs: dict[str, Run] = {}
+    expanded: dict[str, None] = {}
     for name in names:
-        for found in _expand(name, experiments):
-            if found not in runs:
-                runs[found] = _read_run(found, experiments, root)
-    return list(runs.values())
+        if not any(sign in name for sign in "*?["):
+            expanded[name] = None
+            continue
+        matches = fnmatch.filter(experiments, name)
+        if not matches:
+            raise UserError(f"{name}: no experiment matches; `dvc exp list --all-commits` names them")
+        expanded.update(dict.fromkeys(matches))
+    return [
+        read_workspace(root) if name == WORKSPACE else _read_revision(name, experiments, root)
+        for name in expanded
+    ]
 
 
 def list_experiments(root: Path = Path()) -> dict[str, tuple[str, str]]:
@@ -168,9 +183,7 @@ def list_experiments(root: Path = Path()) -> dict[str, tuple[str, str]]:
 
     Of experiments of one name, made from different baselines, the newest counts.
     """
-    listed = _git(
-        root, "for-each-ref", "--sort=creatordate", "--format=%(objectname) %(refname)", "refs/exps"
-    )
+    listed = git(root, "for-each-ref", "--sort=creatordate", "--format=%(objectname) %(refname)", "refs/exps")
     found = {}
     for line in (listed or "").splitlines():
         commit, _, ref = line.partition(" ")
@@ -179,125 +192,67 @@ def list_experiments(root: Path = Path()) -> dict[str, tuple[str, str]]:
     return found
 
 
-def _expand(name: str, experiments: Mapping[str, tuple[str, str]]) -> list[str]:
-    if not any(sign in name for sign in "*?["):
-        return [name]
-    found = [known for known in experiments if fnmatch.fnmatchcase(known, name)]
-    if not found:
-        raise UserError(f"{name}: no experiment matches; `dvc exp list --all-commits` names them")
-    return found
+def read_workspace(root: Path = Path(), params: Mapping[str, Any] | None = None) -> Run:
+    """The run whose results lie under `root`; `params` are its parameters, by default those of params.yaml.
+
+    Raises:
+        UserError: nothing was evaluated yet, or a result is broken.
+    """
+    head = (git(root, "rev-parse", "HEAD") or "").strip() or None
+    return _read_run(workspace_files(root), None, head, root, params)
 
 
-def _read_run(name: str, experiments: Mapping[str, tuple[str, str]], root: Path) -> Run:
-    if name == WORKSPACE:
-        head = (_git(root, "rev-parse", "HEAD") or "").strip() or None
-        return _parse(name, None, head, root, _workspace_reader(root))
+def _read_revision(name: str, experiments: Mapping[str, tuple[str, str]], root: Path) -> Run:
     commit, baseline = experiments.get(name, (None, None))
-    commit = commit or (_git(root, "rev-parse", "--verify", "--quiet", f"{name}^{{commit}}") or "").strip()
+    commit = commit or (git(root, "rev-parse", "--verify", "--quiet", f"{name}^{{commit}}") or "").strip()
     if not commit:
         raise UserError(
             f"{name}: neither an experiment nor a revision; `dvc exp list --all-commits` names experiments"
         )
-    return _parse(name, commit, baseline or commit, root, _revision_reader(root, commit))
+    return _read_run(revision_files(name, root, commit), commit, baseline or commit, root)
 
 
-def _parse(name: str, commit: str | None, baseline: str | None, root: Path, read: Read) -> Run:
-    """Make a run of what `read` gives, by path from the top of the project."""
-    metrics, params = read(str(METRICS)), read(PARAMS)
-    if metrics is None or params is None:
-        raise UserError(
-            f"{name}: has no {METRICS if params else PARAMS}; run it to its end (dvc exp run, or dvc repro)"
-        )
-    before = _git(root, "show", f"{baseline}:./{PARAMS}") if baseline else None
-    try:
-        figures = parse_json(read(f"{EVALUATE}/{METRICS}") or b"{}") | parse_json(metrics)
-        flat = _flat(params)
-        known = _flat((before or "").encode())
-        inputs = _inputs(read(LOCK) or b"")
-    except (ValueError, TypeError, AttributeError):
-        raise UserError(f"{name}: its {METRICS}, {PARAMS} or {LOCK} cannot be read; run it again") from None
-    curves = {name: _curve(read, *place) for name, place in CURVES.items()}
-    pictures = {file: read(f"{EVALUATE}/{file}") for file in PICTURES}
+def _read_run(
+    files: Files,
+    commit: str | None,
+    baseline: str | None,
+    root: Path,
+    params: Mapping[str, Any] | None = None,
+) -> Run:
+    headline, given = files.load(METRICS), params if params is not None else files.load(PARAMS)
+    if headline is None or given is None:
+        lacking = PARAMS if given is None else METRICS
+        raise UserError(f"{files.run}: has no {lacking}; run it to its end (dvc exp run, or dvc repro)")
+    flat = flatten(given)
+    before = _committed_params(root, baseline) if baseline else {}
+    outputs, stale = parse_lock(files.load(LOCK) or {}, flat)
+    metrics = (files.load(EVALUATE / METRICS.name) or {}) | headline
     return Run(
-        name=name,
+        name=files.run,
         commit=commit,
         baseline=baseline,
-        modified=_modified(root, baseline, commit) if baseline else (),
+        modified=modified_files(root, baseline, commit) if baseline else (),
         params=flat,
-        changed={key: value for key, value in flat.items() if known.get(key, _ABSENT) != value}
-        if known
+        changed={key: value for key, value in flat.items() if before.get(key, _ABSENT) != value}
+        if before
         else {},
-        inputs=inputs,
-        metrics={key: float(value) for key, value in figures.items() if isinstance(value, float | int)},
-        curves={name: curve for name, curve in curves.items() if curve[0]},
-        media={file: content for file, content in pictures.items() if content},
+        outputs=outputs,
+        stale=stale,
+        metrics={key: float(value) for key, value in metrics.items() if isinstance(value, int | float)},
+        curves=read_curves(files),
+        files=files,
     )
 
 
-def _modified(root: Path, baseline: str, commit: str | None) -> tuple[str, ...]:
-    """Tracked files in which a commit, or the workspace where it is None, differs from the baseline."""
-    listed = _git(root, "diff", "--name-only", "--relative", baseline, *([commit] if commit else []))
-    return tuple(path for path in (listed or "").splitlines() if path not in (*WRITTEN_BY_RUNS, PARAMS))
+def read_curves(files: Files) -> dict[str, Curve]:
+    """The curves of `CURVES` that a run has, by name."""
+    curves = {name: files.curve(spec.file, spec.column) for name, spec in CURVES.items()}
+    return {name: curve for name, curve in curves.items() if curve}
 
 
-def _inputs(lock: bytes) -> dict[str, str]:
-    """Path → hash of the outputs in a dvc.lock."""
-    stages = (parse_yaml(lock) or {}).get("stages") or {}
-    outs = [item for stage in stages.values() for item in stage.get("outs") or []]
-    return {str(item["path"]): str(item["md5"]) for item in outs if "md5" in item and "path" in item}
-
-
-def _flat(text: bytes) -> dict[str, Any]:
-    return flatten(parse_yaml(text) or {})
-
-
-def _curve(read: Read, path: str, column: str) -> Curve:
-    content = read(path)
-    table = parse_tsv(content.decode("utf-8"), Path(path)) if content else {}
-    points = zip(table.get("step", ()), table.get(column, ()), strict=False)
-    finite = [point for point in points if all(map(math.isfinite, point))]
-    return tuple(step for step, _ in finite), tuple(value for _, value in finite)
-
-
-def _workspace_reader(root: Path) -> Read:
-    def read(path: str) -> bytes | None:
-        file = root / path
-        return file.read_bytes() if file.is_file() else None
-
-    return read
-
-
-def _revision_reader(root: Path, commit: str) -> Read:
-    """Reads files of a commit: those that git has, and those of which DVC's cache has the content.
-
-    A file that the commit lists but the cache lacks counts as one that is not there.
-    """
-    from dvc.api import DVCFileSystem
-    from dvc.exceptions import DvcException
-    from dvc_data.index import DataIndexError
-
-    files = DVCFileSystem(str(root.absolute()), rev=commit)
-
-    def read(path: str) -> bytes | None:
-        try:
-            content: bytes = files.cat_file(path)
-        except (OSError, DvcException, DataIndexError):
-            return None
-        return content
-
-    return read
-
-
-def _git(root: Path, *arguments: str) -> str | None:
-    """What a git command prints, or None where it fails or git is missing."""
+def _committed_params(root: Path, commit: str) -> dict[str, Any]:
+    """The flat parameters of a commit; none where it has none that can be read."""
     try:
-        done = subprocess.run(
-            ["git", "-C", str(root), *arguments],
-            capture_output=True,
-            encoding="utf-8",
-            errors="replace",
-            timeout=60,
-        )
-    except (OSError, subprocess.TimeoutExpired):
-        return None
-    return done.stdout if done.returncode == 0 else None
+        return flatten(parse_yaml(git(root, "show", f"{commit}:./{PARAMS}") or "") or {})
+    except (ValueError, AttributeError):
+        return {}

@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from prelar.report.catalog import Curve
+from prelar.report.catalog import METHODS, Curve
 from prelar.report.provenance import redact
 from prelar.report.runs import Run
 from prelar.report.statistics import Estimate, estimate
@@ -19,7 +19,6 @@ WITHIN = ("task", "seed")
 MACHINE = ("device", "threads", "data_root", "ssv2.workers", "demos.workers", "ssv2.batch", "ssv2.ffmpeg")
 DATASETS = ("ssv2", "demos")
 POINTS = 100
-NAMES = {"dreamerv2": "DreamerV2", "apv": "APV", "contextwm": "ContextWM", "prelar": "PreLAR"}
 
 
 @dataclass(frozen=True)
@@ -112,7 +111,7 @@ def _label(setting: Mapping[str, Any], differing: Sequence[str]) -> str:
     method = str(setting.get("method"))
     rest = [f"{key} = {_shown(setting[key])}" for key in differing if key != "method" and key in setting]
     shown = rest[:3] + ([f"{len(rest) - 3} more"] if len(rest) > 3 else [])
-    return ", ".join([NAMES.get(method, method), *shown])
+    return ", ".join([METHODS[method][0] if method in METHODS else method, *shown])
 
 
 def _shown(value: Any) -> str:

@@ -10,7 +10,7 @@ import pytest
 
 from prelar.config import Config, load_config
 from prelar.report import page
-from prelar.report.sections import FOLDER
+from prelar.report.catalog import LEARNING
 from prelar.utils.errors import UserError
 from tests.bench import learning
 from tests.conftest import ROOT
@@ -44,7 +44,7 @@ def test_the_page_shows_the_curves_where_there_are_any(
     make_results(tmp_path)
     assert 'id="learning"' not in page.render(config, tmp_path)
     learning.report(curves(400, 500, 600), CHANCE)
-    summary = json.loads((tmp_path / FOLDER / "summary.json").read_text())
+    summary = json.loads((tmp_path / LEARNING / "summary.json").read_text())
     assert summary["ends"] == [245, 295, 345] and summary["chance"] == 120
     text = page.render(config, tmp_path)
     assert 'id="learning"' in text and "n = 3 seeds" in text and "reach 245, 295, 345" in text

@@ -9,7 +9,10 @@ from pathlib import Path
 import pytest
 
 from prelar.report import compare
+from prelar.report.catalog import EVALUATE
 from prelar.report.published import TASKS
+from prelar.report.runs import workspace_files
+from prelar.utils.files import write_text
 from tests.report.run_files import make_run
 from tests.report.test_page import ADDRESSES, Page
 
@@ -32,8 +35,10 @@ def real_runs(tasks: tuple[str, ...] = TASKS, seeds: int = 2, steps: int = 25) -
     ]
 
 
-def test_the_page_parses_stands_alone_and_repeats() -> None:
-    runs = [replace(make_run("a", [0.1, 0.2]), media={"open_loop.mp4": b"film", "action_swap.png": b"png"})]
+def test_the_page_parses_stands_alone_and_repeats(tmp_path: Path) -> None:
+    for name in ("open_loop.mp4", "action_swap.png"):
+        write_text(tmp_path / EVALUATE / name, "content")
+    runs = [make_run("a", [0.1, 0.2], files=workspace_files(tmp_path))]
     runs.append(make_run("<b>", [0.3, 0.4], beta_a=0.1))
     text = compare.render(runs)
     parsed = Page(text)
@@ -66,15 +71,15 @@ def test_real_runs_stand_before_published_ones() -> None:
 
 
 @pytest.mark.parametrize(
-    ("runs", "told"),
+    ("runs", "expected"),
     [
         (real_runs(steps=9), "the runs end at 90,000"),
         (real_runs()[:-2], "not run on the same tasks"),
     ],
 )
-def test_published_results_that_do_not_compare_are_left_out(runs: list[compare.Run], told: str) -> None:
+def test_published_results_that_do_not_compare_are_left_out(runs: list[compare.Run], expected: str) -> None:
     text = compare.render(runs)
-    assert "(published)" not in text and told in text
+    assert "(published)" not in text and expected in text
 
 
 def test_many_settings_take_several_charts() -> None:

@@ -16,9 +16,10 @@ from prelar import finetune
 from prelar.config import Config, load_config
 from prelar.control.rollout import Episode
 from prelar.report import page as report
-from prelar.report.catalog import EVALUATION_CURVES
-from prelar.report.figures import number
-from prelar.report.sections import learning_curves, loss_curves, params_groups
+from prelar.report.catalog import EVALUATION_CURVES, PRETRAINING_CURVES
+from prelar.report.charts import number
+from prelar.report.runs import read_curves, workspace_files
+from prelar.report.sections import curve_figures, loss_figures, params_groups
 from prelar.utils.errors import UserError
 from prelar.utils.tables import write_tsv
 from tests.conftest import ROOT
@@ -193,25 +194,25 @@ def test_the_learning_curves_are_those_that_finetuning_logs(
     monkeypatch.setattr(finetune, "Agent", MagicMock())
     monkeypatch.setattr(finetune, "play_episodes", lambda *arguments, **options: played)
     for name, value in finetune.curve(MagicMock(), MagicMock(), 1, 0)(500).items():
-        path = tmp_path / f"{name}.tsv"
+        path = tmp_path / EVALUATION_CURVES.parent / f"{name}.tsv"
         write_tsv(path, {"step": [500], path.stem: [value]})
-    write_tsv(tmp_path / "eval/success_rate.tsv", {"step": [7], "success_rate": [0.7]})
-    success, total = learning_curves(tmp_path / EVALUATION_CURVES.name)
+    write_tsv(tmp_path / EVALUATION_CURVES / "success_rate.tsv", {"step": [7], "success_rate": [0.7]})
+    success, total = curve_figures(read_curves(workspace_files(tmp_path)), "success", "return")
     assert (success.rows, total.rows) == ((("500", "1"),), (("500", "3"),))
 
 
 @pytest.mark.parametrize(
-    ("changes", "told"),
+    ("changes", "expected"),
     [
         ({"dataset": "ssv2"}, "not clips of Something-Something V2"),
         ({"dataset": "demos"}, "not of RLBench"),
     ],
 )
 def test_data_that_stand_in_for_others_are_called_so(
-    results: Path, config: Config, changes: dict[str, Any], told: str
+    results: Path, config: Config, changes: dict[str, Any], expected: str
 ) -> None:
     page = report.render(config.model_copy(update=changes), results)
-    assert told in page and "(stand-in)" in page
+    assert expected in page and "(stand-in)" in page
 
 
 def test_real_data_are_not_called_a_stand_in(results: Path, config: Config) -> None:
@@ -220,23 +221,24 @@ def test_real_data_are_not_called_a_stand_in(results: Path, config: Config) -> N
 
 
 @pytest.mark.parametrize(
-    ("content", "told"), [(None, "metrics.json: no such file; run"), ("{", "metrics.json: not JSON")]
+    ("content", "expected"),
+    [(None, "has no metrics.json; run it"), ("{", "its metrics.json cannot be read; run it")],
 )
 def test_missing_and_broken_metrics_end_in_one_line(
-    tmp_path: Path, config: Config, content: str | None, told: str
+    tmp_path: Path, config: Config, content: str | None, expected: str
 ) -> None:
     if content:
         (tmp_path / "metrics.json").write_text(content)
-    with pytest.raises(UserError, match=told):
+    with pytest.raises(UserError, match=expected):
         report.run(config, tmp_path)
 
 
 def test_curves_with_a_diverged_value_are_still_drawn(tmp_path: Path) -> None:
-    folder = tmp_path / "loss"
-    folder.mkdir()
+    folder = tmp_path / PRETRAINING_CURVES / "loss"
+    folder.mkdir(parents=True)
     (folder / "image.tsv").write_text("step\timage\n10\t900\n20\tnan\n30\t5\n")
     (folder / "kl.tsv").write_text("step\tkl\n")
-    (figure,) = loss_curves(tmp_path, "pre").values()
+    (figure,) = loss_figures(workspace_files(tmp_path)).values()
     assert figure.rows == (("10", "900"), ("30", "5"))
     assert "nan" not in figure.svg and "of an image (log)" in figure.svg
 

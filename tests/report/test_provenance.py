@@ -5,11 +5,13 @@ from __future__ import annotations
 import shutil
 import subprocess
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from prelar.config import load_config
-from prelar.report.provenance import find_provenance
+from prelar.report.provenance import flatten, redact
+from prelar.report.runs import Run, read_workspace
 from tests.conftest import ROOT
 
 STEPS = load_config(ROOT / "params.yaml").scales.smoke.pretrain.steps
@@ -40,10 +42,15 @@ def project(tmp_path: Path) -> Path:
     shutil.copy(ROOT / "params.yaml", tmp_path)
     (tmp_path / "code.py").write_text("a = 1\n")
     (tmp_path / "dvc.lock").write_text(LOCK)
+    (tmp_path / "metrics.json").write_text("{}")
     git(tmp_path, "init", "-q")
     git(tmp_path, "add", ".")
     git(tmp_path, "commit", "-q", "-m", "x")
     return tmp_path
+
+
+def read_project(root: Path) -> Run:
+    return read_workspace(root, flatten(load_config(root / "params.yaml").model_dump(mode="json")))
 
 
 def edit(path: Path, old: str, new: str) -> None:
@@ -53,20 +60,20 @@ def edit(path: Path, old: str, new: str) -> None:
 
 
 def test_a_clean_tree(project: Path) -> None:
-    found = find_provenance(load_config(project / "params.yaml"), project)
-    assert found.commit == git(project, "rev-parse", "HEAD")
-    assert found.modified == () and not found.needs_more
-    assert found.hashes == (("data/ssv2.zarr", "aa.dir"), ("data/pretrain", "cc.dir"))
+    found = read_project(project)
+    assert found.baseline == git(project, "rev-parse", "HEAD")
+    assert found.modified == () and not found.unrepeated
+    assert found.inputs == {"data/ssv2.zarr": "aa.dir", "data/pretrain": "cc.dir"}
     assert found.stale == ()
-    assert found.commands == [f"git checkout {found.commit}", "make repro"]
+    assert found.commands == [f"git checkout {found.baseline}", "make repro"]
 
 
 def test_changed_params_become_settings_and_stale_stages_are_named(project: Path) -> None:
     edit(project / "params.yaml", "beta_a: 1.0 ", "beta_a: 0.1 ")
     edit(project / "params.yaml", "tasks: null", "tasks: [reach]")
     (project / "dvc.lock").write_text(LOCK + "# a run writes this\n")
-    found = find_provenance(load_config(project / "params.yaml"), project)
-    assert found.modified == ("params.yaml",) and not found.needs_more
+    found = read_project(project)
+    assert found.modified == ("params.yaml",) and not found.unrepeated
     assert found.changed == {"beta_a": 0.1, "demos.tasks": ["reach"]}
     assert found.stale == ("pretrain",)
     assert found.commands[-1] == ".venv/bin/dvc exp run -S beta_a=0.1 -S 'demos.tasks=[reach]'"
@@ -74,20 +81,42 @@ def test_changed_params_become_settings_and_stale_stages_are_named(project: Path
 
 def test_commands_hold_nothing_private_and_say_so(project: Path) -> None:
     edit(project / "params.yaml", "source: data/sample", 'source: ["https://host.org/a?token=hush"]')
-    found = find_provenance(load_config(project / "params.yaml"), project)
+    found = read_project(project)
     assert found.commands[-1] == ".venv/bin/dvc exp run -S 'ssv2.source=[https://host.org/a]'"
-    assert found.withheld
+    assert found.redacted
     edit(project / "params.yaml", '["https://host.org/a?token=hush"]', '["https://host.org/a"]')
-    assert not find_provenance(load_config(project / "params.yaml"), project).withheld
+    assert not read_project(project).redacted
 
 
-def test_changed_code_is_told(project: Path) -> None:
+def test_changed_code_is_named(project: Path) -> None:
     edit(project / "code.py", "1", "2")
-    found = find_provenance(load_config(project / "params.yaml"), project)
-    assert found.modified == ("code.py",) and found.needs_more
+    found = read_project(project)
+    assert found.modified == ("code.py",) and found.unrepeated
 
 
 def test_outside_of_git_and_dvc(tmp_path: Path) -> None:
-    found = find_provenance(load_config(ROOT / "params.yaml"), tmp_path)
-    assert (found.commit, found.modified, found.hashes) == (None, (), ())
+    shutil.copy(ROOT / "params.yaml", tmp_path)
+    (tmp_path / "metrics.json").write_text("{}")
+    found = read_project(tmp_path)
+    assert (found.baseline, found.modified, found.inputs) == (None, (), {})
     assert found.commands == ["make repro"]
+
+
+@pytest.mark.parametrize(
+    ("value", "shown"),
+    [
+        ("https://me:hush@host.org/a/b?token=hush#hush", "https://host.org/a/b"),
+        ("HTTP:/hush.org/a", "http:///hush.org/a"),
+        ("https://host.org:hush/a", "…"),
+        ("file:///home/me/parts", "…/parts"),
+        ("/home/me/parts/", "…/parts"),
+        ("~/parts", "…/parts"),
+        ("data/sample", "data/sample"),
+        ("prelar", "prelar"),
+        (["/a/b", 3], ["…/b", 3]),
+        (None, None),
+        (0.5, 0.5),
+    ],
+)
+def test_values_lose_what_is_private(value: Any, shown: Any) -> None:
+    assert redact(value) == shown

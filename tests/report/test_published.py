@@ -6,13 +6,13 @@ from typing import Any
 
 import pytest
 
-from prelar.report.published import TASKS, comparable, published
+from prelar.report.published import TASKS, comparable, published_results
 
 REAL = {"scale": "paper", "finetune.time_limit": 500}
 
 
 def test_means_over_the_six_tasks_are_the_published_ones() -> None:
-    found = {p.label: p.success for p in published(TASKS)}
+    found = {p.label: p.success for p in published_results(TASKS)}
     assert found["DreamerV2"] == pytest.approx((0.280, 0.578), abs=6e-4)
     assert found["APV on RLBench"] == pytest.approx((0.582, 0.797), abs=1.2e-3), (
         "up to the rounding of its rows"
@@ -21,12 +21,12 @@ def test_means_over_the_six_tasks_are_the_published_ones() -> None:
 
 
 def test_one_task_has_its_own_figures_and_no_headline() -> None:
-    found = {p.label: p.success for p in published(["reach", "reach"])}
+    found = {p.label: p.success for p in published_results(["reach", "reach"])}
     assert found == {"DreamerV2": (0.381, 0.663), "APV on RLBench": (0.700, 0.875)}
 
 
 @pytest.mark.parametrize(
-    ("changed", "tasks", "last", "told"),
+    ("changed", "tasks", "last", "expected"),
     [
         ({}, ["reach"], 250_000, None),
         ({"scale": "lite"}, ["reach"], 100_000, None),
@@ -37,7 +37,7 @@ def test_one_task_has_its_own_figures_and_no_headline() -> None:
     ],
 )
 def test_they_are_shown_where_they_compare(
-    changed: dict[str, Any], tasks: list[str], last: float, told: str | None
+    changed: dict[str, Any], tasks: list[str], last: float, expected: str | None
 ) -> None:
     reason = comparable([REAL, REAL | changed], tasks, last)
-    assert (reason is None) == (told is None) and (told or "") in (reason or "")
+    assert (reason is None) == (expected is None) and (expected or "") in (reason or "")

@@ -10,7 +10,8 @@ from pathlib import Path
 
 import pytest
 
-from prelar.report.runs import WORKSPACE, find_runs, list_experiments
+from prelar.report.catalog import EVALUATE
+from prelar.report.runs import WORKSPACE, find_runs, list_experiments, workspace_files
 from prelar.utils.errors import UserError
 
 STAGE = """
@@ -43,11 +44,11 @@ pathlib.Path("metrics.json").write_text(json.dumps({"success_rate": float(params
 
 
 def call(root: Path, *command: str) -> str:
-    surroundings = os.environ | {"PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"}
+    environment = os.environ | {"PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"}
     for role in ("AUTHOR", "COMMITTER"):
-        surroundings |= {f"GIT_{role}_NAME": "t", f"GIT_{role}_EMAIL": "t@example.org"}
+        environment |= {f"GIT_{role}_NAME": "t", f"GIT_{role}_EMAIL": "t@example.org"}
     done = subprocess.run(
-        command, cwd=root, check=False, env=surroundings, capture_output=True, text=True, timeout=300
+        command, cwd=root, check=False, env=environment, capture_output=True, text=True, timeout=300
     )
     assert done.returncode == 0, done.stderr
     return done.stdout.strip()
@@ -79,7 +80,7 @@ def test_every_kind_of_revision_is_read_in_place(project: Path) -> None:
     assert [run.metrics["success_rate"] for run in runs.values()] == [0.25, 1.0, 0.5, 1.0]
     head = call(project, "git", "rev-parse", "HEAD")
     low = runs["low"]
-    assert (low.baseline, low.modified, low.changed) == (head, (), {"beta_a": 0.25})
+    assert (low.baseline, low.unrepeated, low.changed) == (head, (), {"beta_a": 0.25})
     assert low.commit == list_experiments(project)["low"][0] != head
     assert low.curves == {
         "success": ((500.0, 1000.0), (0.0, 0.25)),
@@ -88,8 +89,8 @@ def test_every_kind_of_revision_is_read_in_place(project: Path) -> None:
         "prediction": ((1.0,), (0.5,)),
         "prediction_copy": ((1.0,), (0.75,)),
     }
-    assert low.media == {"open_loop.mp4": b"film"}
-    assert low.inputs.keys() >= {"reports/evaluate", "reports/finetune"}
+    assert low.files.read(EVALUATE / "open_loop.mp4") == b"film" and low.files.find(EVALUATE)
+    assert low.outputs["evaluate"].keys() >= {"reports/evaluate", "reports/finetune"}
     assert (runs["start"].baseline, runs["start"].changed) == (head, {})
     assert runs[WORKSPACE].commit is None and runs[WORKSPACE].baseline == head
     call(project, "git", "checkout", "-q", "metrics.json")
@@ -108,19 +109,19 @@ def test_an_experiment_from_a_dirty_tree_says_what_was_changed(project: Path) ->
     (run,) = find_runs(["dirty"], project)
     (workspace,) = find_runs([WORKSPACE], project)
     call(project, "git", "checkout", "-q", ".")
-    assert run.modified == workspace.modified == ("make.py",) and run.changed == {}
+    assert run.unrepeated == workspace.unrepeated == ("make.py",) and run.changed == {}
 
 
 @pytest.mark.parametrize(
-    ("name", "told"),
+    ("name", "expected"),
     [
         ("nobody", "neither an experiment nor a revision"),
         ("no*", "no experiment matches"),
         ("--all", "neither"),
     ],
 )
-def test_unknown_names_end_in_one_line(project: Path, name: str, told: str) -> None:
-    with pytest.raises(UserError, match=told):
+def test_unknown_names_end_in_one_line(project: Path, name: str, expected: str) -> None:
+    with pytest.raises(UserError, match=expected):
         find_runs([name], project)
 
 
@@ -140,4 +141,16 @@ def test_a_revision_without_results_ends_in_one_line(tmp_path: Path) -> None:
 def test_what_the_cache_lacks_is_left_out(project: Path) -> None:
     call(project, "git", "clone", "-q", str(project), "copy")
     (run,) = find_runs(["main"], project / "copy")
-    assert run.metrics == {"success_rate": 1.0} and run.curves == {} and run.media == {}
+    assert run.metrics == {"success_rate": 1.0} and run.curves == {}
+    assert run.files.read(EVALUATE / "open_loop.mp4") is None
+
+
+def test_curve_leaves_out_what_is_not_finite(tmp_path: Path) -> None:
+    table = tmp_path / "loss.tsv"
+    table.write_text("step\tloss\n1\t3.5\n2\tnan\n3\t\n4\t2.5\n")
+    files = workspace_files(tmp_path)
+    assert files.curve("loss.tsv", "loss") == ((1.0, 4.0), (3.5, 2.5))
+    table.write_text("step\tloss\n1\tnan\n")
+    assert files.curve("loss.tsv", "loss") is None
+    table.write_text("epoch\tloss\n1\t2\n")
+    assert files.curve("loss.tsv", "loss") is None

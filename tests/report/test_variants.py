@@ -41,7 +41,7 @@ def test_what_differs_names_a_setting() -> None:
         {"threads": 7},
         {"device": "cpu"},
         {"scales__paper__pretrain__steps": 3},
-        {"rlbench__seed": 9},
+        {"demos__seed": 9},
         {"ssv2__workers": 5},
     ],
 )
