@@ -17,7 +17,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from prelar.methods import build_finetune, build_pretrain
+from prelar.methods import build_finetune, build_pretrain, restore
 from prelar.model.images import denormalise, first_steps, normalise
 from prelar.model.rssm import State
 from prelar.model.vision import Context
@@ -192,13 +192,7 @@ def load(checkpoint: str | Path, device: str = "cpu") -> Loaded:
     folder = Path(checkpoint)
     parts, described = load_parts(folder)
     stage = described.get("stage")
-    if stage not in BUILDERS or not isinstance(described.get("model"), dict):
+    if stage not in BUILDERS or "model" not in described:
         raise UserError(f"{folder}: its config.json names no model; give the folder that a stage has written")
-    try:
-        model = BUILDERS[stage](**described["model"])
-    except TypeError as error:
-        raise UserError(
-            f"{folder}: made by another version ({error}); run `dvc repro {folder.name}`"
-        ) from None
-    model.load_state(parts)
+    model = restore(BUILDERS[stage], described["model"], lambda made: made.load_state(parts), str(folder))
     return Loaded(model.to(device).eval(), stage)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import itertools
 import os
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -15,6 +16,7 @@ from pydantic import (
     BaseModel,
     ConfigDict,
     Field,
+    TypeAdapter,
     ValidationError,
     ValidationInfo,
     field_validator,
@@ -302,6 +304,24 @@ class Config(_Frozen):
         return Path(f"data/{self.dataset}.zarr")
 
 
+SIZES: dict[str, Any] = {
+    name: Annotated[field.annotation, field]
+    for group in (Finetune, Pretrain, Config)
+    for name, field in group.model_fields.items()
+} | {"robot_action_dim": Width, "actions": Width, "features": Annotated[int, Field(ge=1, le=WIDEST**2)]}
+"""What builds a model, by name: types and bounds as params.yaml has them, and of what it leaves out."""
+
+
+def misfits(values: Mapping[str, Any]) -> str | None:
+    """The first of the keywords that build a model whose value params.yaml could not hold, and why."""
+    for name, value in values.items():
+        try:
+            TypeAdapter(SIZES.get(name, Any), config=_Frozen.model_config).validate_python(value)
+        except ValidationError as error:
+            return f"{printable(name, 100)} = {shown(value)}: {_should(error.errors(include_url=False)[0])}"
+    return None
+
+
 def read_yaml(path: Path) -> Any:
     """Read a YAML file as `parse_yaml` does. Raises `UserError` where it cannot be read."""
     try:
@@ -372,9 +392,13 @@ def _explain(error: ValidationError) -> str:
         elif detail["type"] == "value_error":
             problems[key] = f"{key}: {printable(str(detail['msg']).removeprefix('Value error, '), 300)}"
         else:
-            should = detail["msg"].replace("Input should", "should")
-            problems.setdefault(key, f"{key} = {shown(detail['input'])}: {should}")
+            problems.setdefault(key, f"{key} = {shown(detail['input'])}: {_should(detail)}")
     return "; ".join(list(problems.values())[:3])
+
+
+def _should(detail: Any) -> str:
+    """What a failure of a validation says that the value should be."""
+    return str(detail["msg"]).replace("Input should", "should")
 
 
 def _suggest(key: str) -> str:

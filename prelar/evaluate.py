@@ -29,7 +29,7 @@ from prelar.evaluation import offline
 from prelar.evaluation.panels import describe, overview, tile_horizontally, write_png, write_previews
 from prelar.evaluation.prediction import Prediction, measure, write_prediction
 from prelar.evaluation.probe import collect, demonstrations, run_probe, swap_actions
-from prelar.methods import METHODS, build_finetune, build_pretrain, load_pretrained
+from prelar.methods import METHODS, build_finetune, build_pretrain, load_pretrained, restore
 from prelar.model.world_model import WorldModel
 from prelar.store.store import Store
 from prelar.train.checkpoint import load_config, load_parts
@@ -136,8 +136,7 @@ def check_origin(folder: Path, described: Mapping[str, Any], **expected: str) ->
 def load_pretrained_model(device: torch.device) -> WorldModel:
     """The pre-trained model of data/pretrain."""
     parts, described = load_parts(PRETRAIN)
-    model = build_pretrain(**described["model"])
-    model.load_state(parts)
+    model = restore(build_pretrain, described["model"], lambda made: made.load_state(parts), str(PRETRAIN))
     return model.to(device).eval()
 
 

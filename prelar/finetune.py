@@ -28,7 +28,7 @@ from prelar.control.rollout import RandomPolicy, play_episodes, summarise
 from prelar.envs import gl
 from prelar.envs.metaworld import ACTION_DIM, Simulator
 from prelar.envs.pixels import Envs, PixelEnv, Purpose, World, episode_seed
-from prelar.methods import build_finetune, load_pretrained, loads
+from prelar.methods import build_finetune, load_pretrained, loads, restore
 from prelar.model.world_model import WorldModel
 from prelar.train.checkpoint import Snapshots, load_parts, resume_key, save_parts
 from prelar.train.loop import Hook, Scalars, compiles, set_up, summary, train
@@ -113,25 +113,24 @@ def run(cfg: Config) -> None:
 def load_model(cfg: Config) -> WorldModel:
     """The world model to fine-tune, with what its method loads from the pre-training checkpoint."""
     parts, pretrained = load_parts(PRETRAINED, loads(cfg.method, cfg.naive))
-    sizes = pretrained["model"]
-    if sizes["method"] != cfg.method:
+    sizes = pretrained.get("model", {})
+    if sizes.get("method") != cfg.method:
         raise UserError(
-            f"{PRETRAINED}: of method {sizes['method']}, not {cfg.method}; run `dvc repro pretrain`"
+            f"{PRETRAINED}: of method {sizes.get('method')}, not {cfg.method}; run `dvc repro pretrain`"
         )
-    model = build_finetune(
-        method=cfg.method,
-        **{name: sizes[name] for name in SIZES},
-        robot_action_dim=ACTION_DIM,
-        units=cfg.finetune.units,
-        layers=cfg.finetune.layers,
-        naive=cfg.naive,
-        dual_reward=cfg.dual_reward,
-        bonus=cfg.bonus,
-        context_augment=cfg.context_augment,
-        beta=cfg.finetune.beta,
-    )
-    load_pretrained(model, parts)
-    return model
+    spec = {
+        "method": cfg.method,
+        **{name: sizes[name] for name in SIZES if name in sizes},
+        "robot_action_dim": ACTION_DIM,
+        "units": cfg.finetune.units,
+        "layers": cfg.finetune.layers,
+        "naive": cfg.naive,
+        "dual_reward": cfg.dual_reward,
+        "bonus": cfg.bonus,
+        "context_augment": cfg.context_augment,
+        "beta": cfg.finetune.beta,
+    }
+    return restore(build_finetune, spec, lambda made: load_pretrained(made, parts), str(PRETRAINED))
 
 
 @dataclass(frozen=True)

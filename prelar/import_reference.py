@@ -13,16 +13,17 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+from zipfile import ZipFile
 
 import torch
 from torch import Tensor
 
 from prelar import pretrain
-from prelar.config import Config, Scales
+from prelar.config import Config, Scales, misfits
 from prelar.methods import build_pretrain, find_method, loads
 from prelar.model.world_model import WorldModel
-from prelar.train.checkpoint import load_config, load_parts, save_parts
-from prelar.utils.errors import UserError
+from prelar.train.checkpoint import check_finite, load_config, load_parts, save_parts
+from prelar.utils.errors import UserError, printable
 
 PREFIXES = {
     "encoder.": "encoder",
@@ -137,7 +138,9 @@ def convert(
 PARTS = {"encoder": "encoder", "decoder": "decoder", "rssm": "dynamics", "action_encoder": "action"}
 """The published names of the parts, and ours."""
 SIZES = ("cnn_depth", "hidden", "deter", "stoch", "discrete", "action_dim", "action_kind", "action_window")
-NAMED = 6
+FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+NAMED, MANY = 6, 40
+MOST, WHOLE = 10_000, 32  # tensors, and how many times as large as one of its parts a model may be
 
 Spec = dict[str, Any]
 Parts = dict[str, dict[str, Tensor]]
@@ -185,6 +188,7 @@ def run(cfg: Config, file: Path, *, method: str, part: str | None = None, output
     candidates += preset_specs(cfg, method)
     found, unknown = translate(weights, name, candidates[0])
     spec = infer_spec(file, found, candidates)
+    _check_size(file, spec, weights, candidates)
     torch.manual_seed(cfg.seed)
     model = build_pretrain(**spec)
     told = [f"{file.name}: {method}, {', '.join(f'{size} {spec[size]}' for size in SIZES)}"]
@@ -197,7 +201,7 @@ def run(cfg: Config, file: Path, *, method: str, part: str | None = None, output
     save_parts(output, model.state(), config)
     needed = ", ".join(loads(method)) or "only the sizes"
     told.append(f"-> {output}; fine-tuning loads of it: {needed}")
-    print("\n".join(told), flush=True)
+    print("\n".join(map(printable, told)), flush=True)
 
 
 # --- The file ---------------------------------------------------------------------------------------------
@@ -211,6 +215,7 @@ def read_weights(file: Path) -> dict[str, Tensor]:
     """
     try:
         size = file.stat().st_size
+        _check_records(file, size)
         content = torch.load(file, map_location="cpu", weights_only=True)
     except FileNotFoundError:
         raise UserError(f"{file}: no such file; name a published checkpoint") from None
@@ -224,28 +229,51 @@ def read_weights(file: Path) -> dict[str, Tensor]:
     weights = max(_state_dicts(content), key=len, default={})
     if not weights:
         raise UserError(f"{file}: holds no state dict; name a published checkpoint")
+    if len(weights) > MOST:
+        raise UserError(f"{file}: {len(weights)} tensors in a state dict, more than {MOST}; take another")
     for name, value in weights.items():
-        if value.numel() * value.element_size() > size:
+        if value.is_meta or value.numel() * value.element_size() > size:
             raise UserError(f"{file}: {name} claims more numbers than the file holds; download it again")
-        if not torch.isfinite(value).all():
-            raise UserError(f"{file}: {name} has numbers that are not finite; take another checkpoint")
+    try:
+        check_finite(weights)
+    except ValueError as error:
+        raise UserError(f"{file}: {error}; take another checkpoint") from None
     return weights
 
 
+def _check_records(file: Path, size: int) -> None:
+    """Raise `ValueError` where a file is no regular one, or its records are larger unpacked than it is."""
+    if not file.is_file():
+        raise ValueError("not a regular file")
+    with file.open("rb") as handle:
+        if handle.read(4) == b"PK\3\4" and sum(one.file_size for one in ZipFile(handle).infolist()) > size:
+            raise ValueError("more than the file holds")
+
+
 def _state_dicts(content: Any) -> list[dict[str, Tensor]]:
-    """Every mapping in nested mappings that holds weights: names with dense tensors of floats."""
-    if not isinstance(content, Mapping):
-        return []
-    weights = {
-        name.removeprefix("module."): value
-        for name, value in content.items()
-        if isinstance(name, str)
-        and isinstance(value, Tensor)
-        and value.layout == torch.strided
-        and value.is_floating_point()
-    }
-    inner = [state for value in content.values() for state in _state_dicts(value)]
-    return [weights, *inner] if weights else inner
+    """Every mapping in nested mappings that holds weights: names with dense tensors of floats.
+
+    Each is looked at once, wherever it stands.
+    """
+    found, waiting, seen = [], [content], {id(content)}
+    while waiting:
+        mapping = waiting.pop()
+        if not isinstance(mapping, Mapping):
+            continue
+        weights = {
+            name.removeprefix("module."): value
+            for name, value in mapping.items()
+            if isinstance(name, str)
+            and isinstance(value, Tensor)
+            and value.layout == torch.strided
+            and value.dtype in FLOATS
+        }
+        if weights:
+            found.append(weights)
+        inner = [value for value in mapping.values() if isinstance(value, Mapping) and id(value) not in seen]
+        seen.update(map(id, inner))
+        waiting += reversed(inner)
+    return found
 
 
 def translate(weights: Mapping[str, Tensor], part: str | None, spec: Spec) -> tuple[Parts, list[str]]:
@@ -327,8 +355,8 @@ def measure(parts: Parts, per_depth: int) -> dict[str, int]:
     """
 
     def axis(part: str, name: str, number: int) -> int:
-        shape = parts.get(part, {}).get(name, torch.empty(0)).shape
-        return shape[number] if len(shape) > max(number, 1) else 0
+        value = parts.get(part, {}).get(name, torch.empty(0))
+        return value.shape[number] if value.numel() and value.dim() > max(number, 1) else 0
 
     latent, deter = axis("dynamics", "prior.out.weight", 0), axis("dynamics", "cell.gates.weight", 0) // 3
     embed = axis("dynamics", "posterior.hidden.weight", 1) - deter if deter else 0
@@ -349,6 +377,21 @@ def measure(parts: Parts, per_depth: int) -> dict[str, int]:
         "action_window": axis("action", "trunk.stem.weight", 1) // 3,
     }
     return {name: size for name, size in sizes.items() if size > 0}
+
+
+def _check_size(file: Path, spec: Spec, weights: Mapping[str, Tensor], candidates: Sequence[Spec]) -> None:
+    """Raise `UserError` where the sizes that the shapes tell make a model far larger than the file.
+
+    A file may hold one part of several, and the others then start from the seed.
+    """
+    if told := misfits(spec):
+        raise UserError(f"{file}: its shapes say {told}; name a published checkpoint")
+    with torch.device("meta"):
+        models = [build_pretrain(**one) for one in (spec, *candidates)]
+    size, *known = [sum(value.numel() for value in model.parameters()) for model in models]
+    held = sum(value.numel() for value in weights.values())
+    if size > max(WHOLE * held, *known):
+        raise UserError(f"{file}: {held} numbers, whose shapes say a model of {size}; download it again")
 
 
 def _action_family(state: Mapping[str, Tensor], spec: Spec) -> Spec:
@@ -414,4 +457,5 @@ def _named(what: str, lines: Sequence[str]) -> list[str]:
 def _summary(names: Sequence[str]) -> str:
     """Names grouped by their first three words, with counts."""
     groups = Counter(".".join(name.split(".")[:3]) for name in names)
-    return ", ".join(name if count == 1 else f"{name}.* ({count})" for name, count in groups.items())
+    shown = [name if count == 1 else f"{name}.* ({count})" for name, count in groups.most_common(MANY)]
+    return ", ".join(shown + ([f"{len(groups) - MANY} more"] if len(groups) > MANY else []))

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from types import MappingProxyType
-from typing import Any
+from typing import Any, TypeVar
 
-from torch import Tensor
+import torch
+from torch import Tensor, nn
 
 from prelar.model.actions import ActionMLP, ActionPart, NoAction, RawAction, VideoAction
 from prelar.model.layers import MLP, initialise
@@ -22,6 +23,8 @@ from prelar.model.vision import (
 )
 from prelar.model.world_model import WorldModel
 from prelar.utils.errors import UserError
+
+M = TypeVar("M", bound=nn.Module)
 
 SLOT = 50
 """Width of the action slot of APV's and ContextWM's RSSMs."""
@@ -266,6 +269,26 @@ def build_finetune(
         spec=spec,
     )
     initialise(model)
+    return model
+
+
+def restore(build: Callable[..., M], spec: Mapping[str, Any], load: Callable[[M], None], source: str) -> M:
+    """The module that `build` makes of the keywords `spec`, with the weights that `load` puts into it.
+
+    Keywords from a file may claim any size: weights of the shapes that they lead to must be there before
+    numbers are. Raises `UserError` that names `source` where the keywords are another version's, or the
+    weights do not fit.
+    """
+    try:
+        with torch.device("meta"):
+            outline = build(**spec)
+    except TypeError as error:
+        raise UserError(
+            f"{source}: made by another version ({error}); make it again with `dvc repro`"
+        ) from None
+    load(outline)
+    model = build(**spec)
+    load(model)
     return model
 
 

@@ -139,6 +139,29 @@ def test_what_is_no_model_ends_in_one_line(tmp_path: Path) -> None:
         prelar.load(tmp_path / "x")
 
 
+def test_sizes_that_the_weights_do_not_have_build_no_model(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made = save_pretrained(tmp_path / "x")
+    built: list[str] = []
+
+    def counted(**spec: Any) -> Any:
+        model = build_pretrain(**spec)
+        built.append(str(next(model.parameters()).device))
+        return model
+
+    monkeypatch.setitem(api.BUILDERS, "pretrain", counted)
+    for change in ({"deter": 60_000}, {"cnn_depth": 4096}, {"action_dim": 4000}, {"action_window": 60_000}):
+        save_parts(tmp_path / "x", made.state(), {"stage": "pretrain", "model": made.spec | change})
+        with pytest.raises(UserError, match="does not fit this architecture"):
+            prelar.load(tmp_path / "x")
+    assert set(built) == {"meta"}
+    whole = {part: {n: v.long() for n, v in state.items()} for part, state in made.state().items()}
+    save_parts(tmp_path / "x", whole, {"stage": "pretrain", "model": made.spec})
+    with pytest.raises(UserError, match=r"is torch\.int64, expected torch\.float32"):
+        prelar.load(tmp_path / "x")
+
+
 def test_importing_prelar_is_light() -> None:
     heavy = "print({'torch', 'dvc', 'prefect', 'pyarrow', 'mujoco'} & set(__import__('sys').modules))"
     done = subprocess.run(

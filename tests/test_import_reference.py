@@ -6,6 +6,7 @@ import io
 import os
 import shutil
 import sys
+import zipfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -283,6 +284,70 @@ def test_foreign_files_are_refused_in_one_line(content: Any, told: str) -> None:
         run(config(), file, method="prelar", output=OUTPUT)
     assert "\n" not in str(failure.value) and str(failure.value).startswith("variables.pt: ")
     assert not OUTPUT.exists() and not Path("owned").exists()
+
+
+def doubled() -> Any:
+    """Mappings that each hold the one before twice: 2^60 ways to one state dict."""
+    held: dict[str, Any] = {"w": torch.zeros(2)}
+    for _ in range(60):
+        held = {"a": held, "b": held}
+    return held
+
+
+def endless() -> Any:
+    held: dict[str, Any] = {"w": torch.zeros(2)}
+    held["self"] = held
+    return held
+
+
+def nested() -> Any:
+    held: dict[str, Any] = {"w": torch.zeros(2)}
+    for _ in range(400):
+        held = {"a": held}
+    return held
+
+
+@pytest.mark.parametrize(
+    ("content", "told"),
+    [
+        (doubled(), "no weight in it fits"),
+        (endless(), "no weight in it fits"),
+        (nested(), "no weight in it fits"),
+        ({"w": torch.zeros(2, device="meta")}, "claims more numbers than the file holds"),
+        ({f"x{number}": torch.zeros(1) for number in range(10_001)}, "10001 tensors in a state dict"),
+        ({"w": torch.zeros(2, dtype=torch.complex64)}, "holds no state dict"),
+        ({"rssm._img_in.0.weight": torch.zeros(10**9, 0)}, "no weight in it fits"),
+        ({"rssm._cell._layer.weight": torch.zeros(3 * 10**5, 4)}, "deter = 100000: should be less than"),
+        (
+            {
+                "rssm._cell._layer.weight": torch.zeros(60_000, 1),
+                "rssm._img_in.0.weight": torch.zeros(20_000, 1),
+                "rssm._obs_out.0.weight": torch.zeros(1, 20_000 + 64 * 512),
+            },
+            "whose shapes say a model of",
+        ),
+    ],
+)
+def test_files_that_claim_more_than_they_hold_end_in_one_line(content: Any, told: str) -> None:
+    file = saved(content)
+    with pytest.raises(UserError, match=told) as failure:
+        run(config(), file, method="prelar", output=OUTPUT)
+    assert "\n" not in str(failure.value) and not OUTPUT.exists()
+
+
+def test_an_unpacked_record_may_not_be_larger_than_the_file() -> None:
+    with (
+        zipfile.ZipFile(saved({"w": torch.zeros(1 << 20)})) as good,
+        zipfile.ZipFile("packed.pt", "w", zipfile.ZIP_DEFLATED) as packed,
+    ):
+        for one in good.infolist():
+            packed.writestr(one.filename, good.read(one))
+    assert Path("packed.pt").stat().st_size < 1 << 16
+    with pytest.raises(UserError, match=r"packed\.pt: not a file of tensors alone, or damaged"):
+        run(config(), Path("packed.pt"), method="prelar", output=OUTPUT)
+    Path("folder.pt").mkdir()
+    with pytest.raises(UserError, match=r"folder\.pt: not a file of tensors alone"):
+        run(config(), Path("folder.pt"), method="prelar", output=OUTPUT)
 
 
 @pytest.mark.parametrize("keep", [0.0, 0.3, 0.9])

@@ -10,13 +10,14 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from prelar import methods
 from prelar.control.actor_critic import Actor
 from prelar.envs.pixels import Actions, Image
+from prelar.methods import build_finetune, restore
 from prelar.model.images import normalise
 from prelar.model.layers import load_weights
 from prelar.model.world_model import WorldModel
 from prelar.train.checkpoint import load_parts
+from prelar.utils.errors import UserError
 
 State = dict[str, Tensor]
 
@@ -66,8 +67,11 @@ def load_agent(folder: Path, *, device: torch.device) -> tuple[Agent, dict[str, 
     Raises `UserError` where the folder is no such checkpoint.
     """
     parts, config = load_parts(folder)
-    model = methods.build_finetune(**config["model"])
-    model.load_state(parts)
-    actor = Actor(**config["actor"])
-    load_weights(actor, parts["actor"], f"{folder}/actor.safetensors")
+    if not {"model", "actor"} <= config.keys() or "actor" not in parts:
+        raise UserError(f"{folder}: no checkpoint of an agent; run `dvc repro {folder.name}`")
+    model = restore(build_finetune, config["model"], lambda made: made.load_state(parts), str(folder))
+    source = f"{folder}/actor.safetensors"
+    actor = restore(
+        Actor, config["actor"], lambda made: load_weights(made, parts["actor"], source), str(folder)
+    )
     return Agent(model.to(device).eval(), actor.to(device), device=device, explore=False), config

@@ -30,7 +30,9 @@ def initialise(module: nn.Module) -> None:
 def load_weights(module: nn.Module, weights: Mapping[str, Tensor], source: str) -> None:
     """Load a state dict into a module of the very same architecture.
 
-    Raises `UserError` that names `source` and the first tensor that is missing, unknown or of another shape.
+    A module on the meta device, which has no numbers, is only compared. Raises `UserError` that names
+    `source` and the first tensor that is missing, unknown, of another shape, or of integers where the
+    module's has floats.
     """
     own = module.state_dict()
     misfits = [f"no {name}" for name in own if name not in weights]
@@ -40,12 +42,18 @@ def load_weights(module: nn.Module, weights: Mapping[str, Tensor], source: str) 
         for name, value in own.items()
         if name in weights and weights[name].shape != value.shape
     ]
+    misfits += [
+        f"{name} is {weights[name].dtype}, expected {value.dtype}"
+        for name, value in own.items()
+        if name in weights and weights[name].is_floating_point() != value.is_floating_point()
+    ]
     if misfits:
         raise UserError(
             f"{source}: does not fit this architecture ({misfits[0]}); "
             "run `dvc repro` to make it with the present params.yaml"
         )
-    module.load_state_dict(dict(weights))
+    if not any(value.is_meta for value in own.values()):
+        module.load_state_dict(dict(weights))
 
 
 MOMENTUM = 0.1

@@ -24,10 +24,14 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save
 from torch import Tensor
 
-from prelar.utils.errors import UserError
-from prelar.utils.files import atomic_file, publish, remove
+from prelar.config import misfits
+from prelar.utils.errors import UserError, one_line, shown
+from prelar.utils.files import atomic_file, parse_json, publish, read_bytes, remove
 
 SCHEMA = 1
+CONFIG_BYTES = 1 << 20
+KEYWORDS = ("model", "actor")
+KINDS: dict[str, type] = {"stage": str, "model": dict, "actor": dict, "imported": dict}
 RESUME = Path("data/.resume")
 PACKAGE = Path(__file__).parents[1]
 
@@ -61,45 +65,75 @@ def save_parts(folder: Path, parts: Mapping[str, Mapping[str, Tensor]], config: 
 
 
 def load_config(folder: Path) -> dict[str, Any]:
-    """Read what a checkpoint says of itself. Raises `UserError` where none can be read here."""
+    """Read what a checkpoint says of itself. Raises `UserError` where none can be read here.
+
+    `parts` are names of files in the folder. Where `model` and `actor`, the keywords that build them, are
+    there, they are mappings of values that params.yaml could hold too, and `stage` is a text.
+    """
     path = folder / "config.json"
+    if not path.exists():
+        raise UserError(f"{folder}: no checkpoint; run `dvc repro {folder.name}`")
     try:
-        config = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise UserError(f"{folder}: no checkpoint; run `dvc repro {folder.name}`") from None
-    except (OSError, ValueError) as error:
-        raise UserError(f"{path}: unreadable ({_brief(error)}); run `dvc repro -f {folder.name}`") from None
+        config = parse_json(read_bytes(path, CONFIG_BYTES))
+    except ValueError as error:
+        raise UserError(f"{path}: unreadable ({error}); run `dvc repro -f {folder.name}`") from None
     schema = config.get("schema") if isinstance(config, dict) else None
-    if not isinstance(schema, int) or not isinstance(config.get("parts"), list):
+    if type(schema) is not int or not _are_names(config.get("parts")):
         raise UserError(f"{path}: not a checkpoint's description; run `dvc repro -f {folder.name}`")
     if schema > SCHEMA:
         raise UserError(
-            f"{path}: schema {schema} is newer than {SCHEMA}, the newest known here; update prelar"
+            f"{path}: schema {shown(schema)} is newer than {SCHEMA}, the newest known here; update prelar"
         )
+    for name, kind in KINDS.items():
+        if not isinstance(config.get(name, kind()), kind):
+            raise UserError(f"{path}: {name} = {shown(config[name])} is none; run `dvc repro {folder.name}`")
+    for name in KEYWORDS:
+        if told := misfits(config.get(name, {})):
+            raise UserError(f"{path}: {name}.{told}; run `dvc repro {folder.name}`")
     return config
+
+
+def _are_names(parts: object) -> bool:
+    """Whether the parts that a checkpoint lists are names of different files."""
+    if not isinstance(parts, list) or not all(
+        isinstance(name, str) and name.isidentifier() for name in parts
+    ):
+        return False
+    return len(set(parts)) == len(parts)
 
 
 def load_parts(folder: Path, names: Iterable[str] | None = None) -> tuple[dict[str, Weights], dict[str, Any]]:
     """Read the parts of a checkpoint, all or those named, onto the CPU, and its config.
 
-    Raises `UserError` for a missing folder or part, an unreadable file and a newer schema.
+    Raises `UserError` for a missing folder or part, an unreadable file, numbers that are not finite, and a
+    newer schema.
     """
     config = load_config(folder)
     parts = {}
     for name in config["parts"] if names is None else names:
         path = folder / f"{name}.safetensors"
-        try:
-            parts[name] = load_file(path)
-        except FileNotFoundError:
+        if not path.exists():
             present = ", ".join(config["parts"]) or "none"
             raise UserError(
                 f"{folder}: part {name} is missing (it lists: {present}); run `dvc repro {folder.name}`"
-            ) from None
-        except (OSError, SafetensorError) as error:
+            )
+        try:
+            if not path.is_file():
+                raise ValueError("not a regular file")
+            parts[name] = load_file(path)
+            check_finite(parts[name])
+        except Exception as error:  # safetensors raises many kinds for a damaged file
             raise UserError(
                 f"{path}: unreadable ({_brief(error)}); run `dvc repro -f {folder.name}`"
             ) from None
     return parts, config
+
+
+def check_finite(weights: Weights) -> None:
+    """Raise `ValueError` that names the first tensor of floats with a number that is not finite."""
+    for name, value in weights.items():
+        if value.is_floating_point() and not torch.isfinite(value).all():
+            raise ValueError(f"{name} has numbers that are not finite")
 
 
 def resume_key(stage: str, *, params: Mapping[str, Any], inputs: Iterable[Path], code: Iterable[str]) -> str:
@@ -236,4 +270,4 @@ def _brief(error: BaseException) -> str:
     """The first line of an error, without the path that the caller names."""
     if isinstance(error, OSError) and error.strerror:
         return error.strerror
-    return (str(error).strip() or type(error).__name__).splitlines()[0][:200]
+    return one_line(error)[:200]

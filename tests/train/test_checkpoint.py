@@ -118,6 +118,54 @@ def test_a_damaged_checkpoint_is_refused_in_one_line(saved: Path, what: str, mes
     assert "\n" not in str(caught.value)
 
 
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"parts": [1]},
+        {"parts": ["../decoder"]},
+        {"parts": ["encoder", "encoder"]},
+        {"parts": "encoder"},
+        {"schema": True},
+        {"stage": []},
+        {"model": []},
+        {"model": {"deter": 100_000}},
+        {"model": {"deter": 64.0}},
+        {"model": {"deter": "64"}},
+        {"model": {"cnn_depth": 10**30}},
+        {"model": {"method": ["prelar"]}},
+        {"model": {"action_kind": "x"}},
+        {"model": {"beta": [[]] * 10**5}},
+        {"actor": {"layers": 10**6}},
+        {"actor": {"actions": -1}},
+        {"imported": 3},
+    ],
+)
+def test_a_description_that_lies_is_refused_in_one_line(saved: Path, change: dict[str, Any]) -> None:
+    held = json.loads((saved / "config.json").read_text())
+    (saved / "config.json").write_text(json.dumps(held | change))
+    with pytest.raises(UserError, match=r"config\.json: ") as caught:
+        load_parts(saved)
+    assert "\n" not in str(caught.value) and len(str(caught.value)) < 500
+
+
+@pytest.mark.parametrize(
+    "content", [b"[" * 100_000, b"\xff", b"9" * 5000, b" " * (2 << 20), b'{"schema": 1, "schema": 1}']
+)
+def test_a_description_that_is_none_is_refused_in_one_line(saved: Path, content: bytes) -> None:
+    (saved / "config.json").write_bytes(content)
+    with pytest.raises(UserError, match=r"config\.json: unreadable") as caught:
+        load_parts(saved)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("number", [float("nan"), float("inf")])
+def test_weights_that_are_not_finite_are_refused(saved: Path, number: float) -> None:
+    weights = net().state_dict() | {"0.bias": torch.tensor([1.0, number, 0.0])}
+    save_parts(saved, {"encoder": weights}, {})
+    with pytest.raises(UserError, match=r"encoder\.safetensors: .*0\.bias has numbers that are not finite"):
+        load_parts(saved)
+
+
 def test_an_absent_checkpoint_and_an_unknown_part_are_named(saved: Path, tmp_path: Path) -> None:
     with pytest.raises(UserError, match="finetune: no checkpoint; run `dvc repro finetune`"):
         load_config(tmp_path / "finetune")
