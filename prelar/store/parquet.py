@@ -20,7 +20,7 @@ ENCODINGS = {0, 2, 3, 8}
 """PLAIN, PLAIN_DICTIONARY, RLE and RLE_DICTIONARY; others build long values from the ones before."""
 FREE_ROWS, FREE_BYTES = 10_000, 64 << 20
 RATIO = 100
-CONTAINERS = 100_000
+CONTAINERS, MAX_FOOTER = 100_000, 16 << 20
 
 
 def read_parquet(content: bytes, schema: pa.Schema) -> pa.Table:
@@ -40,9 +40,8 @@ def read_parquet(content: bytes, schema: pa.Schema) -> pa.Table:
         wanted = [pa.dictionary(pa.int32(), f.type) if f.name in texts else f.type for f in schema]
         if file.schema_arrow.types != wanted:
             raise ValueError("columns of other types")
-        _check_pages(content, footer, most)
-        table = file.read()
-        if table.num_rows != footer.num_rows:
+        rows, table = _check_pages(content, most), file.read()
+        if table.num_rows != rows:
             raise ValueError("other rows than its footer names")
         if sum(_text_bytes(table[name]) for name in texts) > most:
             raise ValueError("more text than a file of its size may stand for")
@@ -61,26 +60,30 @@ def _text_bytes(column: pa.ChunkedArray) -> int:
     return sum(pc.sum(pc.cast(found, pa.int64())).as_py() or 0 for found in lengths)
 
 
-def _check_pages(content: bytes, footer: pq.FileMetaData, most: int) -> None:
-    """Raise `ValueError` where the rows, or the pages unpacked, are more than the file may stand for."""
-    groups = [footer.row_group(number) for number in range(footer.num_row_groups)]
-    rows = [group.num_rows for group in groups]
-    if min(rows, default=0) < 0 or sum(rows) != footer.num_rows or sum(rows) > max(FREE_ROWS, len(content)):
-        raise ValueError(f"{footer.num_rows} rows in {len(content)} bytes")
-    filled = [group for group in groups if group.num_rows]
-    columns = [group.column(number) for group in filled for number in range(group.num_columns)]
-    sizes = [column.total_compressed_size for column in columns]
-    if min(sizes, default=0) < 0 or sum(sizes) > len(content):
+def _check_pages(content: bytes, most: int) -> int:
+    """How many rows there are. Raises `ValueError` where they, or the pages unpacked, are more than may be.
+
+    Arrow's own view of a damaged footer may end the process, so the footer is read here.
+    """
+    size = int.from_bytes(content[-8:-4], "little")
+    if size > min(MAX_FOOTER, len(content)):
+        raise ValueError(f"a footer of {size} bytes")
+    groups = _Thrift(content, len(content) - 8 - size).struct()[4]
+    rows = [group[3] for group in groups]
+    if min(rows, default=0) < 0 or sum(rows) > max(FREE_ROWS, len(content)):
+        raise ValueError(f"{sum(rows)} rows in {len(content)} bytes")
+    columns = [column[3] for group in groups if group[3] for column in group[1]]
+    if min((column[7] for column in columns), default=0) < 0 or sum(c[7] for c in columns) > len(content):
         raise ValueError("columns that are larger than the file")
     unpacked = 0
-    for column, packed in zip(columns, sizes, strict=True):
-        start = column.data_page_offset
-        if column.has_dictionary_page and 0 < (column.dictionary_page_offset or 0) < start:
-            start = column.dictionary_page_offset
-        for size, encoding in _pages(content, start, start + packed):
+    for column in columns:
+        start, dictionary = column[9], column.get(11, 0)
+        start = dictionary if 0 < dictionary < start else start
+        for size, encoding in _pages(content, start, start + column[7]):
             unpacked += size
             if encoding not in ENCODINGS or unpacked > most:
                 raise ValueError("pages that no writer of stores makes")
+    return sum(rows)
 
 
 def _pages(content: bytes, at: int, end: int) -> Iterator[tuple[int, int]]:
@@ -88,7 +91,7 @@ def _pages(content: bytes, at: int, end: int) -> Iterator[tuple[int, int]]:
     if not 0 <= at <= end <= len(content):
         raise ValueError("a column outside of the file")
     while at < end:
-        header = _Header(content, at)
+        header = _Thrift(content, at)
         fields = header.struct()
         about, place = next(
             (fields[number], place) for number, place in ((5, 2), (7, 2), (8, 4)) if number in fields
@@ -100,34 +103,39 @@ def _pages(content: bytes, at: int, end: int) -> Iterator[tuple[int, int]]:
         yield unpacked, about[place]
 
 
-class _Header:
-    """Reads the header of a page: a struct in Thrift's compact protocol, of which only numbers are kept."""
+class _Thrift:
+    """Reads structs in Thrift's compact protocol: footers and headers of pages. Texts are passed over."""
 
     def __init__(self, content: bytes, at: int) -> None:
         self.content, self.at = content, at
 
     def struct(self, depth: int = 0) -> dict[int, Any]:
         """The fields of a struct by number."""
-        if depth > 4:
-            raise ValueError("a damaged page")
+        if depth > 16:
+            raise ValueError("a damaged struct")
         fields: dict[int, Any] = {}
         number = 0
         while head := self._byte():
             number = number + (head >> 4) if head >> 4 else self._integer()
-            fields[number] = self._value(head & 15, depth)
+            kind = head & 15
+            fields[number] = kind == 1 if kind in (1, 2) else self._value(kind, depth)
         return fields
 
     def _value(self, kind: int, depth: int) -> Any:
-        if kind in (1, 2):
-            return kind == 1
         if kind in (4, 5, 6):
             return self._integer()
         if kind == 12:
             return self.struct(depth + 1)
-        if kind not in (3, 7, 8):
-            raise ValueError("a damaged page")
-        length = {3: 1, 7: 8}.get(kind) or self._varint()
+        if kind == 9:
+            head = self._byte()
+            count = head >> 4 if head >> 4 < 15 else self._varint()
+            return [self._value(head & 15, depth + 1) for _ in range(count)]
+        if kind not in (1, 2, 3, 7, 8):
+            raise ValueError("a damaged struct")
+        length = {1: 1, 2: 1, 3: 1, 7: 8}.get(kind) or self._varint()
         self.at += length
+        if self.at > len(self.content):
+            raise ValueError("a damaged struct")
         return None
 
     def _byte(self) -> int:

@@ -95,11 +95,9 @@ def load_config(folder: Path) -> dict[str, Any]:
 
 def _are_names(parts: object) -> bool:
     """Whether the parts that a checkpoint lists are names of different files."""
-    if not isinstance(parts, list) or not all(
-        isinstance(name, str) and name.isidentifier() for name in parts
-    ):
+    if not isinstance(parts, list) or not all(isinstance(name, str) for name in parts):
         return False
-    return len(set(parts)) == len(parts)
+    return len(set(parts)) == len(parts) and all(name.isidentifier() and len(name) < 100 for name in parts)
 
 
 def load_parts(folder: Path, names: Iterable[str] | None = None) -> tuple[dict[str, Weights], dict[str, Any]]:

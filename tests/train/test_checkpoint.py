@@ -123,6 +123,7 @@ def test_a_damaged_checkpoint_is_refused_in_one_line(saved: Path, what: str, mes
     [
         {"parts": [1]},
         {"parts": ["../decoder"]},
+        {"parts": ["x" * 10_000]},
         {"parts": ["encoder", "encoder"]},
         {"parts": "encoder"},
         {"schema": True},
