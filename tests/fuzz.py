@@ -31,7 +31,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from prelar.errors import UserError
+from prelar.utils.errors import UserError
 from tests.conftest import ROOT
 
 ROOM = 1 << 30
@@ -144,7 +144,7 @@ def to_file(path: Path, read: Callable[[], object]) -> Callable[[bytes], object]
 
 def archive(place: Path) -> Format:
     """A tar, compressed after it is changed."""
-    from prelar.data.archive import archive_members, find_pieces
+    from prelar.videos.archive import archive_members, find_pieces
 
     held = io.BytesIO()
     with tarfile.open(fileobj=held, mode="w") as tar:
@@ -168,7 +168,7 @@ def archive_head(place: Path) -> Format:
 
 def labels(place: Path) -> Format:
     """A split of the labels, beside good ones."""
-    from prelar.data.labels import read_labels
+    from prelar.videos.labels import read_labels
     from tests.archives import labels_files
 
     made = labels_files([str(number) for number in range(16)])
@@ -180,7 +180,7 @@ def labels(place: Path) -> Format:
 
 def labels_zip(place: Path) -> Format:
     """The zip of the labels."""
-    from prelar.data.labels import read_labels
+    from prelar.videos.labels import read_labels
     from tests.archives import labels_files
 
     held = io.BytesIO()
@@ -193,7 +193,7 @@ def labels_zip(place: Path) -> Format:
 
 def webm(place: Path) -> Format:
     """A clip, of which the structure is read; nothing is refused by an error."""
-    from prelar.data import webm as reader
+    from prelar.videos import webm as reader
     from tests.archives import clip
 
     return Format(clip(), lambda content: (reader.header(content), reader.packets(content)), ())
@@ -201,8 +201,8 @@ def webm(place: Path) -> Format:
 
 def npz(place: Path) -> Format:
     """An episode, stored without compression, so that headers can be changed."""
-    from prelar.data import zips
-    from prelar.data.apv_npz import read_npz
+    from prelar.demos.apv_npz import read_npz
+    from prelar.utils import zips
 
     held = io.BytesIO()
     np.savez(held, image=np.zeros((3, 64, 64, 3), np.uint8), action=np.zeros((3, 4), np.float32))
@@ -212,7 +212,7 @@ def npz(place: Path) -> Format:
 
 def demonstration(place: Path) -> Format:
     """RLBench's pickle of an episode."""
-    from prelar.data.rlbench_folder import read_low_dim
+    from prelar.demos.rlbench_folder import read_low_dim
 
     kinds = {}
     for module, name in (("rlbench.demo", "Demo"), ("rlbench.backend.observation", "Observation")):
@@ -231,7 +231,7 @@ def demonstration(place: Path) -> Format:
 
 def png(place: Path) -> Format:
     """A picture of an episode."""
-    from prelar.data.rlbench_folder import read_pictures
+    from prelar.demos.rlbench_folder import read_pictures
 
     held = io.BytesIO()
     noise = np.random.default_rng(0).integers(0, 255, (64, 64, 3), dtype=np.uint8)
@@ -240,7 +240,7 @@ def png(place: Path) -> Format:
 
 
 def a_store(place: Path) -> Path:
-    from prelar.data.store import StoreWriter
+    from prelar.store.store import StoreWriter
 
     with StoreWriter(place / "x.zarr", arrays={"actions": 2}) as writer:
         for number in range(4):
@@ -253,7 +253,7 @@ def a_store(place: Path) -> Path:
 
 def opened(path: Path) -> object:
     """Open a store, and use all that training and reports use of it."""
-    from prelar.data.store import Store
+    from prelar.store.store import Store
 
     store = Store.open(path)
     held = [
@@ -296,7 +296,7 @@ def numbers(place: Path) -> Format:
 
 def pointer(place: Path) -> Format:
     """A pointer to a published store."""
-    from prelar.data.remote import publish
+    from prelar.store.remote import publish
 
     path = a_store(place)
     made = publish(str(place / "shared"), path, place / "x.parquet")
@@ -319,8 +319,8 @@ def manifest(place: Path) -> Format:
 
 
 def a_checkpoint(place: Path) -> Path:
-    from prelar.checkpoint import save_parts
     from prelar.methods import build_pretrain
+    from prelar.train.checkpoint import save_parts
 
     sizes = {"cnn_depth": 2, "hidden": 4, "deter": 4, "stoch": 2, "discrete": 2, "action_dim": 4}
     model = build_pretrain(method="prelar", **sizes)
@@ -367,7 +367,7 @@ def published(place: Path) -> Format:
 
 def params(place: Path) -> Format:
     """params.yaml."""
-    from prelar.names import checked_config
+    from prelar.envs.names import checked_config
 
     path = place / "params.yaml"
     return Format((ROOT / "params.yaml").read_bytes(), to_file(path, lambda: checked_config(path)))
