@@ -53,9 +53,11 @@ def one_of_each(group: str | None = None) -> type[Form]:
     fields: dict[str, Any] = {}
     for key, field in _fields(group).items():
         if field.annotation is bool:
-            fields[key] = (bool | None, Field(default=None, title=key))
+            fields[key] = (bool | None, Field(default=None, title=key, description=field.description))
         else:
-            empty = Field(default=None, title=key, json_schema_extra=_no_default)
+            empty = Field(
+                default=None, title=key, description=field.description, json_schema_extra=_no_default
+            )
             fields[key] = (field.rebuild_annotation(), empty)
     return create_model(group or "params", __base__=Form, **fields)
 
@@ -65,7 +67,13 @@ def several_of_each() -> type[Form]:
     fields: dict[str, Any] = {
         key: (
             list[field.rebuild_annotation()],  # type: ignore[misc]
-            Field(default=None, title=key, min_length=1, json_schema_extra=_no_default),
+            Field(
+                default=None,
+                title=key,
+                description=field.description,
+                min_length=1,
+                json_schema_extra=_no_default,
+            ),
         )
         for key, field in _fields().items()
     }

@@ -1,7 +1,8 @@
 """params.yaml as one frozen, typed value.
 
-Every number of the project comes from here. A key that is missing, unknown or mistyped, and a value out of
-range, is refused before anything expensive starts. Presets of the scales that are not chosen are checked too.
+What an experiment may change stands there; each key's description feeds docs/params.md and the forms of the
+Prefect UI. A key that is missing, unknown or mistyped, and a value out of range, is refused before anything
+expensive starts. Presets of the scales that are not chosen are checked too.
 """
 
 from __future__ import annotations
@@ -71,24 +72,36 @@ class _Frozen(BaseModel):
 class Sample(_Frozen):
     """Size of the embedded stand-in archive."""
 
-    clips: Annotated[int, Field(ge=8, le=MOST)]
-    parts: Annotated[int, Field(ge=1, le=99)]
-    seed: Seed
+    clips: int = Field(ge=8, le=MOST, description="clips of the archive")
+    parts: int = Field(ge=1, le=99, description="parts that the archive is split into")
+    seed: Seed = Field(description="seed of the scenes and labels")
 
 
 class Ssv2(_Frozen):
     """Where the Something-Something V2 archive comes from, and how it is ingested."""
 
-    source: Text | list[Text]
-    labels: Text | None
-    clip_seconds: Annotated[float, Field(ge=0.5, le=30)]
-    min_frames: Annotated[int, Field(ge=2, le=WIDEST)]
-    max_bad: Share
-    batch: Width
-    workers: Workers
-    runner: Literal["local", "dask"]
-    dask: Text | None
-    ffmpeg: Text | None
+    source: Text | list[Text] = Field(
+        description="folder with the archive's parts, or a list of their URLs; or a folder of your own videos"
+    )
+    labels: Text | None = Field(
+        description="labels zip or folder; null: found beside the parts. Your own videos need none"
+    )
+    clip_seconds: float = Field(
+        ge=0.5, le=30, description="length of the clips that your own videos are cut into"
+    )
+    min_frames: int = Field(
+        ge=2, le=WIDEST, description="frames of the shortest clip; a shorter one goes to the index as bad"
+    )
+    max_bad: Share = Field(description="share of bad clips above which validation fails")
+    batch: Width = Field(description="clips that a worker has in hand; a crash repeats as many per worker")
+    workers: Workers = Field(description="batches that are ingested at once")
+    runner: Literal["local", "dask"] = Field(description="local (threads here, ffmpeg in processes) | dask")
+    dask: Text | None = Field(
+        description="runner dask: address of a scheduler, tcp://…; null: `workers` processes here"
+    )
+    ffmpeg: Text | None = Field(
+        description="path of an ffmpeg binary; null: the static one of imageio-ffmpeg"
+    )
 
     _places = field_validator("source", "labels", "ffmpeg")(_found_anywhere)
 
@@ -96,21 +109,39 @@ class Ssv2(_Frozen):
 class Demos(_Frozen):
     """Which demonstrations are made or read."""
 
-    source: Literal["metaworld", "rlbench", "apv_npz", "rlbench_folder"]
-    path: Text | None
-    tasks: Annotated[list[Text], Field(min_length=1)] | None
-    episodes: Count
-    variations: Count | None
-    image_size: Annotated[int, Field(ge=16, le=2048)]
-    renderer: Literal["opengl", "opengl3"]
-    action_mode: Literal["joint_velocity", "joint_position", "gripper_pose"]
-    timeout: Annotated[float, Field(gt=0, le=1e6)]
-    cameras: Annotated[list[Text], Field(min_length=1)] | None
-    noise: Weight
-    keep_failures: bool
-    seed: Seed
-    max_bad: Share
-    workers: Workers
+    source: Literal["metaworld", "rlbench", "apv_npz", "rlbench_folder"] = Field(
+        description="metaworld (scripted experts) | rlbench (live) | apv_npz | rlbench_folder (both recorded)"
+    )
+    path: Text | None = Field(
+        description="folder of recorded episodes; keys from episodes to seed are for the other sources"
+    )
+    tasks: Annotated[list[Text], Field(min_length=1)] | None = Field(
+        description="names, [push_button, …], or [all]; null: three of metaworld's, or all of another source"
+    )
+    episodes: Count = Field(description="demonstrations per task and camera; rlbench: and variation")
+    variations: Count | None = Field(description="rlbench: variations of each task; null: all")
+    image_size: int = Field(
+        ge=16, le=2048, description="rlbench: pixels of a drawn picture's side; it is averaged to 64"
+    )
+    renderer: Literal["opengl", "opengl3"] = Field(
+        description="rlbench: opengl | opengl3 (shadows; several times slower)"
+    )
+    action_mode: Literal["joint_velocity", "joint_position", "gripper_pose"] = Field(
+        description="rlbench, rlbench_folder: an action is: joint_velocity | joint_position | gripper_pose"
+    )
+    timeout: float = Field(
+        gt=0, le=1e6, description="rlbench: seconds without an answer after which a simulator is killed"
+    )
+    cameras: Annotated[list[Text], Field(min_length=1)] | None = Field(
+        description="names, [front, wrist], or [all]; null: metaworld's corner, or all of another source"
+    )
+    noise: Weight = Field(
+        description="standard deviation of the noise on the expert's actions, which lie in [-1, 1]"
+    )
+    keep_failures: bool = Field(description="metaworld: true keeps episodes in which the expert fails")
+    seed: Seed = Field(description="seed of the scenes and the noise")
+    max_bad: Share = Field(description="share of bad episodes above which validation fails")
+    workers: Workers = Field(description="processes that make or read episodes; rlbench: simulators")
 
     _places = field_validator("path")(_found_anywhere)
 
@@ -124,48 +155,55 @@ class Demos(_Frozen):
 class Pretrain(_Frozen):
     """One scale's pre-training: the length of the run, the batch and the sizes of the world model."""
 
-    steps: Natural
-    batch: Width
-    length: Annotated[int, Field(ge=3, le=WIDEST)]
-    lr: Rate
-    cnn_depth: Annotated[int, Field(ge=2, le=WIDEST, multiple_of=2)]
-    hidden: Width
-    deter: Width
-    stoch: Width
-    discrete: Annotated[int, Field(ge=2, le=WIDEST)]
-    log_every: Count
-    video_every: Count
-    checkpoint_every: Count
+    steps: Natural = Field(description="updates of the world model")
+    batch: Width = Field(description="segments in a batch")
+    length: int = Field(ge=3, le=WIDEST, description="frames of a segment")
+    lr: Rate = Field(description="Adam's learning rate")
+    cnn_depth: int = Field(
+        ge=2,
+        le=WIDEST,
+        multiple_of=2,
+        description="channels of the encoder's first layer; deeper layers have multiples of it",
+    )
+    hidden: Width = Field(description="units of the dense layers")
+    deter: Width = Field(description="size of the deterministic state, the GRU's")
+    stoch: Width = Field(description="categorical variables of the stochastic state")
+    discrete: int = Field(ge=2, le=WIDEST, description="classes of each of these variables")
+    log_every: Count = Field(description="updates between two lines of the log")
+    video_every: Count = Field(description="updates between two videos of open-loop prediction")
+    checkpoint_every: Count = Field(description="updates between two snapshots to resume from")
 
 
 class Finetune(_Frozen):
     """One scale's fine-tuning: reinforcement learning from pixels in imagination."""
 
-    env_steps: Count
-    prefill: Count
-    pretrain_updates: Natural
-    train_every: Count
-    batch: Width
-    length: Annotated[int, Field(ge=6, le=WIDEST)]
-    lr: Rate
-    actor_lr: Rate
-    critic_lr: Rate
-    hold: Natural
-    beta: Weight
-    horizon: Annotated[int, Field(ge=2, le=WIDEST)]
-    discount: Rate
-    lam: Share
-    entropy: Weight
-    units: Width
-    layers: Annotated[int, Field(ge=1, le=64)]
-    slow_every: Count
-    replay: Count
-    envs: Workers
-    eval_every: Count
-    eval_episodes: Count
-    time_limit: Annotated[int, Field(ge=1, le=500)]
-    log_every: Count
-    checkpoint_every: Count
+    env_steps: Count = Field(description="environment steps altogether, prefill included")
+    prefill: Count = Field(description="environment steps of random actions before the first update")
+    pretrain_updates: Natural = Field(description="updates right after prefill")
+    train_every: Count = Field(description="environment steps between two updates")
+    batch: Width = Field(description="segments in a batch")
+    length: int = Field(ge=6, le=WIDEST, description="steps of a segment")
+    lr: Rate = Field(description="learning rate of the world model")
+    actor_lr: Rate = Field(description="learning rate of the actor")
+    critic_lr: Rate = Field(description="learning rate of the critic")
+    hold: Natural = Field(description="updates during which pre-trained parts keep their weights")
+    beta: Weight = Field(description="weight of the dynamics KL while fine-tuning")
+    horizon: int = Field(ge=2, le=WIDEST, description="steps imagined from each state")
+    discount: Rate = Field(description="discount of the reward a step")
+    lam: Share = Field(description="lambda of the lambda-returns: 0: one step, 1: the whole horizon")
+    entropy: Weight = Field(description="weight of the policy's entropy")
+    units: Width = Field(description="units of a hidden layer of actor and critic")
+    layers: int = Field(ge=1, le=64, description="hidden layers of actor and critic")
+    slow_every: Count = Field(description="updates between two copies of the critic to the target critic")
+    replay: Count = Field(description="environment steps that the replay buffer keeps")
+    envs: Workers = Field(
+        description="environments that are stepped at once, each in a process where there are several"
+    )
+    eval_every: Count = Field(description="environment steps between two evaluations")
+    eval_episodes: Count = Field(description="episodes of such an evaluation")
+    time_limit: int = Field(ge=1, le=500, description="steps after which an episode ends")
+    log_every: Count = Field(description="environment steps between two lines of the log")
+    checkpoint_every: Count = Field(description="environment steps between two snapshots to resume from")
 
     @model_validator(mode="after")
     def _fits(self) -> Finetune:
@@ -193,17 +231,23 @@ class Finetune(_Frozen):
 class Evaluate(_Frozen):
     """One scale's evaluation: the policy, clips to predict, the latent action's probe, fits to episodes."""
 
-    episodes: Count
-    time_limit: Annotated[int, Field(ge=1, le=500)]
-    clips: Count
-    observed: Width
-    length: Width
-    probe_episodes: Annotated[int, Field(ge=6, le=MOST)]
-    probe_updates: Natural
-    offline_episodes: Annotated[int, Field(ge=4, le=MOST)]
-    offline_updates: Count
-    offline_batch: Width
-    offline_seeds: Count
+    episodes: Count = Field(description="episodes of the agent, and of random actions")
+    time_limit: int = Field(ge=1, le=500, description="steps after which an episode ends")
+    clips: Count = Field(description="segments to predict, of held-out clips and of the agent's episodes")
+    observed: Width = Field(description="frames seen before open-loop prediction")
+    length: Width = Field(description="frames of a segment, those seen included")
+    probe_episodes: int = Field(
+        ge=6, le=MOST, description="episodes that the probe of the latent action is fitted to and tested on"
+    )
+    probe_updates: Natural = Field(
+        description="updates of the probe's ceiling, an encoder trained with labels"
+    )
+    offline_episodes: int = Field(
+        ge=4, le=MOST, description="episodes that world models are fitted to, a third of them held out"
+    )
+    offline_updates: Count = Field(description="updates of each fit")
+    offline_batch: Width = Field(description="segments in a batch of a fit")
+    offline_seeds: Count = Field(description="fits with different seeds, of either start")
 
     @model_validator(mode="after")
     def _fits(self) -> Evaluate:
@@ -231,31 +275,63 @@ class Scales(_Frozen):
 class Config(_Frozen):
     """The whole of params.yaml."""
 
-    method: Literal["dreamerv2", "apv", "contextwm", "prelar"]
-    dataset: Literal["ssv2", "demos"]
-    task: Text
-    seed: Seed
-    scale: Literal["smoke", "lite", "paper"]
-    beta: Weight
-    beta_a: Weight
-    beta_c: Weight
-    consistency: Literal["order", "sign"]
-    action_dim: Width
-    action_kind: Literal["gaussian", "deterministic", "discrete"]
-    action_window: Annotated[int, Field(ge=2, le=WIDEST)]
-    naive: bool
-    bonus: Weight
-    dual_reward: bool
-    context_frame: Literal["random", "first", "last"]
-    context_augment: Literal["none", "erase"]
-    device: Literal["auto", "cpu", "cuda"]
-    devices: Workers
-    precision: Literal["fp32", "bf16"]
-    compile: Literal["auto", "always", "never"]
-    deterministic: bool
-    threads: Workers
-    data_root: Text
-    sample: Sample
+    method: Literal["dreamerv2", "apv", "contextwm", "prelar"] = Field(
+        description="dreamerv2 (no pre-training) | apv | contextwm | prelar"
+    )
+    dataset: Literal["ssv2", "demos"] = Field(description="store to pre-train on: ssv2 | demos")
+    task: Text = Field(description="Meta-World task to fine-tune on")
+    seed: Seed = Field(description="seed of training, evaluation and the agent's episodes")
+    scale: Literal["smoke", "lite", "paper"] = Field(
+        description="presets: smoke (minutes on 2 cores) | lite (a GPU-hour) | paper"
+    )
+    beta: Weight = Field(description="weight of the dynamics KL while pre-training")
+    beta_a: Weight = Field(
+        description="weight of the action KL against N(0, I); 0.1: the action means more, see docs/methods.md"
+    )
+    beta_c: Weight = Field(
+        description="weight of the action-state consistency; 0: PreLAR without consistency"
+    )
+    consistency: Literal["order", "sign"] = Field(
+        description="order (smooth pairwise) | sign (as published: no gradient reaches the encoder)"
+    )
+    action_dim: Width = Field(description="size of the latent action")
+    action_kind: Literal["gaussian", "deterministic", "discrete"] = Field(
+        description="gaussian | deterministic (a point, no action KL) | discrete"
+    )
+    action_window: int = Field(
+        ge=2, le=WIDEST, description="frames that infer one latent action; 2: the paper"
+    )
+    naive: bool = Field(
+        description="true: naive fine-tuning (apv, contextwm: one RSSM; all: no bonus, no dual reward)"
+    )
+    bonus: Weight = Field(description="weight of the exploration bonus; 0: without bonus. dreamerv2 has none")
+    dual_reward: bool = Field(
+        description="second reward head for the plain reward; false: without dual reward"
+    )
+    context_frame: Literal["random", "first", "last"] = Field(
+        description="contextwm: random | first | last frame of the segment"
+    )
+    context_augment: Literal["none", "erase"] = Field(
+        description="contextwm, fine-tuning: none | erase (random erasing of the context frame)"
+    )
+    device: Literal["auto", "cpu", "cuda"] = Field(description="auto | cpu | cuda")
+    devices: Workers = Field(
+        description="pre-training: processes that share each batch, a GPU each; device cpu: on its cores"
+    )
+    precision: Literal["fp32", "bf16"] = Field(description="fp32 | bf16 (mixed)")
+    compile: Literal["auto", "always", "never"] = Field(
+        description="training steps, with torch.compile: auto (on a GPU) | always | never"
+    )
+    deterministic: bool = Field(
+        description="true: same params, same bytes on a GPU too, more slowly; a CPU gives them anyway"
+    )
+    threads: Workers = Field(description="CPU threads of torch")
+    data_root: Text = Field(
+        description="where stores are published: data | an absolute folder | a URL, s3://bucket/prefix or gs://…"
+    )
+    sample: Sample = Field(
+        description="the embedded stand-in for SSv2: Meta-World experts, rendered and packed like it"
+    )
     ssv2: Ssv2
     demos: Demos
     scales: Scales

@@ -6,9 +6,12 @@ import re
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 from pydantic import ValidationError
+from pydantic.fields import FieldInfo
+from ruamel.yaml import YAML
 
 from prelar import config
 from prelar.config import YAML_BYTES, YAML_NODES, Config, Finetune, keys, load_config, parse_yaml, read_yaml
@@ -36,6 +39,14 @@ def flat(tree: dict[str, object], prefix: str = "") -> list[str]:
     return found
 
 
+def field_of(key: str) -> FieldInfo:
+    model: Any = Config
+    *groups, name = key.split(".")
+    for group in groups:
+        model = model.model_fields[group].annotation
+    return model.model_fields[name]
+
+
 def refuse(tmp_path: Path, text: str) -> str:
     path = tmp_path / "params.yaml"
     path.write_text(text, encoding="utf-8")
@@ -47,6 +58,22 @@ def refuse(tmp_path: Path, text: str) -> str:
 
 def test_the_keys_of_params_yaml_are_the_fields_of_config() -> None:
     assert sorted(flat(read_yaml(ROOT / "params.yaml"))) == sorted(keys())
+
+
+def described(node: Any, prefix: str = "") -> dict[str, str]:
+    """Dotted key → the comment behind it, of a YAML mapping that keeps its comments."""
+    found = {prefix + key: marks[2].value.splitlines()[0].strip("# ") for key, marks in node.ca.items.items()}
+    for key, value in node.items():
+        if isinstance(value, dict) and key != "scales":
+            found |= described(value, f"{prefix}{key}.")
+    return found
+
+
+def test_every_key_is_described_in_params_yaml_as_in_config() -> None:
+    fields = {key: field_of(key).description for key in keys()}
+    assert all(fields.values())
+    params = YAML().load((ROOT / "params.yaml").read_text(encoding="utf-8"))
+    assert described(params) == {key: text for key, text in fields.items() if not key.startswith("scales")}
 
 
 @pytest.mark.parametrize("scale", ["smoke", "lite", "paper"])

@@ -1,9 +1,8 @@
-"""Write docs/params.md: every key of params.yaml with its type, bounds, value and comment."""
+"""Write docs/params.md: every key of params.yaml with its type, bounds, value and description."""
 
 from __future__ import annotations
 
 import json
-import re
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +12,6 @@ from prelar.utils.files import write_text
 
 ROOT = Path(__file__).parents[1]
 PAGE = ROOT / "docs/params.md"
-PARAMS = ROOT / "params.yaml"
 HEAD = """# Parameters
 
 Written by `make params` from `prelar/config.py` and `params.yaml`; a test holds them together. Values are
@@ -31,13 +29,12 @@ GROUPS = {
 def page(root: Path = ROOT) -> str:
     """The page's text."""
     values = flatten(load_config(root / "params.yaml").model_dump(mode="json"))
-    comments = read_comments((root / "params.yaml").read_text(encoding="utf-8"))
-    types = describe(Config.model_json_schema())
+    fields = describe(Config.model_json_schema())
     parts = [HEAD]
     for group in dict.fromkeys(key.rpartition(".")[0] for key in values if not key.startswith("scales.")):
         parts.append(f"## {GROUPS.get(group, group)}\n\n| key | type | value | |\n|---|---|---|---|")
         parts += [
-            f"| `{key}` | {types[key]} | {shown(value)} | {comments.get(key, '')} |"
+            f"| `{key}` | {fields[key][0]} | {shown(value)} | {fields[key][1]} |"
             for key, value in values.items()
             if key.rpartition(".")[0] == group and not key.startswith("scales.")
         ]
@@ -47,10 +44,11 @@ def page(root: Path = ROOT) -> str:
         prefix = f"scales.{SCALES[0]}.{stage}."
         names = [key.removeprefix(prefix) for key in values if key.startswith(prefix)]
         parts.append(f"## Presets of {stage}: `scales.<scale>.{stage}`\n")
-        parts.append(f"| key | type | {' | '.join(SCALES)} |\n|---|---|{'---|' * len(SCALES)}")
+        parts.append(f"| key | type | {' | '.join(SCALES)} | |\n|---|---|---|{'---|' * len(SCALES)}")
         for name in names:
             cells = " | ".join(shown(values[f"scales.{scale}.{stage}.{name}"]) for scale in SCALES)
-            parts.append(f"| `{name}` | {types[prefix + name]} | {cells} |")
+            kind, description = fields[prefix + name]
+            parts.append(f"| `{name}` | {kind} | {cells} | {description} |")
         parts.append("")
     return "\n".join(parts).rstrip() + "\n"
 
@@ -61,24 +59,9 @@ def shown(value: Any) -> str:
     return f"`{text}`"
 
 
-def read_comments(text: str) -> dict[str, str]:
-    """The comment behind each key, with the lines of comment that continue it; `|` would end a cell."""
-    found: dict[str, str] = {}
-    group, last = "", None
-    for line in text.splitlines():
-        if match := re.match(r"( *)([a-z_0-9]+):(.*?)(?:\s#\s?(.*))?$", line):
-            indent, name, value, comment = match.groups()
-            group = name if not indent and not value.strip() else (group if indent else "")
-            last = name if not indent else f"{group}.{name}"
-            found[last] = comment or ""
-        elif last and (match := re.match(r"\s{4,}#\s*(.*)$", line)):
-            found[last] += f" {match[1]}"
-    return {key: comment.replace("|", "·").strip() for key, comment in found.items()}
-
-
-def describe(schema: dict[str, Any]) -> dict[str, str]:
-    """Dotted key → type and bounds in words, of a JSON schema."""
-    found: dict[str, str] = {}
+def describe(schema: dict[str, Any]) -> dict[str, tuple[str, str]]:
+    """Dotted key → type and bounds in words, and description, of a JSON schema; `|` would end a cell."""
+    found: dict[str, tuple[str, str]] = {}
 
     def walk(node: dict[str, Any], prefix: str) -> None:
         for name, field in node["properties"].items():
@@ -86,7 +69,8 @@ def describe(schema: dict[str, Any]) -> dict[str, str]:
             if "properties" in target:
                 walk(target, f"{prefix}{name}.")
             else:
-                found[prefix + name] = words(target, schema)
+                described = field["description"].replace("|", "·")
+                found[prefix + name] = words(target, schema), described
 
     walk(schema, "")
     return found
