@@ -40,7 +40,7 @@ Part = tuple[str, str]
 """A stage and the digest of all that its outputs follow from."""
 
 PIPELINE = Path("dvc.yaml")
-NAMED = ("method", "dataset", "task", "seed")
+NAME_KEYS = ("method", "dataset", "task", "seed")
 METHODS: list[Any] = list(get_args(Config.model_fields["method"].annotation))
 TASKS: list[Any] = [
     "lever-pull",
@@ -161,8 +161,8 @@ def changed(base: Values, changes: Values) -> Values:
 
 
 def _name(values: Values, changes: Values, identity: str) -> str:
-    shown = [str(values[key]) for key in NAMED]
-    shown += [f"{key.split('.')[-1]}-{value}" for key, value in changes.items() if key not in NAMED]
+    shown = [str(values[key]) for key in NAME_KEYS]
+    shown += [f"{key.split('.')[-1]}-{value}" for key, value in changes.items() if key not in NAME_KEYS]
     return re.sub(r"[^A-Za-z0-9.-]+|\.(?=\.|-|$)", "-", "-".join([*shown, identity[:10]]))
 
 

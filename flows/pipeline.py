@@ -80,7 +80,7 @@ def several_of_each() -> type[Form]:
     return create_model("grid", __base__=Form, **fields)
 
 
-NAMED = "Ran experiment(s):"
+EXPERIMENTS_LINE = "Ran experiment(s):"
 Params = one_of_each()
 UNCHANGED = Params()
 
@@ -110,7 +110,9 @@ def run_experiment(changes: dict[str, Any], targets: tuple[str, ...]) -> str:
     words = ["exp", "run", "--temp", *overrides(changes), *targets]
     logger.info("dvc %s", " ".join(words))
     lines = dvc(*words, tell=logger.info)
-    named = [line.removeprefix(NAMED).strip() for line in lines if line.startswith(NAMED)]
+    named = [
+        line.removeprefix(EXPERIMENTS_LINE).strip() for line in lines if line.startswith(EXPERIMENTS_LINE)
+    ]
     if not named:
         raise UserError(f"dvc exp run names no experiment: {lines[-1] if lines else 'it printed nothing'}")
     return named[-1]

@@ -139,7 +139,7 @@ PARTS = {"encoder": "encoder", "decoder": "decoder", "rssm": "dynamics", "action
 """The published names of the parts, and ours."""
 SIZES = ("cnn_depth", "hidden", "deter", "stoch", "discrete", "action_dim", "action_kind", "action_window")
 FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
-NAMED, MANY = 6, 40
+LINES_SHOWN, MANY = 6, 40
 MOST, WHOLE = 10_000, 32  # tensors, and how many times as large as one of its parts a model may be
 
 Spec = dict[str, Any]
@@ -450,8 +450,8 @@ def _load(file: Path, model: WorldModel, found: Parts, kept: Parts, seed: int) -
 
 def _named(what: str, lines: Sequence[str]) -> list[str]:
     """The first few lines, and how many more there are."""
-    shown = [f"    {what}: {line}" for line in lines[:NAMED]]
-    return shown + ([f"    {what}: {len(lines) - NAMED} more"] if len(lines) > NAMED else [])
+    shown = [f"    {what}: {line}" for line in lines[:LINES_SHOWN]]
+    return shown + ([f"    {what}: {len(lines) - LINES_SHOWN} more"] if len(lines) > LINES_SHOWN else [])
 
 
 def _summary(names: Sequence[str]) -> str:

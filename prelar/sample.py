@@ -80,7 +80,7 @@ SCENES: dict[str, tuple[str, tuple[str, ...]]] = {
 
 
 @dataclasses.dataclass(frozen=True)
-class Clip:
+class ClipPlan:
     """What one clip of the sample shows. `frames` frames are spread over the expert's episode."""
 
     id: str
@@ -111,7 +111,7 @@ class Clip:
         return text
 
 
-def plan(clips: int, seed: int) -> list[Clip]:
+def plan(clips: int, seed: int) -> list[ClipPlan]:
     """What every clip shows, a pure function of the two numbers. Seven of eight have 25 frames or more."""
     random = np.random.Generator(np.random.PCG64([seed, clips]))
     short = int(clips * SHORT_SHARE)
@@ -128,7 +128,7 @@ def plan(clips: int, seed: int) -> list[Clip]:
     ids = random.choice(np.arange(1, IDS + 1), size=clips, replace=False)
     tasks = list(SCENES)
     return [
-        Clip(
+        ClipPlan(
             id=str(ids[number]),
             split=splits[order[number]],
             task=tasks[number % len(tasks)],
@@ -142,7 +142,7 @@ def plan(clips: int, seed: int) -> list[Clip]:
     ]
 
 
-def play(simulator: Simulator, clip: Clip) -> tuple[int, list[npt.NDArray[np.float64]]]:
+def play(simulator: Simulator, clip: ClipPlan) -> tuple[int, list[npt.NDArray[np.float64]]]:
     """An episode in which the noisy expert solves the clip's task: its number, and its actions.
 
     They end shortly after the success, or later where the clip has more frames. Raises `RuntimeError` if the
@@ -163,7 +163,7 @@ def play(simulator: Simulator, clip: Clip) -> tuple[int, list[npt.NDArray[np.flo
     raise RuntimeError(f"{clip.task}: the expert failed in {ATTEMPTS} episodes from {clip.episode}")
 
 
-def film(simulator: Simulator, clip: Clip) -> Iterator[npt.NDArray[np.uint8]]:
+def film(simulator: Simulator, clip: ClipPlan) -> Iterator[npt.NDArray[np.uint8]]:
     """Draw a clip: its frames, uint8 (240, width, 3), evenly spread over an episode of the noisy expert.
 
     The episode is played once to find where the task is solved, and a second time to draw the frames.
@@ -214,7 +214,7 @@ def encode(frames: Iterable[npt.NDArray[np.uint8]], width: int, path: Path) -> N
             raise RuntimeError(f"ffmpeg, status {status}: {words.read().decode(errors='replace').strip()}")
 
 
-def make_clips(clips: Sequence[Clip], folder: Path) -> int:
+def make_clips(clips: Sequence[ClipPlan], folder: Path) -> int:
     """Draw and encode clips of one task as `<folder>/<id>.webm`; how many they are. Runs in a worker."""
     with Simulator(clips[0].task) as simulator:
         for clip in clips:
@@ -222,7 +222,7 @@ def make_clips(clips: Sequence[Clip], folder: Path) -> int:
     return len(clips)
 
 
-def write_labels(clips: Sequence[Clip], path: Path) -> None:
+def write_labels(clips: Sequence[ClipPlan], path: Path) -> None:
     """Write the labels package of SSv2's shape."""
     templates = sorted({template for template, _ in SCENES.values()})
     numbers = {_plain(template): str(number) for number, template in enumerate(templates)}

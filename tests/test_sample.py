@@ -34,7 +34,7 @@ def digest(folder: Path) -> dict[str, str]:
 
 
 @pytest.fixture(scope="module")
-def small() -> list[sample.Clip]:
+def small() -> list[sample.ClipPlan]:
     """A plan of few short clips, two of one task."""
     planned = sample.plan(CLIPS, 3)[:4]
     tasks = ["drawer-open", "drawer-open", "window-close", "button-press-topdown"]
@@ -45,13 +45,13 @@ def small() -> list[sample.Clip]:
 
 
 @pytest.fixture(scope="module")
-def made(tmp_path_factory: pytest.TempPathFactory, small: list[sample.Clip]) -> Path:
+def made(tmp_path_factory: pytest.TempPathFactory, small: list[sample.ClipPlan]) -> Path:
     folder = tmp_path_factory.mktemp("sample")
     make(folder, small, workers=2)
     return folder
 
 
-def make(folder: Path, clips: list[sample.Clip], workers: int) -> None:
+def make(folder: Path, clips: list[sample.ClipPlan], workers: int) -> None:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(sample, "plan", lambda number, seed: clips)
         sample.make_sample(folder, clips=len(clips), parts=3, seed=0, workers=workers)
@@ -104,7 +104,7 @@ def test_plans_of_any_size_are_whole(clips: int) -> None:
     assert sum(clip.frames >= sample.USEFUL for clip in planned) >= 0.8 * clips
 
 
-def test_pieces_are_one_cut_archive(made: Path, small: list[sample.Clip]) -> None:
+def test_pieces_are_one_cut_archive(made: Path, small: list[sample.ClipPlan]) -> None:
     parts = sorted(path.name for path in made.glob(f"{sample.NAME}-*"))
     assert parts == [f"{sample.NAME}-{number:02d}" for number in range(3)]
     assert (made / parts[0]).read_bytes()[:2] == b"\x1f\x8b"
@@ -114,7 +114,7 @@ def test_pieces_are_one_cut_archive(made: Path, small: list[sample.Clip]) -> Non
     assert {path.name for path in made.iterdir()} == {*parts, sample.LABELS}
 
 
-def test_labels_agree_with_each_other(made: Path, small: list[sample.Clip]) -> None:
+def test_labels_agree_with_each_other(made: Path, small: list[sample.ClipPlan]) -> None:
     with zipfile.ZipFile(made / sample.LABELS) as archive:
         texts = {name: archive.read(name).decode() for name in archive.namelist()}
     assert set(texts) == {
@@ -138,7 +138,9 @@ def test_labels_agree_with_each_other(made: Path, small: list[sample.Clip]) -> N
     assert set(answers) == tested and set(answers.values()) <= set(numbers)
 
 
-def test_clips_are_vp9_with_the_planned_frames(made: Path, small: list[sample.Clip], tmp_path: Path) -> None:
+def test_clips_are_vp9_with_the_planned_frames(
+    made: Path, small: list[sample.ClipPlan], tmp_path: Path
+) -> None:
     webms = read_archive(made)
     for clip in small:
         webm = webms[f"{sample.NAME}/{clip.id}.webm"]
@@ -150,7 +152,9 @@ def test_clips_are_vp9_with_the_planned_frames(made: Path, small: list[sample.Cl
     assert "12 fps" in told.stderr and "vp9" in told.stderr
 
 
-def test_clips_show_the_drawn_frames_in_motion(made: Path, small: list[sample.Clip], tmp_path: Path) -> None:
+def test_clips_show_the_drawn_frames_in_motion(
+    made: Path, small: list[sample.ClipPlan], tmp_path: Path
+) -> None:
     clip = small[0]
     shown = decode(read_archive(made)[f"{sample.NAME}/{clip.id}.webm"], clip.width, tmp_path).astype(int)
     with Simulator(clip.task) as simulator:
@@ -170,7 +174,7 @@ def test_narrow_clips_are_the_middle_of_wide_ones() -> None:
     assert np.abs(truth.astype(int) - first[:, 94:333].astype(int)).mean() < 1
 
 
-def test_experts_solve_what_the_clip_shows(small: list[sample.Clip]) -> None:
+def test_experts_solve_what_the_clip_shows(small: list[sample.ClipPlan]) -> None:
     for clip in small[1:]:
         with Simulator(clip.task) as simulator:
             episode, actions = sample.play(simulator, clip)
@@ -180,7 +184,7 @@ def test_experts_solve_what_the_clip_shows(small: list[sample.Clip]) -> None:
 
 
 def test_bytes_do_not_depend_on_the_run_or_the_workers(
-    made: Path, small: list[sample.Clip], tmp_path: Path
+    made: Path, small: list[sample.ClipPlan], tmp_path: Path
 ) -> None:
     make(tmp_path / "again", small, workers=1)
     assert digest(tmp_path / "again") == digest(made)

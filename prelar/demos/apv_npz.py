@@ -31,7 +31,7 @@ from prelar.store.store import Frames
 from prelar.utils import files, zips
 from prelar.utils.errors import UserError, one_line, printable
 
-NAMED = re.compile(
+EPISODE_NAME = re.compile(
     r"(?P<task>.+)-v(?P<variation>\d+)-e(?P<episode>\d+)-(?P<camera>[^-]+)-(?P<length>\d+)\.npz"
 )
 LENGTH = re.compile(r".*-(\d+)\.npz")
@@ -173,11 +173,11 @@ def _shape(archive: zipfile.ZipFile, key: str) -> tuple[int, ...] | None:
             np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
         )
         shape, _, dtype = header(handle)
-    told, there = math.prod(shape) * dtype.itemsize, archive.getinfo(f"{key}.npy").file_size
+    claimed, present = math.prod(shape) * dtype.itemsize, archive.getinfo(f"{key}.npy").file_size
     if dtype.hasobject:
         raise ValueError(f"Object arrays cannot be read: `{key}` is a pickle")
-    if min(shape, default=0) < 0 or told > there:
-        raise ValueError(f"`{key}` tells of {told} bytes and has {there}")
+    if min(shape, default=0) < 0 or claimed > present:
+        raise ValueError(f"`{key}` tells of {claimed} bytes and has {present}")
     return tuple(shape)
 
 
@@ -196,7 +196,7 @@ def _jobs(folder: Path) -> list[Job]:
     single: dict[str, list[str]] = {}
     for path in sorted(path for path in files.walk(folder) if path.suffix == ".npz"):
         name = path.relative_to(folder).as_posix()
-        parts = NAMED.fullmatch(path.name)
+        parts = EPISODE_NAME.fullmatch(path.name)
         if parts:
             key = printable(parts["task"]), int(parts["variation"]), int(parts["episode"])
             other = named.setdefault(key, {}).setdefault(printable(parts["camera"]), name)
@@ -216,7 +216,7 @@ def _jobs(folder: Path) -> list[Job]:
 
 def _widths(folder: Path, jobs: list[Job]) -> tuple[tuple[str, int], ...]:
     """Per-frame arrays and their widths, as most of the episodes that can be read have them."""
-    told = collections.Counter[tuple[tuple[str, int], ...]]()
+    seen = collections.Counter[tuple[tuple[str, int], ...]]()
     for job in jobs:
         try:
             with zips.open_zip(folder / job.files[0][1]) as archive:
@@ -224,5 +224,5 @@ def _widths(folder: Path, jobs: list[Job]) -> tuple[tuple[str, int], ...]:
         except Exception:
             continue
         pairs = ((key, shape[1]) for key, shape in shapes.items() if shape is not None and len(shape) == 2)
-        told[tuple((key, width) for key, width in pairs if 0 < width <= MAX_WIDTH)] += 1
-    return told.most_common(1)[0][0] if told else ()
+        seen[tuple((key, width) for key, width in pairs if 0 < width <= MAX_WIDTH)] += 1
+    return seen.most_common(1)[0][0] if seen else ()

@@ -38,7 +38,6 @@ ALIGNMENT = "actions[t] is taken after frame t and leads to frame t + 1; zero at
 HELD_OUT, ENOUGH, TURN = 10, 4, 5
 TAIL = 10
 MOTION = 8
-RATE = 80.0
 FIRST_EPISODE = 1_000_000
 VERSIONS = ("mujoco", "metaworld", "numpy", "pillow")
 
@@ -207,10 +206,10 @@ class Splits:
         return "validation" if task in self._held and number % HELD_OUT == 0 else "train"
 
 
-Clip = tuple[Frames | None, dict[str, Any], dict[str, Array]]
+ClipRecord = tuple[Frames | None, dict[str, Any], dict[str, Array]]
 
 
-def clips(episode: Episode, source: Source, label_id: int, splits: Splits) -> Iterator[Clip]:
+def clips(episode: Episode, source: Source, label_id: int, splits: Splits) -> Iterator[ClipRecord]:
     """An episode as what `StoreWriter.append` takes: one clip per camera, with its row and its arrays.
 
     A clip's sha256 is that of its file, or of the bytes of its frames where no file of its own holds them.

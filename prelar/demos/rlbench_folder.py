@@ -36,7 +36,7 @@ from prelar.utils import files
 from prelar.utils.errors import UserError, one_line, printable
 
 WIDTH = 7
-RATE = 20.0
+FPS = 20.0
 MOTIONS = {
     "joint_velocity": "joint_velocities",
     "joint_position": "joint_positions",
@@ -80,13 +80,13 @@ def step_arrays(
     }
 
 
-def ahead(told: npt.NDArray[Any]) -> npt.NDArray[np.float32]:
-    """Actions from what was told with each frame of how it was reached, float32 (T, A); the last one is zero.
+def ahead(recorded: npt.NDArray[Any]) -> npt.NDArray[np.float32]:
+    """Actions from what each frame's record says led to it, float32 (T, A); the last one is zero.
 
-    told: (T, A), numbers.
+    recorded: (T, A), numbers.
     """
-    actions = np.zeros(told.shape, dtype=np.float32)
-    actions[:-1] = told[1:]
+    actions = np.zeros(recorded.shape, dtype=np.float32)
+    actions[:-1] = recorded[1:]
     return actions
 
 
@@ -155,7 +155,7 @@ class RlbenchFolder(RlbenchDemonstrations):
             frames = {camera: read_pictures(folder / f"{camera}_rgb", length) for camera in self.cameras}
         except ValueError as error:
             return Episode(job, reason=str(error))
-        return Episode(job, frames, arrays, success=True, fps=RATE)
+        return Episode(job, frames, arrays, success=True, fps=FPS)
 
     def files(self, job: Job) -> list[Path]:
         """The episode's pickles and the folders of its pictures."""
@@ -263,12 +263,12 @@ def _row(number: int, step: Any, motion: str) -> tuple[Numbers, Numbers, float]:
     """Motion, gripper's pose and opening of one observation."""
     if not isinstance(step, _Record):
         raise ValueError(f"step {number} is no observation")
-    told = step.state
+    state = step.state
     try:
         return (
-            _vector(told[motion], motion),
-            _vector(told["gripper_pose"], "gripper_pose"),
-            _number(told["gripper_open"], "gripper_open"),
+            _vector(state[motion], motion),
+            _vector(state["gripper_pose"], "gripper_pose"),
+            _number(state["gripper_open"], "gripper_open"),
         )
     except KeyError as error:
         raise ValueError(f"step {number} holds no {error.args[0]}") from None

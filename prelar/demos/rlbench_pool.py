@@ -40,7 +40,7 @@ from PIL import Image
 
 from prelar.demos import rlbench_worker
 from prelar.demos.episodes import Episode, Job, at_size
-from prelar.demos.rlbench_folder import RATE
+from prelar.demos.rlbench_folder import FPS
 from prelar.store.store import Frames
 from prelar.utils import files
 from prelar.utils.errors import UserError, one_line
@@ -447,7 +447,7 @@ class SimulatorPool:
                 raise self._error or RuntimeError("the crew was dismissed")
         reason = self._reason(job)
         if reason is not None:
-            return Episode(job, success=False, fps=RATE, reason=reason)
+            return Episode(job, success=False, fps=FPS, reason=reason)
         return self._load(job)
 
     def settle(self, job: Job) -> None:
@@ -479,7 +479,7 @@ class SimulatorPool:
                 arrays = {name: content[name] for name in self._source.arrays}
         except Exception as error:
             return Episode(job, reason=f"the stored demo cannot be read: {one_line(error)}")
-        return Episode(job, frames, arrays, success=True, fps=RATE)
+        return Episode(job, frames, arrays, success=True, fps=FPS)
 
     def _take(self, task: str | None) -> Job | None:
         """The next job: of the task that is loaded, else of one that nobody has, else of the longest left.

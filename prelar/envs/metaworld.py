@@ -29,7 +29,7 @@ from prelar.utils.errors import UserError
 if TYPE_CHECKING:
     import mujoco
 
-Floats = npt.NDArray[np.float64]
+Doubles = npt.NDArray[np.float64]
 Image = npt.NDArray[np.uint8]
 
 ACTION_DIM = 4
@@ -48,7 +48,7 @@ class Step(NamedTuple):
     done: whether the time limit is reached. Episodes do not end on success.
     """
 
-    observation: Floats
+    observation: Doubles
     reward: float
     success: bool
     done: bool
@@ -93,7 +93,7 @@ class Simulator:
         self._env._set_task_called = True
         self._painters: dict[tuple[int, int], _Painter] = {}
         self._policy: Any = None
-        self._observation: Floats = np.zeros(0)
+        self._observation: Doubles = np.zeros(0)
 
     def reset(self, seed: int, episode: int) -> Step:
         """Start episode `episode` of `seed`: the same two numbers give the same goal and the same states."""

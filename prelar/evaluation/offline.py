@@ -33,7 +33,7 @@ NOISE = 0.1
 SHARE = 3
 POINTS = 10
 CHUNK = 32
-RATE = 3e-4
+LEARNING_RATE = 3e-4
 
 
 @dataclass(frozen=True)
@@ -153,7 +153,7 @@ def fit(
     """
     length = held_out.reward.shape[1]
     model = model.to(fabric.device)
-    wrapped, optimizer = fabric.setup(model, adam(model.parameters(), RATE))
+    wrapped, optimizer = fabric.setup(model, adam(model.parameters(), LEARNING_RATE))
     wrapped.mark_forward_method("finetune_losses")
     points = set(evenly_spaced_indices(updates + 1, POINTS + 1).tolist())
     rows = []

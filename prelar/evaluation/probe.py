@@ -28,7 +28,7 @@ from prelar.store.store import Store
 from prelar.train.loop import adam, seed_step
 from prelar.utils.seeds import Stream, generator
 
-Floats = npt.NDArray[np.float64]
+Doubles = npt.NDArray[np.float64]
 Frames = npt.NDArray[np.uint8]
 
 DIMENSIONS = ("x", "y", "z", "gripper")
@@ -37,7 +37,7 @@ HELD = 5
 STEPS = 50
 TEST_SHARE = 3
 PENALTIES = tuple(10.0**k for k in range(-3, 6))
-BATCH, SHIFT, RATE = 64, 4, 1e-3
+BATCH, SHIFT, LEARNING_RATE = 64, 4, 1e-3
 SWAP_ROWS, SWAP_COLUMNS, SWAP_STEPS = 4, 6, 3
 
 
@@ -50,7 +50,7 @@ class Episodes:
     """
 
     frames: Frames
-    change: Floats
+    change: Doubles
     held_out: npt.NDArray[np.bool_]
 
 
@@ -105,7 +105,7 @@ def demonstrations(store: Store, *, episodes: int, seed: int, steps: int = STEPS
     return Episodes(frames, change, np.arange(len(clips)) >= len(chosen["train"]))
 
 
-def _change(places: npt.NDArray[np.float32]) -> Floats:
+def _change(places: npt.NDArray[np.float32]) -> Doubles:
     """What happens from each place of the hand (T, 8) to the next, as in `Episodes` (T - 1, 4)."""
     path = places.astype(np.float64)
     return np.diff(np.concatenate([path[:, POSITION], path[:, OPENING]], axis=1), axis=0)
@@ -113,10 +113,10 @@ def _change(places: npt.NDArray[np.float32]) -> Floats:
 
 def ridge_r2(
     features: npt.NDArray[Any],
-    targets: Floats,
+    targets: Doubles,
     groups: npt.NDArray[np.int64],
     test: npt.NDArray[np.bool_],
-) -> Floats:
+) -> Doubles:
     """R² of a ridge regression on held-out groups, for each target.
 
     Args:
@@ -137,7 +137,7 @@ def ridge_r2(
     return _r2(_ridge(x, y, features[test], best), targets[test])
 
 
-def _ridge(x: npt.NDArray[Any], y: Floats, new: npt.NDArray[Any], penalty: float) -> Floats:
+def _ridge(x: npt.NDArray[Any], y: Doubles, new: npt.NDArray[Any], penalty: float) -> Doubles:
     """Predictions (M, D) for rows `new` (M, F); the penalty is relative to the number of rows of `x`."""
     middle, scale = x.mean(0), x.std(0)
     scale = np.where(scale > 1e-12, scale, np.inf)
@@ -151,7 +151,7 @@ def _ridge(x: npt.NDArray[Any], y: Floats, new: npt.NDArray[Any], penalty: float
     return (new @ x.T) @ dual + bottom
 
 
-def _r2(predicted: Floats, truth: Floats) -> Floats:
+def _r2(predicted: Doubles, truth: Doubles) -> Doubles:
     rest = ((truth - predicted) ** 2).sum(0)
     spread = ((truth - truth.mean(0)) ** 2).sum(0)
     return np.where(spread > 1e-18, 1 - rest / np.where(spread > 1e-18, spread, 1), 0.0)
@@ -209,7 +209,9 @@ def _features(
     }
 
 
-def _latent(infer: Callable[[Tensor, Tensor], Tensor | None], frames: Frames, device: torch.device) -> Floats:
+def _latent(
+    infer: Callable[[Tensor, Tensor], Tensor | None], frames: Frames, device: torch.device
+) -> Doubles:
     """Latent actions of all pairs, episode after episode: (E · (T - 1), A)."""
     found = []
     for episode in frames:
@@ -234,7 +236,7 @@ def _teach(
     labels = episodes.change[numbers]
     scaled = (labels - labels.mean((0, 1))) / np.maximum(labels.std((0, 1)), 1e-9)
     head = nn.Linear(action.action_dim, len(DIMENSIONS)).to(device)
-    optimizer = adam([*action.parameters(), *head.parameters()], RATE)
+    optimizer = adam([*action.parameters(), *head.parameters()], LEARNING_RATE)
     is_first = first_steps(BATCH, action.window, device)
     for update in tqdm(range(updates), desc="evaluate: probe with labels", unit="update", disable=None):
         seed_step(seed, update)

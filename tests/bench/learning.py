@@ -74,7 +74,7 @@ CHANCE_EPISODES = 20
 LAST = 3
 RESAMPLES = 10_000
 
-Floats = npt.NDArray[np.float64]
+Doubles = npt.NDArray[np.float64]
 
 
 def main() -> None:
@@ -133,7 +133,7 @@ def run_seed(folder: Path, seed: int) -> dict[str, list[float]]:
     return {"step": tables["return"]["step"]} | {name: tables[name][name] for name in names}
 
 
-def play(seed: int, *, expert: bool) -> Floats:
+def play(seed: int, *, expert: bool) -> Doubles:
     """Returns of `CHANCE_EPISODES` episodes like the curve's, of random actions or the scripted expert."""
     draw = np.random.default_rng([seed, 1])
     totals = []
@@ -149,14 +149,14 @@ def play(seed: int, *, expert: bool) -> Floats:
     return np.array(totals)
 
 
-def interval(values: Floats) -> tuple[float, float]:
+def interval(values: Doubles) -> tuple[float, float]:
     """Bootstrap 95% interval of the mean."""
     draws = np.random.default_rng(0).choice(values, (RESAMPLES, len(values))).mean(1)
     low, high = np.quantile(draws, (0.025, 0.975))
     return float(low), float(high)
 
 
-def report(curves: list[dict[str, list[float]]], chance: Floats) -> None:
+def report(curves: list[dict[str, list[float]]], chance: Doubles) -> None:
     """Write the table and the summary, and print a line. Raises `UserError` where a seed did not learn."""
     low, high = interval(chance)
     ends = [float(np.mean(curve["return"][-LAST:])) for curve in curves]

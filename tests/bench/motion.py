@@ -13,7 +13,7 @@ import numpy as np
 
 from prelar.envs.metaworld import Image, Simulator
 from prelar.envs.pixels import SIZE
-from prelar.evaluation.probe import POSITION, Episodes, Floats, collect, ridge_r2
+from prelar.evaluation.probe import POSITION, Doubles, Episodes, collect, ridge_r2
 from prelar.utils.errors import run_main
 
 GAPS = (1, 2, 4, 6, 8)
@@ -48,7 +48,7 @@ def main() -> None:
         print(f"| {name} | {' | '.join(cells)} |", flush=True)
 
 
-def r2(episodes: Episodes, gap: int, split: int) -> Floats:
+def r2(episodes: Episodes, gap: int, split: int) -> Doubles:
     """R² of the hand's displacement x, y, z from the differences of frames `gap` steps apart.
 
     split: number of the draw that holds a third of the episodes out.

@@ -20,8 +20,8 @@ from prelar.demos import rlbench_folder
 from prelar.demos.episodes import Splits, clips, fault
 from prelar.demos.rlbench_folder import (
     CAMERAS,
+    FPS,
     LOW_DIM,
-    RATE,
     VARIATION,
     RlbenchFolder,
     open_folder,
@@ -273,7 +273,7 @@ def test_actions_lead_from_each_frame_to_the_next(
     """Steps as a simulator makes them: it moves with the velocities that it then tells."""
     length, random = 40, np.random.default_rng(0)
     velocities = np.cumsum(random.normal(size=(length, 7)), axis=0)
-    positions = np.cumsum(velocities / RATE, axis=0)
+    positions = np.cumsum(velocities / FPS, axis=0)
     held = demo(rlbench, length)
     for number, step in enumerate(held._observations):
         step.joint_velocities, step.joint_positions = velocities[number], positions[number]
@@ -282,7 +282,7 @@ def test_actions_lead_from_each_frame_to_the_next(
     read = read_low_dim(path, mode)
     actions = read["actions"][:-1, :7]
     wanted = read["gripper"][1:, :7] if mode == "gripper_pose" else positions[1:]
-    reached = positions[:-1] + actions / RATE if mode == "joint_velocity" else actions
+    reached = positions[:-1] + actions / FPS if mode == "joint_velocity" else actions
     assert np.allclose(reached, wanted, atol=1e-4)
 
 

@@ -107,7 +107,7 @@ def test_a_start_that_has_learnt_is_better_and_fitting_makes_both_better(
     learnt, held_out = made_up(4, 8), segments(made_up(2, 8), 4)
     taught = build()
     fabric = Fabric(accelerator="cpu", devices=1)
-    monkeypatch.setattr(offline, "RATE", 3e-3)
+    monkeypatch.setattr(offline, "LEARNING_RATE", 3e-3)
     budget = {"seeds": (1, 2), "batch": 4, "observed": 2}
 
     def ready() -> WorldModel:
