@@ -30,6 +30,7 @@ from prelar.envs.metaworld import ACTION_DIM, Simulator
 from prelar.envs.pixels import Envs, PixelEnv, Purpose, World, episode_seed
 from prelar.methods import build_finetune, load_pretrained, loads, restore
 from prelar.model.world_model import WorldModel
+from prelar.stages import stage_fingerprint
 from prelar.train.checkpoint import Snapshots, load_parts, resume_key, save_parts
 from prelar.train.loop import Hook, Scalars, compiles, set_up, summary, train
 from prelar.utils.errors import UserError
@@ -37,31 +38,6 @@ from prelar.utils.errors import UserError
 PRETRAINED = Path("data/pretrain")
 OUTPUT = Path("data/finetune")
 LOGS = Path("reports/finetune")
-CODE = (
-    "control",
-    "envs",
-    "finetune.py",
-    "methods.py",
-    "model",
-    "train",
-    "utils/distributed.py",
-    "utils/processes.py",
-    "utils/seeds.py",
-)
-PARAMS = (
-    "method",
-    "task",
-    "seed",
-    "naive",
-    "bonus",
-    "dual_reward",
-    "context_augment",
-    "device",
-    "precision",
-    "compile",
-    "deterministic",
-    "threads",
-)
 SIZES = ("cnn_depth", "hidden", "deter", "stoch", "discrete", "action_dim", "context_frame")
 
 
@@ -76,8 +52,8 @@ def run(cfg: Config) -> None:
     model = load_model(cfg)
     if compiles(cfg.compile, fabric):
         model.compile_training(dynamic=False)
-    params = {name: getattr(cfg, name) for name in PARAMS} | {"finetune": preset.model_dump()}
-    snapshots = Snapshots(resume_key("finetune", params=params, inputs=[PRETRAINED], code=CODE))
+    fingerprint = stage_fingerprint("finetune", cfg.model_dump(mode="json"))
+    snapshots = Snapshots(resume_key("finetune", fingerprint, known={}, inputs=[PRETRAINED]))
 
     task, time_limit = cfg.task, preset.time_limit
 

@@ -18,6 +18,7 @@ from prelar.config import Config
 from prelar.methods import build_pretrain, find_method
 from prelar.model.images import denormalise, first_steps, normalise
 from prelar.model.world_model import WorldModel
+from prelar.stages import stage_fingerprint
 from prelar.store.sampler import Batch, Prefetch, SegmentSampler
 from prelar.store.store import Store
 from prelar.train.checkpoint import Snapshots, resume_key, save_parts
@@ -30,35 +31,6 @@ OUTPUT = Path("data/pretrain")
 REPORT = Path("reports/pretrain")
 VIDEO = REPORT / "open_loop.mp4"
 
-CODE = (
-    "methods.py",
-    "model",
-    "pretrain.py",
-    "store",
-    "train",
-    "utils/distributed.py",
-    "utils/seeds.py",
-    "utils/video_file.py",
-)
-FLAT = (
-    "method",
-    "dataset",
-    "seed",
-    "beta",
-    "beta_a",
-    "beta_c",
-    "consistency",
-    "action_dim",
-    "action_kind",
-    "action_window",
-    "context_frame",
-    "device",
-    "devices",
-    "precision",
-    "compile",
-    "deterministic",
-    "threads",
-)
 KEY_CLIPS = 64
 VIDEO_CLIPS = 4
 VIDEO_OBSERVED = 5
@@ -96,9 +68,9 @@ def run_key(cfg: Config, store: Store, processes: int = 1) -> str:
     """
     clips = np.unique(np.linspace(0, store.num_clips - 1, min(KEY_CLIPS, store.num_clips)).astype(np.int64))
     frames = hashlib.sha256(store.read_many(store.clip_start[clips], 1).tobytes()).hexdigest()
-    params = {name: getattr(cfg, name) for name in FLAT} | {"pretrain": cfg.pretrain.model_dump()}
-    known = params | {"frames": frames, "store": store.attrs, "processes": processes}
-    return resume_key("pretrain", params=known, inputs=[], code=CODE)
+    known = {"frames": frames, "store": store.attrs, "processes": processes}
+    fingerprint = stage_fingerprint("pretrain", cfg.model_dump(mode="json"))
+    return resume_key("pretrain", fingerprint, known=known, inputs=[])
 
 
 def _steps(cfg: Config) -> int:

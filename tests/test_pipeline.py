@@ -20,6 +20,7 @@ FREE = {
     "prelar.config",
     "prelar.demos",
     "prelar.envs",
+    "prelar.stages",
     "prelar.store",
     "prelar.train",
     "prelar.utils",

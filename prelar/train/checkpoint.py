@@ -33,7 +33,6 @@ CONFIG_BYTES = 1 << 20
 KEYWORDS = ("model", "actor")
 KINDS: dict[str, type] = {"stage": str, "model": dict, "actor": dict, "imported": dict}
 RESUME = Path("data/.resume")
-PACKAGE = Path(__file__).parents[1]
 
 Weights = dict[str, Tensor]
 
@@ -134,31 +133,24 @@ def check_finite(weights: Weights) -> None:
             raise ValueError(f"{name} has numbers that are not finite")
 
 
-def resume_key(stage: str, *, params: Mapping[str, Any], inputs: Iterable[Path], code: Iterable[str]) -> str:
+def resume_key(stage: str, fingerprint: str, *, known: Mapping[str, Any], inputs: Iterable[Path]) -> str:
     """Name of the folder in which this very run keeps its snapshots.
 
-    `params` are the values the stage depends on; `inputs` are files, or folders of files, hashed whole (of a
-    store, name the small files that identify it); `code` are files and folders inside the package, such as
-    "loop.py" and "model".
+    `fingerprint` stands for the stage's params and code, see `prelar.stages`; `known` is what else the run
+    depends on; `inputs` are files, or folders of files, hashed whole (of a store, name the small files that
+    identify it).
     """
     digest = hashlib.sha256()
-    digest.update(json.dumps([stage, torch.__version__, dict(params)], sort_keys=True, default=str).encode())
+    digest.update(
+        json.dumps([stage, torch.__version__, fingerprint, dict(known)], sort_keys=True, default=str).encode()
+    )
     for path in inputs:
         for file in [path] if path.is_file() else sorted(item for item in path.rglob("*") if item.is_file()):
-            _hash_file(digest, file)
-    for name in code:
-        source = PACKAGE / name
-        for file in [source] if source.suffix == ".py" else sorted(source.rglob("*.py")):
-            _hash_file(digest, file)
+            digest.update(f"\0{file}\0{file.stat().st_size}\0".encode())
+            with file.open("rb") as handle:
+                while block := handle.read(1 << 20):
+                    digest.update(block)
     return f"{stage}-{digest.hexdigest()[:16]}"
-
-
-def _hash_file(digest: Any, path: Path) -> None:
-    name = path.relative_to(PACKAGE) if path.is_relative_to(PACKAGE) else path
-    digest.update(f"\0{name}\0{path.stat().st_size}\0".encode())
-    with path.open("rb") as handle:
-        while block := handle.read(1 << 20):
-            digest.update(block)
 
 
 class Snapshots:

@@ -24,6 +24,7 @@ from prelar import finetune, pretrain
 from prelar.config import PARAMS, Config, load_config
 from prelar.envs.metaworld import ACTION_DIM, Simulator
 from prelar.envs.pixels import Purpose, episode_seed
+from prelar.stages import code_digest
 from prelar.train.checkpoint import resume_key, save_parts
 from prelar.utils.errors import UserError, run_main
 from prelar.utils.files import remove, write_text
@@ -83,7 +84,7 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, default=3, help="number of seeds, from 0 (3)")
     parser.add_argument("--jobs", type=int, default=min(2, processors()), help="runs at once")
     options = parser.parse_args()
-    key = resume_key("learning", params=SETTINGS | SIZES | PRESET, inputs=[], code=finetune.CODE)
+    key = resume_key("learning", code_digest(["prelar/"]), known=SETTINGS | SIZES | PRESET, inputs=[])
     seeds = range(options.seeds)
     with ThreadPoolExecutor(options.jobs) as pool:
         curves = list(pool.map(lambda seed: run_seed(WORK / key, seed), seeds))

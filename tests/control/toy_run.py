@@ -69,7 +69,7 @@ def run(
     fabric = set_up(device="cpu", precision="fp32", threads=1)
     torch.manual_seed(0)
     model = build(method, preset, SIZES if sizes is None else sizes)
-    snapshots = Snapshots(resume_key("toy", params=changes, inputs=[], code=[]), root=root / "resume")
+    snapshots = Snapshots(resume_key("toy", "", known=changes, inputs=[]), root=root / "resume")
     behaviour = learn(
         fabric,
         model,

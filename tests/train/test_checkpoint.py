@@ -11,7 +11,6 @@ import pytest
 import torch
 from torch import nn
 
-from prelar.train import checkpoint
 from prelar.train.checkpoint import Snapshots, load_config, load_parts, resume_key, save_parts
 from prelar.utils.errors import UserError
 
@@ -174,37 +173,24 @@ def test_an_absent_checkpoint_and_an_unknown_part_are_named(saved: Path, tmp_pat
         load_parts(saved, ["heads"])
 
 
-def test_the_key_of_a_run_follows_params_inputs_and_code(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    package, data = tmp_path / "package", tmp_path / "data"
-    (package / "model").mkdir(parents=True)
+def test_the_key_of_a_run_follows_its_fingerprint_and_inputs(tmp_path: Path) -> None:
+    data = tmp_path / "data"
     data.mkdir()
-    files = {
-        package / "loop.py": "a",
-        package / "model/nets.py": "b",
-        package / "other.py": "c",
-        data / "x": "d",
-    }
-    for path, text in files.items():
-        path.write_text(text)
-    monkeypatch.setattr(checkpoint, "PACKAGE", package)
+    (data / "x").write_text("d")
 
-    def key(stage: str = "pretrain", **params: Any) -> str:
-        return resume_key(stage, params={"beta": 1.0, **params}, inputs=[data], code=["loop.py", "model"])
+    def key(stage: str = "pretrain", fingerprint: str = "a", **known: Any) -> str:
+        return resume_key(stage, fingerprint, known={"processes": 1, **known}, inputs=[data])
 
     first = key()
     assert first.startswith("pretrain-") and key() == first
-    different = {first, key(beta=2.0), key("finetune")}
-    for path in (package / "loop.py", package / "model/nets.py", data / "x"):
-        path.write_text(files[path] + "!")
-        different.add(key())
-        path.write_text(files[path])
+    different = {first, key(processes=2), key("finetune"), key(fingerprint="b")}
+    (data / "x").write_text("d!")
+    different.add(key())
+    (data / "x").write_text("d")
     (data / "y").write_text("")
     different.add(key())
     (data / "y").unlink()
-    assert len(different) == 7
-    (package / "other.py").write_text("changed")
+    assert len(different) == 6
     assert key() == first
 
 

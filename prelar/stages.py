@@ -1,0 +1,100 @@
+"""What a stage of dvc.yaml follows from: its command, its params, its code and the stages before it."""
+
+from __future__ import annotations
+
+import graphlib
+import hashlib
+import json
+import re
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+from prelar.config import read_yaml
+from prelar.utils.errors import UserError
+
+PIPELINE = Path("dvc.yaml")
+PROJECT = Path(__file__).parents[1]
+CODE = ("prelar/", "flows/")
+
+Values = Mapping[str, Any]
+
+
+class Stages:
+    """The stages of a dvc.yaml, each with its code as it lies there when this is made.
+
+    `values` below are those of a params.yaml, as `Config.model_dump(mode="json")` gives them. Without the
+    file, or of a stage that it does not name, a fingerprint is of all values and all code of the package.
+    Raises `UserError` where the file cannot be read.
+    """
+
+    def __init__(self, path: Path = PIPELINE) -> None:
+        content = read_yaml(path) if path.exists() else {"stages": {}}
+        stages = content.get("stages") if isinstance(content, dict) else None
+        if not isinstance(stages, dict) or not all(isinstance(stage, dict) for stage in stages.values()):
+            raise UserError(f"{path}: has no stages; restore it with git")
+        self.stages: dict[str, dict[str, Any]] = stages
+        self._code: dict[str, str] = {}
+
+    def fingerprint(self, name: str, values: Values) -> str:
+        """Digest of a stage's own command, params and code, in hex. What it reads is not looked at."""
+        stage = self.stages.get(name, {})
+        keys = [_fill(key, values) for key in stage.get("params", values)]
+        if name not in self._code:
+            deps = stage.get("deps", CODE[:1])
+            self._code[name] = code_digest(path for path in deps if path.startswith(CODE))
+        return _digest(
+            [name, stage.get("cmd"), {key: _lookup(values, key) for key in keys}, self._code[name]]
+        )
+
+    def fingerprints(self, values: Values) -> dict[str, str]:
+        """For each stage, the digest of its fingerprint and of those of all stages before it, in hex."""
+        above = self.upstream(values)
+        found: dict[str, str] = {}
+        for name in graphlib.TopologicalSorter(above).static_order():
+            found[name] = _digest(
+                [self.fingerprint(name, values), sorted(found[other] for other in above[name])]
+            )
+        return found
+
+    def upstream(self, values: Values) -> dict[str, set[str]]:
+        """For each stage, the stages whose outputs it reads."""
+        maker = {
+            next(iter(out)) if isinstance(out, dict) else out: name
+            for name, stage in self.stages.items()
+            for out in [*stage.get("outs", []), *stage.get("metrics", [])]
+        }
+        return {
+            name: {maker[path] for dep in stage.get("deps", []) if (path := _fill(dep, values)) in maker}
+            for name, stage in self.stages.items()
+        }
+
+
+def stage_fingerprint(name: str, values: Values) -> str:
+    """`Stages.fingerprint` by the dvc.yaml of the current folder."""
+    return Stages().fingerprint(name, values)
+
+
+def code_digest(paths: Iterable[str]) -> str:
+    """Digest of Python files and folders of the code that runs, given as paths such as `prelar/model`."""
+    digest = hashlib.sha256()
+    for path in paths:
+        source = PROJECT / path
+        for file in [source] if source.is_file() else sorted(source.rglob("*.py")):
+            content = file.read_bytes()
+            digest.update(f"\0{file.relative_to(PROJECT).as_posix()}\0{len(content)}\0".encode() + content)
+    return digest.hexdigest()
+
+
+def _fill(text: str, values: Values) -> str:
+    return re.sub(r"\$\{([\w.]+)\}", lambda match: str(_lookup(values, match[1])), text)
+
+
+def _lookup(values: Values, key: str) -> Any:
+    for name in key.split("."):
+        values = values[name]
+    return values
+
+
+def _digest(value: Any) -> str:
+    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
