@@ -102,6 +102,24 @@ def test_links_lead_somewhere(page: params_page.Path) -> None:
             assert anchor in anchors(target.read_text(encoding="utf-8")), address
 
 
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_modules_that_are_named_exist(page: params_page.Path) -> None:
+    named = re.findall(r"`((?:prelar|flows|tests|tools)/[\w/.]+)`", page.read_text(encoding="utf-8"))
+    assert [path for path in named if not (ROOT / path).exists()] == []
+
+
+def test_the_hooks_of_pre_commit_are_the_linters_of_make() -> None:
+    recipe = re.search(
+        r"^lint:.*\n((?:\t.*\n)+)", (ROOT / "Makefile").read_text(encoding="utf-8"), re.MULTILINE
+    )
+    assert recipe
+    linters = re.findall(r"^\t@(ruff \w+|[\w-]+)", recipe[1], re.MULTILINE)
+    (repo,) = read_yaml(ROOT / ".pre-commit-config.yaml")["repos"]
+    entries = [hook["entry"].removeprefix(".venv/bin/") for hook in repo["hooks"]]
+    assert len(entries) == len(linters)
+    assert all(entry.startswith(linter) for entry, linter in zip(entries, linters, strict=True))
+
+
 def test_every_page_is_linked_from_the_readme() -> None:
     readme = (ROOT / "README.md").read_text(encoding="utf-8")
     assert [page.name for page in (ROOT / "docs").glob("*.md") if f"docs/{page.name}" not in readme] == []
