@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from flows import demos
-from prelar.demos import apv_npz, episodes, rlbench_folder, rlbench_pool
+from prelar.demos import apv_npz, metaworld, rlbench_folder, rlbench_pool
 from prelar.demos.episodes import Job, Source
 from prelar.demos.metaworld import Metaworld
 from prelar.demos.rlbench_folder import LOW_DIM
@@ -216,7 +216,7 @@ def test_live_episodes(standin: Path, tmp_path: Path, monkeypatch: pytest.Monkey
 
 
 def test_episodes_of_experts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(episodes, "MAX_STEPS", 90)
+    monkeypatch.setattr(metaworld, "MAX_STEPS", 90)
     source = Metaworld(("reach",), 2, ("corner",), 0.0, False, 0)
     act = Metaworld._act
 

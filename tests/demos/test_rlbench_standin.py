@@ -53,6 +53,6 @@ def test_values_are_the_real_ones() -> None:
     assert set(vars(named("rlbench.backend.observation.Observation")(misc={}))) == pictures | {
         *seen["others"]
     }
-    task = named("demos.tasks.push_button.PushButton")(None, None)
+    task = named("rlbench.tasks.push_button.PushButton")(None, None)
     error = named("rlbench.backend.exceptions.DemoError")("Why.", task)
     assert str(error) == "Error in task push_button. Why."

@@ -14,15 +14,17 @@ from flows import demos
 from prelar.demos.episodes import Job, Source
 from prelar.demos.rlbench_live import RlbenchLive
 
-HANDS = demos.episode_workers
+WORKERS = demos.episode_workers
 DONE = SimpleNamespace(result=lambda: None)
 
 
 @contextlib.contextmanager
-def hands(source: Source, *rest: Any) -> Iterator[tuple[Callable[[Job], Any], Callable[[Job], None]]]:
+def episode_workers(
+    source: Source, *rest: Any
+) -> Iterator[tuple[Callable[[Job], Any], Callable[[Job], None]]]:
     """Jobs are done where they are given; live ones by simulators as ever."""
     if isinstance(source, RlbenchLive):
-        with HANDS(source, *rest) as found:
+        with WORKERS(source, *rest) as found:
             yield found
     else:
         yield lambda job: functools.partial(source.collect, job), lambda job: None
@@ -36,4 +38,4 @@ def work_inline(monkeypatch: pytest.MonkeyPatch) -> None:
         return DONE
 
     monkeypatch.setattr(demos.collect, "submit", submit)
-    monkeypatch.setattr(demos, "hands", hands)
+    monkeypatch.setattr(demos, "episode_workers", episode_workers)
