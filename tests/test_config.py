@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import re
 import subprocess
 import sys
@@ -16,9 +17,17 @@ from ruamel.yaml import YAML
 from prelar import config
 from prelar.config import YAML_BYTES, YAML_NODES, Config, Finetune, keys, load_config, parse_yaml, read_yaml
 from prelar.model import actions
-from prelar.utils.errors import UserError
+from prelar.utils.errors import UserError, run_main
 
 ROOT = Path(__file__).parents[1]
+ENTRY_POINTS = [
+    "prelar.__main__ check",
+    "prelar.__main__ pretrain",
+    "prelar.__main__ report",
+    "flows.ssv2",
+    "flows.demos",
+    "flows.serve",
+]
 LAUGHS = "a0: &a0 [x, x]\n" + "".join(
     f"a{i}: &a{i} [{', '.join([f'*a{i - 1}'] * 9)}]\n" for i in range(1, 12)
 )
@@ -238,23 +247,43 @@ def test_the_config_is_frozen() -> None:
         ("cameras: null", "cameras: [korner]", "camera = 'korner'"),
     ],
 )
+@pytest.mark.parametrize("command", ENTRY_POINTS)
 def test_entry_points_refuse_bad_params_at_once(
-    tmp_path: Path, params: str, old: str, new: str, told: str
+    tmp_path: Path,
+    params: str,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    command: str,
+    old: str,
+    new: str,
+    told: str,
 ) -> None:
     (tmp_path / "params.yaml").write_text(params.replace(old, new, 1), encoding="utf-8")
-    commands = ["prelar check", "flows.ssv2", "flows.demos", "flows.serve"]
-    for command in commands if "beta" not in old else [*commands, "prelar pretrain", "prelar report"]:
-        done = subprocess.run(
-            [sys.executable, "-m", *command.split()],
-            cwd=tmp_path,
-            env={"PYTHONPATH": str(ROOT), "PATH": "/usr/bin:/bin"},
-            capture_output=True,
-            text=True,
-            timeout=120,
-        )
-        assert done.returncode == 2, (command, done.stderr)
-        assert done.stderr.count("\n") == 1 and told in done.stderr, (command, done.stderr)
-        assert not (tmp_path / ".prefect/server.log").exists(), f"{command} started a server"
+    monkeypatch.chdir(tmp_path)
+    module, *words = command.split()
+    monkeypatch.setattr(sys, "argv", [module, *words])
+    with pytest.raises(SystemExit) as end:
+        run_main(importlib.import_module(module).main)
+    line = capsys.readouterr().err
+    assert end.value.code == 2, line
+    assert line.count("\n") == 1 and told in line, line
+    assert not (tmp_path / ".prefect/server.log").exists(), "it started a server"
+
+
+@pytest.mark.parametrize("command", ["prelar check", "flows.ssv2", "flows.demos", "flows.serve"])
+def test_the_process_of_an_entry_point_ends_with_status_2(tmp_path: Path, params: str, command: str) -> None:
+    (tmp_path / "params.yaml").write_text(params.replace("beta_a: 1.0", "beta_a: -1", 1), encoding="utf-8")
+    done = subprocess.run(
+        [sys.executable, "-m", *command.split()],
+        cwd=tmp_path,
+        env={"PYTHONPATH": str(ROOT), "PATH": "/usr/bin:/bin"},
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    assert done.returncode == 2, done.stderr
+    assert done.stderr.count("\n") == 1 and "beta_a = -1" in done.stderr, done.stderr
+    assert not (tmp_path / ".prefect/server.log").exists(), "it started a server"
 
 
 @pytest.mark.parametrize(
