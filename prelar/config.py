@@ -25,7 +25,7 @@ from pydantic import (
 )
 from ruamel.yaml import YAML
 
-from prelar.utils.errors import UserError, one_line, printable, shown
+from prelar.utils.errors import UserError, nearest, one_line, printable, shown
 from prelar.utils.files import read_bytes
 from prelar.utils.urls import check_url
 
@@ -479,8 +479,6 @@ def _should(detail: Any) -> str:
 
 def _suggest(key: str) -> str:
     """A known key of the same group that looks like `key`, as advice."""
-    import difflib
-
     if key in RENAMED:
         return f"it is called {RENAMED[key]} now, rename it"
     *groups, name = key.split(".")
@@ -489,7 +487,7 @@ def _suggest(key: str) -> str:
         if group not in model.model_fields:
             return "remove it"
         model = model.model_fields[group].annotation
-    close = difflib.get_close_matches(name, list(model.model_fields), n=1, cutoff=0.5)
+    close = nearest(name, model.model_fields)
     return f"did you mean {'.'.join([*groups, close[0]])}?" if close else "remove it"
 
 

@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-import difflib
 import importlib.util
 import itertools
 import os
@@ -21,7 +20,6 @@ import re
 import shutil
 import subprocess
 import tempfile
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +27,7 @@ from prelar.demos import rlbench_worker
 from prelar.demos.episodes import RESIZE, Episode, Job
 from prelar.demos.rlbench_folder import ALIGNMENT, RlbenchDemonstrations
 from prelar.demos.rlbench_pool import ROOT, SimulatorPool, count_variations, given_display, simulator_env
-from prelar.envs.names import RLBENCH_CAMERAS
+from prelar.envs.names import RLBENCH_CAMERAS, check_name
 from prelar.store.store import SIZE
 from prelar.utils.errors import UserError, run_main
 
@@ -64,7 +62,7 @@ class RlbenchLive(RlbenchDemonstrations):
             if len(set(names)) < len(names):
                 raise UserError(f"demos.{key} = {list(names)}: name each one once")
         for camera in self.cameras:
-            _known("cameras", camera, RLBENCH_CAMERAS)
+            check_name("demos.cameras", camera, RLBENCH_CAMERAS, "RLBench")
 
     def jobs(self) -> list[Job]:
         """Every demo of every variation, task after task. Raises `UserError` where RLBench cannot be used.
@@ -73,7 +71,7 @@ class RlbenchLive(RlbenchDemonstrations):
         """
         check()
         known = task_names()
-        tasks = [_known("tasks", task, known) for task in self.tasks] or known
+        tasks = [check_name("demos.tasks", task, known, "RLBench") for task in self.tasks] or known
         counts = dict.fromkeys(tasks, 1) if self.variations == 1 else count_variations(tasks)
         if self.variations is not None:
             counts = {task: min(count, self.variations) for task, count in counts.items()}
@@ -105,13 +103,6 @@ class RlbenchLive(RlbenchDemonstrations):
         """What a simulator is launched with."""
         shown = {"cameras": list(self.cameras), "size": self.size, "renderer": self.renderer}
         return {**shown, "action_mode": self.action_mode}
-
-
-def _known(key: str, name: str, names: Sequence[str]) -> str:
-    if name in names:
-        return name
-    close = difflib.get_close_matches(name, names, n=3, cutoff=0.4) or names[:5]
-    raise UserError(f"demos.{key}: RLBench has no {name!r}; did you mean {', '.join(close)}?")
 
 
 # --- What must be there -------------------------------------------------------------------------------------

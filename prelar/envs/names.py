@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 from prelar.config import PARAMS, Config, load_config
-from prelar.utils.errors import UserError
+from prelar.utils.errors import UserError, nearest
 
 VERSION = "-v3"
 ALL = ["all"]
@@ -47,7 +46,7 @@ def check_names(config: Config) -> None:
             check_camera(camera)
     if config.demos.source == "rlbench":
         for camera in cameras:
-            _known("camera", camera, RLBENCH_CAMERAS, "RLBench")
+            check_name("camera", camera, RLBENCH_CAMERAS, "RLBench")
 
 
 def chosen(given: Sequence[str] | None) -> tuple[str, ...] | None:
@@ -59,7 +58,7 @@ def among(key: str, given: Sequence[str] | None, recorded: Iterable[str]) -> tup
     """The recorded names that a key gives, all for None. Raises `UserError` where one is not there."""
     names = tuple(recorded)
     if lacking := [name for name in given or () if name not in names]:
-        close = difflib.get_close_matches(lacking[0], names, n=3, cutoff=0.4) or sorted(names)[:5]
+        close = nearest(lacking[0], names) or sorted(names)[:5]
         raise UserError(
             f"{key}: nothing recorded of {lacking[0]!r}; there is {', '.join(close)}; or say [all]"
         )
@@ -68,16 +67,17 @@ def among(key: str, given: Sequence[str] | None, recorded: Iterable[str]) -> tup
 
 def check_task(task: str) -> str:
     """The task's name without version suffix. Raises `UserError` with the nearest names if unknown."""
-    return _known("task", task.removesuffix(VERSION), TASKS)
+    return check_name("task", task.removesuffix(VERSION), TASKS)
 
 
 def check_camera(camera: str) -> str:
     """The camera's name. Raises `UserError` with the nearest names if unknown."""
-    return _known("camera", camera, CAMERAS)
+    return check_name("camera", camera, CAMERAS)
 
 
-def _known(kind: str, name: str, names: tuple[str, ...], owner: str = "Meta-World") -> str:
+def check_name(kind: str, name: str, names: Sequence[str], owner: str = "Meta-World") -> str:
+    """The name, if it is among the owner's. Raises `UserError` with the nearest names if not."""
     if name in names:
         return name
-    close = difflib.get_close_matches(name, names, n=3, cutoff=0.4) or names
+    close = nearest(name, names) or names[:5]
     raise UserError(f"{kind} = {name!r}: {owner} has none of this name; did you mean {', '.join(close)}?")

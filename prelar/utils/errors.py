@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import difflib
 import errno
 import io
 import os
 import reprlib
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 LONGEST = 2_000
@@ -40,6 +41,11 @@ class UserError(Exception):
 def one_line(error: BaseException) -> str:
     """What an error says, printable and its lines joined, or its kind where it says nothing."""
     return printable(" ".join(str(error).split())) or type(error).__name__
+
+
+def nearest(name: str, known: Iterable[str]) -> list[str]:
+    """At most three of the known names, those most like `name` first; none where none is like it."""
+    return difflib.get_close_matches(name, list(known), n=3, cutoff=0.4)
 
 
 def shown(value: object) -> str:

@@ -469,9 +469,12 @@ def test_display_on_which_nothing_starts_is_left_for_an_xvfb(
 @pytest.mark.parametrize(
     ("change", "words"),
     [
-        ({"tasks": ("push_buton",)}, "demos.tasks: RLBench has no 'push_buton'; did you mean push_button"),
+        (
+            {"tasks": ("push_buton",)},
+            "demos.tasks = 'push_buton': RLBench has none of this name; did you mean push_button",
+        ),
         ({"tasks": ("push_button", "push_button")}, "name each one once"),
-        ({"cameras": ("corner",)}, "demos.cameras: RLBench has no 'corner'"),
+        ({"cameras": ("corner",)}, "demos.cameras = 'corner': RLBench has none of this name"),
     ],
 )
 def test_mistyped_sources_are_refused(standin: Path, change: dict[str, tuple[str, ...]], words: str) -> None:
