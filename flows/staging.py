@@ -25,7 +25,7 @@ from prelar.config import Ssv2
 from prelar.store import remote
 from prelar.store.store import Store, checks_path, index_path
 from prelar.utils import files
-from prelar.utils.errors import UserError
+from prelar.utils.errors import UserError, one_line
 from prelar.videos import ingest
 from prelar.videos.archive import Member
 from prelar.videos.decode import Decoder
@@ -38,6 +38,8 @@ if TYPE_CHECKING:
 LOCAL = "data"
 PORTIONS = 2
 """Tasks that a worker's batch is divided into."""
+CONNECT = 10
+"""Seconds in which a Dask scheduler answers."""
 Facts = dict[str, Any]
 
 Batch = TypeVar("Batch")
@@ -236,16 +238,39 @@ def decode_parcel(
 def decoded(
     portions: Iterator[list[Member]], decoder: Decoder, known: Labels, settings: Ssv2
 ) -> Iterator[list[Ingested]]:
-    """The portions' results in order."""
+    """The portions' results in order. Raises `UserError` where scheduler or workers are gone."""
+    from distributed.client import FutureCancelledError
+    from distributed.comm import CommClosedError
+    from distributed.scheduler import KilledWorker
+
+    gone = UserError("the Dask scheduler is gone; start it and run again, the work so far is kept")
+    dead = UserError(
+        "Dask workers died at their work, for want of memory perhaps; lower ssv2.batch or give them more, "
+        "and run again, the work so far is kept"
+    )
+    without = "the Dask scheduler or a worker lacks this project; start it in a clone, with PYTHONPATH=."
 
     def start(number: int, portion: list[Member]) -> Callable[[], list[Ingested]]:
         wanted = ingest.labels_of(known, portion)
-        future: Any = decode_parcel.submit(
-            number, Parcel(portion), settings.ffmpeg, decoder.version, wanted, settings.min_frames
-        )
+        parcel = Parcel(portion)
+        try:
+            future: Any = decode_parcel.submit(
+                number, parcel, settings.ffmpeg, decoder.version, wanted, settings.min_frames
+            )
+        except OSError:
+            raise gone from None
 
         def land() -> list[Ingested]:
-            done: list[Ingested] = future.result().open()
+            try:
+                done: list[Ingested] = future.result().open()
+            except (FutureCancelledError, CommClosedError):
+                raise gone from None
+            except KilledWorker:
+                raise dead from None
+            except (ImportError, RuntimeError) as error:
+                if isinstance(error, ImportError) or "deserialization" in str(error):
+                    raise UserError(f"{without} ({one_line(error)[:80]})") from None
+                raise
             future.wrapped_future.release()
             return done
 
@@ -255,10 +280,21 @@ def decoded(
 
 
 def task_runner(address: str | None, workers: int) -> Any:
-    """Prefect's task runner on the scheduler at `address`, or on a cluster of `workers` processes here."""
+    """Prefect's task runner on the scheduler at `address`, or on a cluster of `workers` processes here.
+
+    Raises `UserError` where no scheduler answers.
+    """
+    import distributed
     from prefect_dask import DaskTaskRunner
 
     if address:
+        try:
+            distributed.Client(address, timeout=CONNECT, set_as_default=False).close()
+        except (OSError, ValueError) as error:
+            raise UserError(
+                f"ssv2.dask = {address}: no Dask scheduler answers ({one_line(error)}); start it "
+                "(dask scheduler), or set ssv2.runner: local"
+            ) from None
         return DaskTaskRunner(address=address)
     local = {"n_workers": workers, "threads_per_worker": 1, "dashboard_address": None}
     return DaskTaskRunner(cluster_kwargs=local)

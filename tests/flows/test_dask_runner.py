@@ -5,12 +5,19 @@ from __future__ import annotations
 import os
 import pickle
 import signal
+import socket
+import subprocess
+import sys
 import time
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import distributed
 import pytest
+from distributed.client import FutureCancelledError
+from distributed.comm import CommClosedError
+from distributed.scheduler import KilledWorker
 
 from flows import staging
 from prelar.config import load_config
@@ -18,6 +25,7 @@ from prelar.utils.errors import UserError
 from prelar.videos.decode import Decoder
 from prelar.videos.labels import read_labels
 from tests import archives
+from tests.conftest import ROOT
 from tests.flows.kills import tree
 from tests.flows.test_ssv2 import change, commits, here, run, start, undisturbed, wait_for
 
@@ -91,3 +99,80 @@ def test_a_parcel_travels_and_is_empty_once_opened() -> None:
     parcel = pickle.loads(pickle.dumps(staging.Parcel([1, 2])))  # noqa: S301
     assert parcel.open() == [1, 2]
     assert parcel.open() is None
+
+
+def test_a_scheduler_that_is_not_there_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(staging, "CONNECT", 1)
+    for address in ("tcp://127.0.0.1:9", "elsewhere://127.0.0.1", "nonsense"):
+        with pytest.raises(UserError, match=rf"ssv2.dask = {address}: no Dask scheduler answers .* start it"):
+            staging.task_runner(address, 2)
+
+
+@pytest.mark.parametrize(
+    ("error", "told"),
+    [
+        (
+            FutureCancelledError("decode", "scheduler-connection-lost"),
+            "the Dask scheduler is gone; start it",
+        ),
+        (CommClosedError("closed"), "the Dask scheduler is gone; start it"),
+        (KilledWorker("decode", None, 3), "Dask workers died at their work"),
+        (ModuleNotFoundError("No module named 'flows'"), "the Dask scheduler or a worker lacks this project"),
+        (
+            RuntimeError("Error during deserialization of the task graph"),
+            "the Dask scheduler or a worker lacks",
+        ),
+    ],
+)
+def test_a_cluster_that_dies_is_told(
+    here: Path, monkeypatch: pytest.MonkeyPatch, error: Exception, told: str
+) -> None:
+    class Lost:
+        def result(self) -> None:
+            raise error
+
+    settings = load_config().ssv2
+    known = read_labels(Path("data/sample") / archives.LABELS_ZIP)
+    monkeypatch.setattr(staging.decode_parcel, "submit", lambda *rest: Lost())
+    with pytest.raises(UserError, match=told):
+        list(staging.decoded(iter([[]]), Decoder(settings.ffmpeg), known, settings))
+
+
+@pytest.mark.long
+def test_the_work_goes_on_after_a_scheduler_died(here: Path) -> None:
+    wanted = undisturbed(here / "data/sample", here / "work")
+    with scheduler() as (address, process):
+        change(batch=6, runner="dask", dask=address)
+        flow = start()
+        wait_for(commits, flow)
+        process.kill()
+        _, err = flow.communicate(timeout=300)
+    assert flow.returncode == 2 and "Traceback" not in err, err
+    assert err.splitlines()[-1].startswith("error: the Dask scheduler is gone")
+    with scheduler() as (address, _):
+        change(dask=address)
+        status, _, err = run()
+    assert status == 0, err
+    assert tree(here / "data", "ssv2") == wanted
+
+
+@contextmanager
+def scheduler() -> Iterator[tuple[str, subprocess.Popen[bytes]]]:
+    """A scheduler of its own process, with a worker that ends with it: its address, and the process."""
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        port = free.getsockname()[1]
+    address = f"tcp://127.0.0.1:{port}"
+    surroundings = os.environ | {"PYTHONPATH": str(ROOT)}
+
+    def begin(program: str, *options: str) -> subprocess.Popen[bytes]:
+        words = [sys.executable, "-m", f"distributed.cli.{program}", "--no-dashboard", *options]
+        return subprocess.Popen(words, env=surroundings, stderr=subprocess.DEVNULL)
+
+    process = begin("dask_scheduler", "--host", "127.0.0.1", "--port", str(port))
+    worker = begin("dask_worker", "--nthreads", "1", address)
+    try:
+        yield address, process
+    finally:
+        for one in (worker, process):
+            one.terminate()
+            one.wait()
