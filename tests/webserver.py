@@ -7,6 +7,7 @@ import dataclasses
 import http.server
 import re
 import threading
+import time
 from collections.abc import Callable, Iterator
 
 
@@ -29,6 +30,7 @@ class Behaviour:
     retry_after: str = "0"
     content_range: str | None = None
     content_length: str | None = None
+    pace: float | None = None
     on_request: Callable[[Behaviour], None] = lambda behaviour: None
 
 
@@ -130,4 +132,7 @@ def _send(handler: http.server.BaseHTTPRequestHandler, content: bytes, wrong: Be
         handler.close_connection = True
         return
     with contextlib.suppress(BrokenPipeError, ConnectionResetError):
+        for byte in body if wrong.pace else ():
+            handler.wfile.write(bytes([byte]))
+            time.sleep(wrong.pace or 0)
         handler.wfile.write(body)

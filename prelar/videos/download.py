@@ -16,12 +16,13 @@ import json
 import os
 import re
 import threading
+import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 import httpx
 
-from prelar.utils import files
+from prelar.utils import disk, files
 from prelar.utils.errors import UserError
 
 HEADERS = "PRELAR_HTTP_HEADERS"
@@ -29,21 +30,31 @@ COOKIES = "PRELAR_HTTP_COOKIES"
 PARALLEL = 4
 ATTEMPTS = 8
 REDIRECTS = 5
+LARGEST = 64 << 30
+"""Bytes of a file whose length the server does not tell."""
 
 Progress = Callable[[int], object]
 
 
 @dataclasses.dataclass(frozen=True)
 class Patience:
-    """How long a download waits: seconds without a byte, and the growing pause between attempts."""
+    """How long a download waits: seconds without a byte, and the growing pause between attempts.
+
+    An attempt that brings fewer than `slowest` bytes a second for `silence` seconds is given up.
+    """
 
     silence: float = 60.0
+    slowest: float = 1024.0
     pause: float = 1.0
     longest: float = 60.0
 
 
 class _Broken(Exception):
     """An attempt failed in a way that another attempt may mend."""
+
+
+class _Slow(Exception):
+    """An attempt brings next to nothing."""
 
 
 class _Changed(Exception):
@@ -151,6 +162,9 @@ class _Download:
                 self._forget()
                 failures += 1
                 reason = "the file keeps changing on the server"
+            except _Slow as error:
+                failures += 1
+                reason = str(error)
             except (_Broken, httpx.TransportError) as error:
                 grown = self._held() > before
                 failures, pause = (0, self.patience.pause) if grown else (failures + 1, pause)
@@ -219,16 +233,27 @@ class _Download:
         self._save(answer, offset, length)
 
     def _save(self, answer: httpx.Response, offset: int, length: int | None) -> None:
+        disk.require(self.target.parent, (length or offset) - offset, "the rest of a download")
         with self.partial.open("r+b" if offset else "wb") as handle:
             handle.seek(offset)
             handle.truncate()
+            begun, count = time.monotonic(), 0
             for block in answer.iter_raw():
                 self._check()
                 handle.write(block)
-                offset += len(block)
+                offset, count = offset + len(block), count + len(block)
                 self.progress(len(block))
-        if length is not None and offset > length:
-            raise _Changed
+                if length is not None and offset > length:
+                    raise _Changed
+                if offset > LARGEST and length is None:
+                    raise UserError(
+                        f"{shown(self.url)}: the server tells no length, and sends more than "
+                        f"{LARGEST >> 30} GiB; check the URL, and remove {self.partial}"
+                    )
+                if (lasted := time.monotonic() - begun) > self.patience.silence:
+                    if count < self.patience.slowest * lasted:
+                        raise _Slow(f"the server sends {count} bytes in {lasted:.0f} s")
+                    begun, count = time.monotonic(), 0
         if length is not None and offset < length:
             raise _Broken(f"broke off after {offset} of {length} bytes")
 

@@ -10,6 +10,7 @@ from pathlib import Path
 import httpx
 import pytest
 
+from prelar.utils import disk
 from prelar.utils.errors import UserError
 from prelar.videos import download
 from prelar.videos.download import Patience, fetch, secrets, shown
@@ -222,3 +223,34 @@ def test_one_failure_stops_the_others(tmp_path: Path) -> None:
         )
         with pytest.raises(UserError, match="answers 404"):
             fetch([f"{server.url}/nothing", f"{server.url}/x"], tmp_path, patience=slow)
+
+
+def test_a_server_that_sends_a_byte_at_a_time_is_told(tmp_path: Path) -> None:
+    hurried = dataclasses.replace(QUICK, silence=0.3)
+    with serve({"x": DATA}, Behaviour(pace=0.02)) as server:
+        with pytest.raises(UserError, match=r"sends \d+ bytes in \d s; run again to continue"):
+            fetch([f"{server.url}/x"], tmp_path, patience=hurried)
+        assert len(server.requests) == download.ATTEMPTS
+        held = (tmp_path / "x.partial").stat().st_size
+        server.behaviour.pace = None
+        assert get(f"{server.url}/x", tmp_path) == DATA
+        assert ranges(server.requests)[-1] == f"bytes={held}-"
+
+
+def test_a_file_of_no_told_length_is_bounded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with serve({"x": DATA}, Behaviour(length=False)) as server:
+        monkeypatch.setattr(download, "LARGEST", len(DATA) - 1)
+        with pytest.raises(UserError, match="tells no length, and sends more than"):
+            get(f"{server.url}/x", tmp_path)
+        (tmp_path / "x.partial").unlink()
+        monkeypatch.setattr(download, "LARGEST", len(DATA))
+        assert get(f"{server.url}/x", tmp_path) == DATA
+
+
+def test_a_file_that_finds_no_room_is_told_before_it_comes(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(disk, "free_bytes", lambda path: 100)
+    with serve({"x": DATA}) as server, pytest.raises(UserError, match="free"):
+        get(f"{server.url}/x", tmp_path)
+    assert not (tmp_path / "x.partial").exists()
