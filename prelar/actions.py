@@ -11,6 +11,7 @@ import json
 import os
 import sys
 from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import asdict
 from pathlib import Path
 
 import numpy as np
@@ -66,7 +67,7 @@ def run(
 
 def make_schema(model: api.Loaded, checkpoint: Path) -> pa.Schema:
     """The columns, and as metadata the model's keywords and the hash of its file of the action part."""
-    about = {"prelar.model": json.dumps(dict(model.spec), sort_keys=True)}
+    about = {"prelar.model": json.dumps(asdict(model.spec), sort_keys=True)}
     part = checkpoint / "action.safetensors"
     if part.is_file():
         about["prelar.action_sha256"] = digest(part)
@@ -129,7 +130,7 @@ def infer_pieces(model: api.Loaded, pieces: Iterable[Frames]) -> Iterator[api.Fl
 
     A piece is led by the frames before it that the model looks at.
     """
-    lead = int(model.spec.get("action_window", 2)) - 1
+    lead = model.spec.action_window - 1
     before = np.empty((0, 64, 64, 3), np.uint8)
     for piece in pieces:
         frames = np.concatenate([before, piece])

@@ -8,7 +8,6 @@ film = model.decode(model.imagine(seen, actions))
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -17,9 +16,10 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from prelar.methods import build_finetune, build_pretrain, restore
+from prelar.methods import build_model, restore
 from prelar.model.images import denormalise, first_steps, normalise
 from prelar.model.rssm import State
+from prelar.model.spec import ModelSpec
 from prelar.model.vision import Context
 from prelar.model.world_model import WorldModel
 from prelar.train.checkpoint import load_parts
@@ -28,7 +28,7 @@ from prelar.utils.errors import UserError
 Frames = npt.NDArray[np.uint8]
 Floats = npt.NDArray[np.float32]
 
-BUILDERS: dict[str, Callable[..., WorldModel]] = {"pretrain": build_pretrain, "finetune": build_finetune}
+STAGES = ("pretrain", "finetune")
 CHUNK = 256
 
 
@@ -50,10 +50,10 @@ class Imagery:
 
 
 class Loaded:
-    """A trained world model. `spec` holds the keywords that built it, `stage` what made it."""
+    """A trained world model. `spec` says what it is, `stage` what made it."""
 
-    def __init__(self, model: WorldModel, stage: str) -> None:
-        self.model, self.stage, self.spec = model, stage, model.spec
+    def __init__(self, model: WorldModel) -> None:
+        self.model, self.stage, self.spec = model, model.spec.stage, model.spec
 
     @property
     def device(self) -> torch.device:
@@ -63,9 +63,7 @@ class Loaded:
     @functools.cached_property
     def action_dim(self) -> int:
         """Numbers of an action that `imagine` takes: the robot's after fine-tuning, else a latent one's."""
-        return int(
-            self.spec["robot_action_dim"] if self.stage == "finetune" else self.model.action.action_dim
-        )
+        return int(self.spec.robot_action_dim if self.stage == "finetune" else self.model.action.action_dim)
 
     @torch.no_grad()
     def encode(self, frames: Frames, actions: npt.ArrayLike | None = None) -> Imagery:
@@ -132,15 +130,14 @@ class Loaded:
 
         A long video is gone through in pieces. Raises `UserError` where the model infers no actions.
         """
-        window = int(self.spec.get("action_window", 2))
         found = [np.empty((0, self.action_dim), np.float32)]
         for begin in range(0, max(len(frames) - 1, 1), CHUNK):
-            first = max(begin - (window - 2), 0)
+            first = max(begin - (self.spec.action_window - 2), 0)
             images, _ = self._images(frames[first : begin + CHUNK + 1])
             inferred = self.model.infer_actions(images, first_steps(1, images.shape[1], self.device))
             if inferred is None:
                 raise UserError(
-                    f"method = {self.spec['method']}, stage {self.stage}: infers no actions from video; "
+                    f"method = {self.spec.method}, stage {self.stage}: infers no actions from video; "
                     "pre-train with method prelar"
                 )
             found.append(inferred[0, begin - first :].float().cpu().numpy())
@@ -192,7 +189,8 @@ def load(checkpoint: str | Path, device: str = "cpu") -> Loaded:
     folder = Path(checkpoint)
     parts, described = load_parts(folder)
     stage = described.get("stage")
-    if stage not in BUILDERS or "model" not in described:
+    if stage not in STAGES or "model" not in described:
         raise UserError(f"{folder}: its config.json names no model; give the folder that a stage has written")
-    model = restore(BUILDERS[stage], described["model"], lambda made: made.load_state(parts), str(folder))
-    return Loaded(model.to(device).eval(), stage)
+    spec = ModelSpec.read(described["model"], stage=stage, source=str(folder))
+    model = restore(lambda: build_model(spec), lambda made: made.load_state(parts))
+    return Loaded(model.to(device).eval())

@@ -9,7 +9,7 @@ from __future__ import annotations
 import functools
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +29,8 @@ from prelar.evaluation import offline
 from prelar.evaluation.panels import describe, overview, tile_horizontally, write_png, write_previews
 from prelar.evaluation.prediction import Prediction, measure, write_prediction
 from prelar.evaluation.probe import collect, demonstrations, run_probe, swap_actions
-from prelar.methods import METHODS, build_finetune, build_pretrain, load_pretrained, restore
+from prelar.methods import METHODS, build_model, load_pretrained, restore
+from prelar.model.spec import ModelSpec
 from prelar.model.world_model import WorldModel
 from prelar.store.store import Store
 from prelar.train.checkpoint import load_config, load_parts
@@ -136,7 +137,8 @@ def check_origin(folder: Path, described: Mapping[str, Any], **expected: str) ->
 def load_pretrained_model(device: torch.device) -> WorldModel:
     """The pre-trained model of data/pretrain."""
     parts, described = load_parts(PRETRAIN)
-    model = restore(build_pretrain, described["model"], lambda made: made.load_state(parts), str(PRETRAIN))
+    spec = ModelSpec.read(described["model"], stage="pretrain", source=str(PRETRAIN))
+    model = restore(lambda: build_model(spec), lambda made: made.load_state(parts))
     return model.to(device).eval()
 
 
@@ -329,10 +331,11 @@ def evaluate_offline(config: Config, fabric: Fabric, folder: Path) -> EvalResult
         learnt, episodes = offline.collect(simulator, episodes=settings.offline_episodes, seed=seed)
     cut = offline.segments(episodes, settings.length)
     parts, _ = load_parts(PRETRAIN)
-    spec = load_config(FINETUNE)["model"] | {"bonus": 0.0, "dual_reward": False}
+    spec = ModelSpec.read(load_config(FINETUNE)["model"], stage="finetune", source=str(FINETUNE))
+    plain = replace(spec, bonus=0.0, dual_reward=False)
 
-    def build(pretrained: bool) -> WorldModel:
-        model = build_finetune(**spec)
+    def start_model(pretrained: bool) -> WorldModel:
+        model = build_model(plain)
         if pretrained:
             load_pretrained(model, parts)
         return model
@@ -344,7 +347,7 @@ def evaluate_offline(config: Config, fabric: Fabric, folder: Path) -> EvalResult
     for start, pretrained in starts.items():
         table = offline.compare(
             fabric,
-            functools.partial(build, pretrained),
+            functools.partial(start_model, pretrained),
             learnt,
             cut,
             seeds=seeds,

@@ -10,7 +10,7 @@ from __future__ import annotations
 import contextlib
 import time
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +28,8 @@ from prelar.control.rollout import RandomPolicy, play_episodes, summarise
 from prelar.envs import gl
 from prelar.envs.metaworld import ACTION_DIM, Simulator
 from prelar.envs.pixels import Envs, PixelEnv, Purpose, World, episode_seed
-from prelar.methods import build_finetune, load_pretrained, loads, restore
+from prelar.methods import build_model, load_pretrained, loads, restore
+from prelar.model.spec import ModelSpec
 from prelar.model.world_model import WorldModel
 from prelar.stages import stage_fingerprint
 from prelar.train.checkpoint import Snapshots, load_parts, resume_key, save_parts
@@ -38,7 +39,6 @@ from prelar.utils.errors import UserError
 PRETRAINED = Path("data/pretrain")
 OUTPUT = Path("data/finetune")
 LOGS = Path("reports/finetune")
-SIZES = ("cnn_depth", "hidden", "deter", "stoch", "discrete", "action_dim", "context_frame")
 
 
 def run(cfg: Config) -> None:
@@ -89,24 +89,23 @@ def run(cfg: Config) -> None:
 def load_model(cfg: Config) -> WorldModel:
     """The world model to fine-tune, with what its method loads from the pre-training checkpoint."""
     parts, pretrained = load_parts(PRETRAINED, loads(cfg.method, cfg.naive))
-    sizes = pretrained.get("model", {})
-    if sizes.get("method") != cfg.method:
+    values = pretrained.get("model", {})
+    if values.get("method") != cfg.method:
         raise UserError(
-            f"{PRETRAINED}: of method {sizes.get('method')}, not {cfg.method}; run `dvc repro pretrain`"
+            f"{PRETRAINED}: of method {values.get('method')}, not {cfg.method}; run `dvc repro pretrain`"
         )
-    spec = {
-        "method": cfg.method,
-        **{name: sizes[name] for name in SIZES if name in sizes},
-        "robot_action_dim": ACTION_DIM,
-        "units": cfg.finetune.units,
-        "layers": cfg.finetune.layers,
-        "naive": cfg.naive,
-        "dual_reward": cfg.dual_reward,
-        "bonus": cfg.bonus,
-        "context_augment": cfg.context_augment,
-        "beta": cfg.finetune.beta,
-    }
-    return restore(build_finetune, spec, lambda made: load_pretrained(made, parts), str(PRETRAINED))
+    spec = replace(
+        ModelSpec.read(values, stage="finetune", source=str(PRETRAINED)),
+        robot_action_dim=ACTION_DIM,
+        units=cfg.finetune.units,
+        layers=cfg.finetune.layers,
+        naive=cfg.naive,
+        dual_reward=cfg.dual_reward,
+        bonus=cfg.bonus,
+        context_augment=cfg.context_augment,
+        beta=cfg.finetune.beta,
+    )
+    return restore(lambda: build_model(spec), lambda made: load_pretrained(made, parts))
 
 
 @dataclass(frozen=True)
@@ -144,7 +143,7 @@ def learn(
     bonus: weight of the exploration bonus, for models that have one. tell: takes what this process did.
     """
     learner = make_learner(fabric, model, preset, bonus=bonus, seed=seed)
-    actions = model.spec["robot_action_dim"]
+    actions = model.spec.robot_action_dim
     with contextlib.ExitStack() as stack:
         replay = Replay(
             snapshots.folder / "replay.bin",
@@ -281,7 +280,7 @@ def _actor_sizes(model: WorldModel, preset: Finetune) -> dict[str, int]:
     """The keywords that size the actor."""
     return {
         "features": model.feature_dim,
-        "actions": model.spec["robot_action_dim"],
+        "actions": model.spec.robot_action_dim,
         "units": preset.units,
         "layers": preset.layers,
     }

@@ -10,7 +10,7 @@ import math
 import re
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 from zipfile import ZipFile
@@ -20,7 +20,8 @@ from torch import Tensor
 
 from prelar import pretrain
 from prelar.config import Config, Scales, misfits
-from prelar.methods import build_pretrain, find_method, loads
+from prelar.methods import build_model, find_method, loads
+from prelar.model.spec import ModelSpec
 from prelar.model.world_model import WorldModel
 from prelar.train.checkpoint import check_finite, load_config, load_parts, save_parts
 from prelar.utils.errors import UserError, printable
@@ -190,7 +191,7 @@ def run(cfg: Config, file: Path, *, method: str, part: str | None = None, output
     spec = infer_spec(file, found, candidates)
     _check_size(file, spec, weights, candidates)
     torch.manual_seed(cfg.seed)
-    model = build_pretrain(**spec)
+    model = build_model(ModelSpec(**spec))
     told = [f"{file.name}: {method}, {', '.join(f'{size} {spec[size]}' for size in SIZES)}"]
     told += _load(file, model, found, kept, cfg.seed)
     if unknown:
@@ -290,7 +291,7 @@ def translate(weights: Mapping[str, Tensor], part: str | None, spec: Spec) -> tu
     if part is None:
         return whole, unknown + upper
     with torch.device("meta"):
-        module = build_pretrain(**spec).parts().get(part)
+        module = build_model(ModelSpec(**spec)).parts().get(part)
     if module is None:
         raise UserError(f"--part: {spec['method']} has no such part; leave the file out")
     alone, _ = convert(weights, part)
@@ -307,7 +308,8 @@ def preset_specs(cfg: Config, method: str) -> list[Spec]:
     scales = [cfg.scale, *(scale for scale in Scales.model_fields if scale != cfg.scale)]
     with torch.device("meta"):
         return [
-            pretrain.build(cfg.model_copy(update={"method": method, "scale": scale})).spec for scale in scales
+            asdict(pretrain.build(cfg.model_copy(update={"method": method, "scale": scale})).spec)
+            for scale in scales
         ]
 
 
@@ -318,7 +320,7 @@ def infer_spec(file: Path, parts: Parts, candidates: Sequence[Spec]) -> Spec:
     very first. Raises `UserError` where stoch and discrete, of which a file has the product, stay unknown.
     """
     with torch.device("meta"):
-        model = build_pretrain(**candidates[0])
+        model = build_model(ModelSpec(**candidates[0]))
     latent_actions = "action" in model.parts()
     sizes = measure(parts, model.embed_dim // candidates[0]["cnn_depth"])
     slot = sizes.pop("slot", None)
@@ -387,7 +389,7 @@ def _check_size(file: Path, spec: Spec, weights: Mapping[str, Tensor], candidate
     if told := misfits(spec):
         raise UserError(f"{file}: its shapes say {told}; name a published checkpoint")
     with torch.device("meta"):
-        models = [build_pretrain(**one) for one in (spec, *candidates)]
+        models = [build_model(ModelSpec(**one)) for one in (spec, *candidates)]
     size, *known = [sum(value.numel() for value in model.parameters()) for model in models]
     held = sum(value.numel() for value in weights.values())
     if size > max(WHOLE * held, *known):
@@ -416,7 +418,8 @@ def _present(output: Path, method: str) -> tuple[Parts, list[Spec], dict[str, st
     if not (output / "config.json").exists() or load_config(output).get("model", {}).get("method") != method:
         return {}, [], {}
     parts, config = load_parts(output)
-    return parts, [config["model"]], config.get("imported", {})
+    spec = ModelSpec.read(config["model"], stage="pretrain", source=str(output))
+    return parts, [asdict(spec)], config.get("imported", {})
 
 
 def _load(file: Path, model: WorldModel, found: Parts, kept: Parts, seed: int) -> list[str]:
@@ -442,7 +445,7 @@ def _load(file: Path, model: WorldModel, found: Parts, kept: Parts, seed: int) -
     told += [f"  {name}: not used; the method has none" for name in found if name not in model.parts()]
     if not loaded:
         raise UserError(
-            f"{file}: no weight in it fits {model.spec['method']} under its published names; "
+            f"{file}: no weight in it fits {model.spec.method} under its published names; "
             "give --part for a file of one part, or another --method"
         )
     return told

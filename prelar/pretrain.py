@@ -15,8 +15,9 @@ from lightning_fabric import Fabric
 from torch import Tensor
 
 from prelar.config import Config
-from prelar.methods import build_pretrain, find_method
+from prelar.methods import build_model, find_method
 from prelar.model.images import denormalise, first_steps, normalise
+from prelar.model.spec import ModelSpec
 from prelar.model.world_model import WorldModel
 from prelar.stages import stage_fingerprint
 from prelar.store.sampler import Batch, Prefetch, SegmentSampler
@@ -81,7 +82,8 @@ def build(cfg: Config) -> WorldModel:
     """The untrained world model that the params ask for, its weights drawn from `seed`."""
     torch.manual_seed(cfg.seed)
     preset = cfg.pretrain
-    return build_pretrain(
+    spec = ModelSpec(
+        stage="pretrain",
         method=cfg.method,
         cnn_depth=preset.cnn_depth,
         hidden=preset.hidden,
@@ -97,6 +99,7 @@ def build(cfg: Config) -> WorldModel:
         beta_a=cfg.beta_a,
         beta_c=cfg.beta_c,
     )
+    return build_model(spec)
 
 
 def _train(cfg: Config, store: Store, snapshots: Snapshots, fabric: Fabric) -> WorldModel:

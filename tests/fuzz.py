@@ -319,11 +319,12 @@ def manifest(place: Path) -> Format:
 
 
 def a_checkpoint(place: Path) -> Path:
-    from prelar.methods import build_pretrain
+    from prelar.methods import build_model
+    from prelar.model.spec import ModelSpec
     from prelar.train.checkpoint import save_parts
 
     sizes = {"cnn_depth": 2, "hidden": 4, "deter": 4, "stoch": 2, "discrete": 2, "action_dim": 4}
-    model = build_pretrain(method="prelar", **sizes)
+    model = build_model(ModelSpec(method="prelar", **sizes))
     save_parts(place / "pretrain", model.state(), {"stage": "pretrain", "model": model.spec, "step": 0})
     return place / "pretrain"
 

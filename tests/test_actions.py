@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pyarrow as pa
@@ -89,7 +90,7 @@ def test_pieces_are_led_by_what_the_model_looks_at(window: int) -> None:
 
     class Summing:
         def __init__(self) -> None:
-            self.spec = {"action_window": window}
+            self.spec = SimpleNamespace(action_window=window)
 
         def infer(self, frames: Frames) -> np.ndarray:
             means = frames.mean(axis=(1, 2, 3), dtype=np.float64)

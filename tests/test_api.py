@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import json
 import re
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,8 +16,9 @@ import torch
 
 import prelar
 from prelar import api
-from prelar.methods import METHODS, build_finetune, build_pretrain
+from prelar.methods import METHODS, build_model
 from prelar.model.images import first_steps, normalise
+from prelar.model.spec import ModelSpec
 from prelar.train.checkpoint import save_parts
 from prelar.utils.errors import UserError
 from tests.conftest import ROOT
@@ -34,14 +37,16 @@ FRAMES = moving(7)
 
 def save_pretrained(folder: Path, method: str = "prelar", **spec: Any) -> Any:
     torch.manual_seed(0)
-    model = build_pretrain(method=method, **SIZES, **spec)
+    model = build_model(ModelSpec(method=method, **SIZES, **spec))
     save_parts(folder, model.state(), {"stage": "pretrain", "model": model.spec, "step": 0})
     return model.eval()
 
 
 def save_finetuned(folder: Path, method: str) -> Any:
     torch.manual_seed(0)
-    model = build_finetune(method=method, **SIZES, robot_action_dim=4, units=8, layers=1)
+    model = build_model(
+        ModelSpec(stage="finetune", method=method, **SIZES, robot_action_dim=4, units=8, layers=1)
+    )
     actor = {"actor": {"weight": torch.zeros(2)}}
     save_parts(folder, model.state() | actor, {"stage": "finetune", "model": model.spec})
     return model.eval()
@@ -145,14 +150,14 @@ def test_sizes_that_the_weights_do_not_have_build_no_model(
     made = save_pretrained(tmp_path / "x")
     built: list[str] = []
 
-    def counted(**spec: Any) -> Any:
-        model = build_pretrain(**spec)
+    def counted(spec: ModelSpec) -> Any:
+        model = build_model(spec)
         built.append(str(next(model.parameters()).device))
         return model
 
-    monkeypatch.setitem(api.BUILDERS, "pretrain", counted)
+    monkeypatch.setattr(api, "build_model", counted)
     for change in ({"deter": 60_000}, {"cnn_depth": 4096}, {"action_dim": 4000}, {"action_window": 60_000}):
-        save_parts(tmp_path / "x", made.state(), {"stage": "pretrain", "model": made.spec | change})
+        save_parts(tmp_path / "x", made.state(), {"stage": "pretrain", "model": replace(made.spec, **change)})
         with pytest.raises(UserError, match="does not fit this architecture"):
             prelar.load(tmp_path / "x")
     assert set(built) == {"meta"}
@@ -184,3 +189,28 @@ def test_the_example_of_the_readme_runs(tmp_path: Path, monkeypatch: pytest.Monk
     names: dict[str, Any] = {"frames": FRAMES}
     exec(example, names)
     assert names["film"].dtype == np.uint8 and names["film"].shape[1:] == (64, 64, 3)
+
+
+@pytest.mark.parametrize("stage", ["pretrain", "finetune"])
+def test_checkpoints_from_before_the_spec_load(tmp_path: Path, stage: str) -> None:
+    """Their descriptions hold the keywords of one stage only, and not the stage among them."""
+    made = (save_pretrained if stage == "pretrain" else save_finetuned)(tmp_path / "x", "contextwm")
+    path = tmp_path / "x" / "config.json"
+    described = json.loads(path.read_text(encoding="utf-8"))
+    others = {"stage", "units", "layers", "naive", "dual_reward", "bonus", "context_augment"}
+    others = (
+        others if stage == "pretrain" else {"stage", "action_kind", "action_window", "consistency", "beta_a"}
+    )
+    for name in others:
+        del described["model"][name]
+    path.write_text(json.dumps(described), encoding="utf-8")
+    loaded = prelar.load(tmp_path / "x").model
+    assert loaded.spec.stage == stage and loaded.weights == made.weights
+    assert all(torch.equal(value, loaded.state_dict()[name]) for name, value in made.state_dict().items())
+
+
+def test_each_part_weights_the_losses_that_it_has(tmp_path: Path) -> None:
+    weighted = save_pretrained(tmp_path / "x", beta=2.0, beta_a=3.0, beta_c=4.0)
+    assert weighted.weights == {"image": 1.0, "kl": 2.0, "action_kl": 3.0, "consistency": 4.0}
+    stacked = save_finetuned(tmp_path / "y", "apv").weights
+    assert stacked == {"image": 1.0, "kl": 1.0, "lower_kl": 0.0, "reward": 1.0, "dual_reward": 1.0}

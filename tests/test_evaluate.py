@@ -18,7 +18,8 @@ from prelar.config import Config, load_config
 from prelar.control.actor_critic import Actor
 from prelar.control.rollout import Episode
 from prelar.evaluation import offline
-from prelar.methods import build_finetune, build_pretrain
+from prelar.methods import build_model
+from prelar.model.spec import ModelSpec
 from prelar.store.store import Store, StoreWriter
 from prelar.train.checkpoint import save_parts
 from prelar.utils.errors import UserError
@@ -51,9 +52,9 @@ def make_store(path: Path, *, splits: tuple[str, ...] = ("train", "validation"))
 def make_checkpoints(method: str, task: str) -> None:
     """Untrained models as the stages before would leave them."""
     torch.manual_seed(0)
-    before = build_pretrain(method=method, **SIZES)
+    before = build_model(ModelSpec(method=method, **SIZES))
     save_parts(evaluate.PRETRAIN, before.state(), {"stage": "pretrain", "model": before.spec})
-    after = build_finetune(method=method, robot_action_dim=4, **SIZES, **UNITS)
+    after = build_model(ModelSpec(stage="finetune", method=method, robot_action_dim=4, **SIZES, **UNITS))
     policy = {"features": after.feature_dim, "actions": 4, **UNITS}
     parts = {**after.state(), "actor": Actor(**policy).state_dict()}
     described = {"stage": "finetune", "method": method, "task": task, "model": after.spec, "actor": policy}

@@ -23,7 +23,8 @@ from prelar.control.exploration import Bonus
 from prelar.control.rollout import RandomPolicy, play_episodes, summarise
 from prelar.envs.metaworld import Step
 from prelar.envs.pixels import PixelEnv, Purpose, episode_seed
-from prelar.methods import METHODS, build_pretrain
+from prelar.methods import METHODS, build_model
+from prelar.model.spec import ModelSpec
 from prelar.train.checkpoint import load_config as load_description
 from prelar.train.checkpoint import load_parts, save_parts
 from prelar.utils.errors import UserError
@@ -74,7 +75,7 @@ def config(**changes: object) -> Config:
 
 def pretrained(method: str) -> None:
     torch.manual_seed(1)
-    model = build_pretrain(method=method, **SIZES)
+    model = build_model(ModelSpec(method=method, **SIZES))
     save_parts(finetune.PRETRAINED, model.state(), {"stage": "pretrain", "model": model.spec, "step": 0})
 
 
@@ -125,7 +126,7 @@ def test_the_stage_loads_what_was_pretrained() -> None:
     pretrained("prelar")
     model = finetune.load_model(config())
     torch.manual_seed(1)
-    wanted = build_pretrain(method="prelar", **SIZES).state()
+    wanted = build_model(ModelSpec(method="prelar", **SIZES)).state()
     for part in ("encoder", "dynamics", "decoder"):
         for name, value in model.state()[part].items():
             assert torch.equal(value, wanted[part][name])

@@ -17,8 +17,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from prelar.control.actor_critic import ActorCritic
 from prelar.control.learner import Learner
 from prelar.finetune import make_bonus
-from prelar.methods import METHODS, build_finetune, build_pretrain
+from prelar.methods import METHODS, build_model
 from prelar.model.images import first_steps, normalise
+from prelar.model.spec import ModelSpec
 from prelar.train.loop import adam, descend, set_up
 from prelar.utils.distributed import Processes
 
@@ -47,7 +48,7 @@ def frames() -> Tensor:
 @pytest.mark.parametrize("method", [name for name, row in METHODS.items() if row.pretrains])
 def test_a_step_of_pretraining_reads_nothing(method: str) -> None:
     fabric = set_up(device="cpu", precision="fp32", threads=1)
-    model = build_pretrain(method=method, **SIZES).train()
+    model = build_model(ModelSpec(method=method, **SIZES)).train()
     optimizer = adam(model.parameters(), 1e-3)
     module, wrapped = fabric.setup(model, optimizer)
     module.mark_forward_method("pretrain_losses")
@@ -64,8 +65,16 @@ def learner(method: str) -> Learner:
     """What updates a small model of a method."""
     fabric = set_up(device="cpu", precision="fp32", threads=1)
     augment = "erase" if method == "contextwm" else "none"
-    model = build_finetune(
-        method=method, robot_action_dim=4, units=6, layers=2, context_augment=augment, **SIZES
+    model = build_model(
+        ModelSpec(
+            stage="finetune",
+            method=method,
+            robot_action_dim=4,
+            units=6,
+            layers=2,
+            context_augment=augment,
+            **SIZES,
+        )
     )
     behaviour = ActorCritic(
         model.feature_dim,

@@ -8,6 +8,7 @@ import shutil
 import sys
 import zipfile
 from collections.abc import Callable, Iterator
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,8 @@ from prelar import __main__ as entry
 from prelar import finetune
 from prelar.config import Config, load_config
 from prelar.import_reference import convert, run
-from prelar.methods import build_finetune, build_pretrain
+from prelar.methods import build_model
+from prelar.model.spec import ModelSpec
 from prelar.train.checkpoint import load_parts
 from prelar.utils.errors import UserError, run_main
 from tests.conftest import ROOT
@@ -91,14 +93,14 @@ def test_a_whole_checkpoint_is_taken_whole(method: str, capsys: pytest.CaptureFi
     expected = golden_state(method)
     assert parts.keys() == expected.keys()
     assert all(equal(parts[name], expected[name]) for name in parts)
-    golden = golden_model(method, read_golden(method)).spec
+    golden = asdict(golden_model(method, read_golden(method)).spec)
     for size in (*GOLDEN, *(["action_dim", "action_kind", "action_window"] if method == "prelar" else [])):
         assert about["model"][size] == golden[size], size
     assert (about["stage"], about["step"]) == ("pretrain", 0)
     assert set(about["imported"]) == set(parts)
     told = capsys.readouterr().out
     assert "not found" not in told and "does not fit" not in told and "not used" not in told
-    build_pretrain(**about["model"]).load_state(parts)
+    build_model(ModelSpec(**about["model"])).load_state(parts)
 
 
 def test_finetuning_starts_from_it() -> None:
@@ -138,7 +140,7 @@ def test_one_part_alone_leaves_the_rest_at_its_start(part: str) -> None:
         assert equal(parts[NAMES[part]], expected)
         assert list(about["imported"]) == [NAMES[part]]
         torch.manual_seed(cfg.seed)
-        start = build_pretrain(**about["model"]).state()
+        start = build_model(ModelSpec(**about["model"])).state()
         assert all(equal(parts[other], start[other]) for other in parts.keys() - {NAMES[part]})
 
 
@@ -189,7 +191,7 @@ def test_a_method_without_an_action_part_leaves_it_out(capsys: pytest.CaptureFix
 
 def test_dreamerv2_gives_its_sizes(capsys: pytest.CaptureFixture[str]) -> None:
     """Published names of plain vision, with the RSSM's of APV cut to a robot's action of 4."""
-    model = build_pretrain(method="dreamerv2", **GOLDEN)
+    model = build_model(ModelSpec(method="dreamerv2", **GOLDEN))
     state = {}
     for name, value in model.encoder.state_dict().items():
         state[f"encoder._cnn_nn.conv{name.removeprefix('convs.')}"] = value
@@ -207,13 +209,8 @@ def test_dreamerv2_gives_its_sizes(capsys: pytest.CaptureFixture[str]) -> None:
     assert about["model"]["robot_action_dim"] == 4
     told = capsys.readouterr().out
     assert "does not fit" not in told and "loads of it: only the sizes" in told
-    build_finetune(
-        method="dreamerv2",
-        robot_action_dim=4,
-        units=8,
-        layers=1,
-        **{name: about["model"][name] for name in finetune.SIZES},
-    )
+    spec = ModelSpec.read(about["model"], stage="finetune", source="there")
+    build_model(replace(spec, units=8, layers=1))
 
 
 @pytest.mark.parametrize(

@@ -8,8 +8,9 @@ import pytest
 import torch
 from torch import nn
 
-from prelar.methods import METHODS, NAIVE, build_finetune, build_pretrain, find_method, load_pretrained, loads
+from prelar.methods import METHODS, NAIVE, build_model, find_method, load_pretrained, loads
 from prelar.model.layers import MLP
+from prelar.model.spec import ModelSpec
 from prelar.model.world_model import WorldModel
 from prelar.utils.errors import UserError
 
@@ -24,12 +25,16 @@ def count(module: nn.Module) -> int:
 
 def paper_pretrain(method: str) -> WorldModel:
     with torch.device("meta"):
-        return build_pretrain(method=method, **PAPER)
+        return build_model(ModelSpec(method=method, **PAPER))
 
 
 def paper_finetune(method: str, **changes: Any) -> WorldModel:
     with torch.device("meta"):
-        return build_finetune(method=method, robot_action_dim=4, units=400, layers=4, **PAPER, **changes)
+        return build_model(
+            ModelSpec(
+                stage="finetune", method=method, robot_action_dim=4, units=400, layers=4, **PAPER, **changes
+            )
+        )
 
 
 @pytest.mark.parametrize(
@@ -119,8 +124,10 @@ def test_finetuning_loads_what_the_table_says(method: str, naive: bool) -> None:
             loads(method, naive)
         return
     torch.manual_seed(0)
-    source = build_pretrain(method=method, **TINY)
-    model = build_finetune(method=method, naive=naive, robot_action_dim=4, units=8, layers=1, **TINY)
+    source = build_model(ModelSpec(method=method, **TINY))
+    model = build_model(
+        ModelSpec(stage="finetune", method=method, naive=naive, robot_action_dim=4, units=8, layers=1, **TINY)
+    )
     before = {key: value.clone() for key, value in model.state_dict().items()}
     parts = {name: state for name, state in source.state().items() if name in loads(method, naive)}
     assert set(parts) == (set() if method == "dreamerv2" else {"encoder", "decoder", "dynamics"})
@@ -140,11 +147,17 @@ def test_finetuning_loads_what_the_table_says(method: str, naive: bool) -> None:
 
 
 def test_a_checkpoint_of_another_size_or_method_is_refused() -> None:
-    source = build_pretrain(method="apv", **TINY).state()
-    model = build_finetune(method="apv", robot_action_dim=4, units=8, layers=1, **(TINY | {"hidden": 6}))
+    source = build_model(ModelSpec(method="apv", **TINY)).state()
+    model = build_model(
+        ModelSpec(
+            stage="finetune", method="apv", robot_action_dim=4, units=8, layers=1, **(TINY | {"hidden": 6})
+        )
+    )
     with pytest.raises(UserError, match=r"checkpoint part decoder|checkpoint part dynamics: does not fit"):
         load_pretrained(model, source)
-    model = build_finetune(method="contextwm", robot_action_dim=4, units=8, layers=1, **TINY)
+    model = build_model(
+        ModelSpec(stage="finetune", method="contextwm", robot_action_dim=4, units=8, layers=1, **TINY)
+    )
     with pytest.raises(UserError, match="checkpoint part encoder: does not fit"):
         load_pretrained(model, source)
     with pytest.raises(UserError, match="checkpoint part encoder: missing"):
@@ -153,4 +166,4 @@ def test_a_checkpoint_of_another_size_or_method_is_refused() -> None:
 
 def test_robot_with_too_many_joints_for_the_slot() -> None:
     with pytest.raises(UserError, match="robot_action_dim = 51"):
-        build_finetune(method="apv", robot_action_dim=51, units=8, layers=1, **TINY)
+        build_model(ModelSpec(stage="finetune", method="apv", robot_action_dim=51, units=8, layers=1, **TINY))

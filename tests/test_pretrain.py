@@ -23,7 +23,8 @@ from prelar import pretrain
 from prelar.config import Config, read_yaml
 from prelar.demos.episodes import Episode, Splits, clips
 from prelar.demos.metaworld import Metaworld
-from prelar.methods import build_pretrain
+from prelar.methods import build_model
+from prelar.model.spec import ModelSpec
 from prelar.store.store import StoreWriter
 from prelar.train.checkpoint import Snapshots, load_parts
 from prelar.train.loop import descend
@@ -119,7 +120,7 @@ def test_every_method_leaves_a_checkpoint_a_log_and_a_video(tmp_path: Path, data
     parts, about = load_parts(tmp_path / "run/data/pretrain")
     steps = 0 if method == "dreamerv2" else 4
     assert about["stage"] == "pretrain" and about["model"]["method"] == method and about["step"] == steps
-    model = build_pretrain(**about["model"])
+    model = build_model(ModelSpec(**about["model"]))
     model.load_state(parts)
     start = pretrain.build(cfg).state()
     moved = {

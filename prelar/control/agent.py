@@ -12,9 +12,10 @@ from torch import Tensor
 
 from prelar.control.actor_critic import Actor
 from prelar.envs.pixels import Actions, Image
-from prelar.methods import build_finetune, restore
+from prelar.methods import build_model, restore
 from prelar.model.images import normalise
 from prelar.model.layers import load_weights
+from prelar.model.spec import ModelSpec
 from prelar.model.world_model import WorldModel
 from prelar.train.checkpoint import load_parts
 from prelar.utils.errors import UserError
@@ -67,11 +68,13 @@ def load_agent(folder: Path, *, device: torch.device) -> tuple[Agent, dict[str, 
     Raises `UserError` where the folder is no such checkpoint.
     """
     parts, config = load_parts(folder)
-    if not {"model", "actor"} <= config.keys() or "actor" not in parts:
+    if "model" not in config or "actor" not in parts:
         raise UserError(f"{folder}: no checkpoint of an agent; run `dvc repro {folder.name}`")
-    model = restore(build_finetune, config["model"], lambda made: made.load_state(parts), str(folder))
+    spec = ModelSpec.read(config["model"], stage="finetune", source=str(folder))
+    model = restore(lambda: build_model(spec), lambda made: made.load_state(parts))
     source = f"{folder}/actor.safetensors"
     actor = restore(
-        Actor, config["actor"], lambda made: load_weights(made, parts["actor"], source), str(folder)
+        lambda: Actor(model.feature_dim, spec.robot_action_dim, units=spec.units, layers=spec.layers),
+        lambda made: load_weights(made, parts["actor"], source),
     )
     return Agent(model.to(device).eval(), actor.to(device), device=device, explore=False), config

@@ -146,7 +146,7 @@ def fit(
     observed: int,
     seed: int,
 ) -> npt.NDArray[np.float64]:
-    """Fit a model of `build_finetune` in place; returns rows of updates done, image error, reward error.
+    """Fit a model to fine-tune in place; returns rows of updates done, image error, reward error.
 
     Segments are as long as those held out. What an update draws depends on `seed` and its number alone, so
     that every start sees the same. Measured are the start, the end and points evenly between.

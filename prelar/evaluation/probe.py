@@ -21,7 +21,7 @@ from tqdm import tqdm
 
 from prelar.envs.metaworld import ACTION_DIM, Simulator
 from prelar.evaluation.panels import grid
-from prelar.methods import build_pretrain
+from prelar.methods import build_model
 from prelar.model.images import denormalise, first_steps, normalise
 from prelar.model.world_model import WorldModel
 from prelar.store.store import Store
@@ -195,7 +195,7 @@ def _features(
     """What the regression reads, by name: rows (N, F) for the N pairs, episode after episode."""
     latent = _latent(model.infer_actions, episodes.frames, device)
     torch.manual_seed(seed)
-    fresh = build_pretrain(**model.spec).to(device)
+    fresh = build_model(model.spec).to(device)
     untrained = _latent(fresh.infer_actions, episodes.frames, device)
     order = np.random.default_rng(seed).permutation(len(latent))
     difference = np.diff(episodes.frames.astype(np.float32), axis=1).reshape(len(latent), -1)

@@ -26,6 +26,7 @@ from prelar.model.losses import (
     straight_through,
 )
 from prelar.model.rssm import RSSM, StackedRSSM, State
+from prelar.model.spec import ModelSpec
 from prelar.utils.distributed import all_gather_rows, local_rows, sample_global
 from prelar.utils.errors import UserError
 
@@ -156,7 +157,10 @@ class ActionPart(nn.Module):
     """An action part without losses and without latent actions."""
 
     action_dim: int
-    loss_names: tuple[str, ...] = ()
+
+    def loss_weights(self, spec: ModelSpec) -> dict[str, float]:
+        """The weight of each of the `losses` by name."""
+        return {}
 
     def losses(
         self, found: Actions, post: State, prior: State, dynamics: RSSM | StackedRSSM, is_first: Tensor
@@ -253,8 +257,6 @@ class VideoAction(ActionPart):
     The frames are stacked as channels, oldest first, through an own ResNet, linear, ELU, linear.
     """
 
-    loss_names = ("action_kl", "consistency")
-
     def __init__(
         self, *, cnn_depth: int, hidden: int, action_dim: int, kind: str, window: int, consistency: str
     ) -> None:
@@ -289,6 +291,10 @@ class VideoAction(ActionPart):
     def infer(self, images: Tensor, is_first: Tensor) -> Tensor:
         """Means or modes (B, T-1, A)."""
         return self.kind.action(self.posterior(images, is_first), sample=False)
+
+    def loss_weights(self, spec: ModelSpec) -> dict[str, float]:
+        """The weight of each of the `losses` by name."""
+        return {"action_kl": spec.beta_a, "consistency": spec.beta_c}
 
     def losses(
         self, found: Actions, post: State, prior: State, dynamics: RSSM | StackedRSSM, is_first: Tensor

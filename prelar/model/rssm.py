@@ -13,6 +13,7 @@ from torch.nn import functional as F
 
 from prelar.model.layers import NormGRUCell
 from prelar.model.losses import gumbel, kl_loss, straight_through
+from prelar.model.spec import ModelSpec
 from prelar.utils.distributed import sample_global
 
 State = dict[str, Tensor]
@@ -144,6 +145,10 @@ class RSSM(nn.Module):
             states.append(state)
         return {key: torch.stack([one[key] for one in states], 1) for key in states[0]}
 
+    def loss_weights(self, spec: ModelSpec) -> dict[str, float]:
+        """The weight of each loss of `kl` by name."""
+        return {"kl": spec.beta}
+
     def kl(self, post: State, prior: State) -> tuple[dict[str, Tensor], Tensor]:
         """The KL losses by name, and the KL per step (B, T) without gradient."""
         loss, value = kl_loss(post["logit"], prior["logit"])
@@ -204,6 +209,10 @@ class StackedRSSM(nn.Module):
     def imagine(self, actions: Tensor, state: State, sample: bool = True) -> State:
         """As `RSSM.imagine`, for the upper one."""
         return self.upper.imagine(actions, state, sample)
+
+    def loss_weights(self, spec: ModelSpec) -> dict[str, float]:
+        """The weight of each loss of `kl` by name: the action-free RSSM only learns through the upper one."""
+        return {"kl": spec.beta, "lower_kl": 0.0}
 
     def kl(self, post: State, prior: State) -> tuple[dict[str, Tensor], Tensor]:
         """The KL losses of both by name, and the upper one's KL per step (B, T) without gradient."""

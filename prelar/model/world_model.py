@@ -21,6 +21,7 @@ from prelar.model.actions import ActionPart, Actions, Stats
 from prelar.model.layers import load_weights
 from prelar.model.losses import categorical_entropy, image_loss, squared_error
 from prelar.model.rssm import RSSM, StackedRSSM, State, feature
+from prelar.model.spec import ModelSpec
 from prelar.model.vision import Context
 from prelar.utils.errors import UserError
 
@@ -44,10 +45,10 @@ class Observation:
 class WorldModel(nn.Module):
     """A world model of any method, for pre-training or for fine-tuning; `prelar.methods` puts it together.
 
-    `weights` holds the weight of each loss by name. `held` names the submodules whose learning rate is 0 in
-    the first updates of fine-tuning. `bonus_source` names what the exploration bonus looks at: "embed",
-    "lower" (the action-free feature) or None. `spec` holds the keywords that built the model. Weights of
-    convolutions lie channels-last, as frames do, which spares their copies.
+    `weights` holds the weight of each loss by name, from the part that has the loss. `held` names the
+    submodules whose learning rate is 0 in the first updates of fine-tuning. `bonus_source` names what the
+    exploration bonus looks at: "embed", "lower" (the action-free feature) or None. `spec` is what the model
+    was built from. Weights of convolutions lie channels-last, as frames do, which spares their copies.
     """
 
     def __init__(
@@ -58,10 +59,9 @@ class WorldModel(nn.Module):
         dynamics: RSSM | StackedRSSM,
         action: ActionPart,
         heads: Mapping[str, nn.Module],
-        weights: Mapping[str, float],
         held: tuple[str, ...] = (),
         bonus_source: str | None = None,
-        spec: Mapping[str, Any],
+        spec: ModelSpec,
     ) -> None:
         super().__init__()
         self.encoder: Any = encoder
@@ -69,10 +69,11 @@ class WorldModel(nn.Module):
         self.dynamics = dynamics
         self.action: Any = action
         self.heads = nn.ModuleDict(heads)
-        self.weights = dict(weights)
+        self.weights = {"image": 1.0} | dynamics.loss_weights(spec) | action.loss_weights(spec)
+        self.weights |= dict.fromkeys(heads, 1.0)
         self.held = held
         self.bonus_source = bonus_source
-        self.spec = dict(spec)
+        self.spec = spec
         self.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
 
     # --- Sizes and parts ---

@@ -16,6 +16,7 @@ import json
 import sys
 from collections.abc import Iterable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -40,8 +41,9 @@ Weights = dict[str, Tensor]
 def save_parts(folder: Path, parts: Mapping[str, Mapping[str, Tensor]], config: Mapping[str, Any]) -> None:
     """Write a checkpoint, replacing the one under that name.
 
-    `parts` holds a state dict for each part; `config` is JSON: method, sizes, step and whatever else rebuilds
-    the model. Raises `UserError` where it cannot be written; the old checkpoint then stays.
+    `parts` holds a state dict for each part; `config` is JSON, or dataclasses that become JSON: the model's
+    spec, the stage, the step and whatever else describes it. Raises `UserError` where it cannot be written;
+    the old checkpoint then stays.
     """
     staged = folder.with_name(f".{folder.name}.partial")
     try:
@@ -52,7 +54,7 @@ def save_parts(folder: Path, parts: Mapping[str, Mapping[str, Tensor]], config: 
             (staged / f"{name}.safetensors").write_bytes(save(whole))
         content = {"schema": SCHEMA, "parts": sorted(parts), **config}
         (staged / "config.json").write_text(
-            json.dumps(content, indent=2, sort_keys=True) + "\n", encoding="utf-8"
+            json.dumps(content, indent=2, sort_keys=True, default=asdict) + "\n", encoding="utf-8"
         )
         publish(staged, folder)
     except (OSError, SafetensorError) as error:

@@ -20,7 +20,8 @@ from prelar.config import Finetune, load_config
 from prelar.control.replay import Replay
 from prelar.envs.metaworld import ACTION_DIM, Simulator
 from prelar.finetune import Speed, learn
-from prelar.methods import build_finetune
+from prelar.methods import build_model
+from prelar.model.spec import ModelSpec
 from prelar.train.checkpoint import Snapshots
 from prelar.train.loop import set_up
 
@@ -53,13 +54,16 @@ def reading(envs: int) -> float:
     fabric = set_up(device=config.device, precision=config.precision, threads=config.threads)
     torch.manual_seed(0)
     names = ("cnn_depth", "hidden", "deter", "stoch", "discrete")
-    model = build_finetune(
-        method=config.method,
-        action_dim=config.action_dim,
-        robot_action_dim=ACTION_DIM,
-        units=preset.units,
-        layers=preset.layers,
-        **{name: getattr(config.pretrain, name) for name in names},
+    model = build_model(
+        ModelSpec(
+            stage="finetune",
+            method=config.method,
+            action_dim=config.action_dim,
+            robot_action_dim=ACTION_DIM,
+            units=preset.units,
+            layers=preset.layers,
+            **{name: getattr(config.pretrain, name) for name in names},
+        )
     )
     speeds: list[Speed] = []
     with tempfile.TemporaryDirectory() as folder:

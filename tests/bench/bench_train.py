@@ -31,10 +31,11 @@ from prelar.control.actor_critic import ActorCritic
 from prelar.control.exploration import Bonus
 from prelar.control.learner import Learner, frozen
 from prelar.finetune import make_bonus
-from prelar.methods import build_finetune
+from prelar.methods import build_model
 from prelar.model.images import first_steps, normalise
 from prelar.model.losses import gumbel
 from prelar.model.rssm import RSSM, State
+from prelar.model.spec import ModelSpec
 from prelar.model.world_model import WorldModel
 from prelar.train.loop import ADAM_EPS, CLIP_NORM, WEIGHT_DECAY, adam, compiles, descend, set_up
 from tests.conftest import ROOT
@@ -236,13 +237,16 @@ def pretraining(cfg: Config, fabric: Fabric, plain: bool) -> Step:
 def finetuning(cfg: Config, fabric: Fabric, plain: bool) -> Step:
     """A fine-tuning update of everything that learns."""
     sizes, small = cfg.finetune, cfg.pretrain
-    model = build_finetune(
-        method="prelar",
-        robot_action_dim=ROBOT,
-        units=sizes.units,
-        layers=sizes.layers,
-        action_dim=cfg.action_dim,
-        **{name: getattr(small, name) for name in ("cnn_depth", "hidden", "deter", "stoch", "discrete")},
+    model = build_model(
+        ModelSpec(
+            stage="finetune",
+            method="prelar",
+            robot_action_dim=ROBOT,
+            units=sizes.units,
+            layers=sizes.layers,
+            action_dim=cfg.action_dim,
+            **{name: getattr(small, name) for name in ("cnn_depth", "hidden", "deter", "stoch", "discrete")},
+        )
     )
     behaviour = ActorCritic(
         model.feature_dim,

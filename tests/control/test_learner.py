@@ -11,10 +11,11 @@ from torch import Tensor, nn
 from prelar.control.actor_critic import ActorCritic
 from prelar.control.learner import Learner
 from prelar.finetune import make_bonus
-from prelar.methods import build_finetune
+from prelar.methods import build_model
 from prelar.model.images import first_steps, normalise
 from prelar.model.layers import MLP
 from prelar.model.losses import image_loss, kl_loss, squared_error
+from prelar.model.spec import ModelSpec
 from prelar.train.loop import CLIP_NORM, set_up
 
 BATCH, TIME, ACTIONS = 3, 8, 4
@@ -32,7 +33,9 @@ def as_before() -> Iterator[None]:
 def make(method: str, precision: str = "fp32") -> Learner:
     fabric = set_up(device="cpu", precision=precision, threads=1)
     torch.manual_seed(0)
-    model = build_finetune(method=method, robot_action_dim=ACTIONS, units=16, layers=2, **SIZES)
+    model = build_model(
+        ModelSpec(stage="finetune", method=method, robot_action_dim=ACTIONS, units=16, layers=2, **SIZES)
+    )
     settings = {"horizon": 3, "discount": 0.99, "lam": 0.95, "entropy": 1e-4, "slow_every": 100}
     behaviour = ActorCritic(model.feature_dim, ACTIONS, units=16, layers=2, **settings)  # type: ignore[arg-type]
     bonus = make_bonus(model, 1.0, seed=0, device=fabric.device)

@@ -14,7 +14,8 @@ import torch
 
 from prelar.config import Finetune
 from prelar.finetune import learn
-from prelar.methods import build_finetune
+from prelar.methods import build_model
+from prelar.model.spec import ModelSpec
 from prelar.model.world_model import WorldModel
 from prelar.train.checkpoint import Snapshots, resume_key, save_parts
 from prelar.train.loop import set_up
@@ -52,7 +53,9 @@ SIZES = {"cnn_depth": 4, "hidden": 16, "deter": 16, "stoch": 4, "discrete": 4}
 
 def build(method: str, preset: Finetune, sizes: dict[str, int]) -> WorldModel:
     heads = {"units": preset.units, "layers": preset.layers}
-    return build_finetune(method=method, robot_action_dim=ACTIONS, action_dim=8, **heads, **sizes)
+    return build_model(
+        ModelSpec(stage="finetune", method=method, robot_action_dim=ACTIONS, action_dim=8, **heads, **sizes)
+    )
 
 
 def run(

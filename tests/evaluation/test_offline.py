@@ -21,7 +21,8 @@ from prelar.evaluation.offline import (
     open_loop_error,
     segments,
 )
-from prelar.methods import build_finetune
+from prelar.methods import build_model
+from prelar.model.spec import ModelSpec
 from prelar.model.world_model import WorldModel
 from tests.test_evaluate import SIZES, UNITS
 
@@ -45,7 +46,7 @@ def made_up(count: int, steps: int) -> Experience:
 
 
 def build() -> WorldModel:
-    return build_finetune(method="prelar", robot_action_dim=4, **SIZES, **UNITS)
+    return build_model(ModelSpec(stage="finetune", method="prelar", robot_action_dim=4, **SIZES, **UNITS))
 
 
 def test_episodes_are_random_and_experts_by_turns_and_a_third_of_either_is_held_out() -> None:

@@ -12,7 +12,8 @@ import torch
 from prelar.envs.metaworld import Simulator
 from prelar.evaluation import probe
 from prelar.evaluation.probe import HELD, Episodes, collect, demonstrations, ridge_r2, run_probe, swap_actions
-from prelar.methods import build_pretrain
+from prelar.methods import build_model
+from prelar.model.spec import ModelSpec
 from prelar.store.store import Store, StoreWriter
 from tests.fake_results import moving
 from tests.test_evaluate import SIZES
@@ -132,7 +133,7 @@ def squares(random: np.random.Generator) -> Episodes:
 
 def test_an_encoder_trained_with_labels_beats_shuffled_pairs(random: np.random.Generator) -> None:
     torch.manual_seed(1)
-    model = build_pretrain(method="prelar", **SIZES)
+    model = build_model(ModelSpec(method="prelar", **SIZES))
     found = run_probe(model, squares(random), updates=60, seed=0, device=CPU)
     means = [row["mean"] for row in found["rows"]]
     assert len(means) == 5 and found["test"] == 24 and found["train"] == 48
@@ -150,7 +151,7 @@ def test_frames_of_a_pair_are_shifted_alike() -> None:
 
 
 def test_the_probe_is_repeatable() -> None:
-    model = build_pretrain(method="prelar", **SIZES)
+    model = build_model(ModelSpec(method="prelar", **SIZES))
     first, second = (
         run_probe(model, squares(np.random.default_rng(0)), updates=2, seed=0, device=CPU) for _ in "ab"
     )
@@ -158,7 +159,7 @@ def test_the_probe_is_repeatable() -> None:
 
 
 def test_the_encoder_with_labels_learns_under_autocast_too() -> None:
-    model = build_pretrain(method="prelar", **SIZES)
+    model = build_model(ModelSpec(method="prelar", **SIZES))
     episodes = squares(np.random.default_rng(0))
     plain = run_probe(model, episodes, updates=2, seed=0, device=CPU)
     with torch.autocast("cpu", dtype=torch.bfloat16):
@@ -168,7 +169,7 @@ def test_the_encoder_with_labels_learns_under_autocast_too() -> None:
 
 def test_swapped_actions_show_donors_states_and_what_follows() -> None:
     torch.manual_seed(0)
-    model = build_pretrain(method="prelar", **SIZES)
+    model = build_model(ModelSpec(method="prelar", **SIZES))
     clips = np.stack([np.repeat(moving(1), 6, 0), moving(6), moving(6)[::-1]])
     picture = swap_actions(model, clips, observed=2, device=CPU)
     assert picture is not None and picture.shape == (5 * 66 - 2, 4 * 66 - 2, 3)

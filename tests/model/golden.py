@@ -10,8 +10,9 @@ import torch
 from torch import Tensor
 
 from prelar.import_reference import convert
-from prelar.methods import build_pretrain
+from prelar.methods import build_model
 from prelar.model.layers import BatchNorm
+from prelar.model.spec import ModelSpec
 from prelar.model.world_model import WorldModel
 
 FOLDER = Path(__file__).parents[1] / "golden"
@@ -38,7 +39,7 @@ def golden_model(method: str, golden: Mapping[str, Tensor]) -> WorldModel:
     sizes = {
         name.removeprefix("cfg/"): int(value) for name, value in golden.items() if name.startswith("cfg/")
     }
-    model = build_pretrain(method=method, context_frame="first", **sizes)
+    model = build_model(ModelSpec(method=method, context_frame="first", **sizes))
     parts, unknown = convert(weights(golden))
     assert not unknown
     model.load_state(parts)

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from scipy.stats import spearmanr
 from torch import Tensor
 
-from prelar.methods import build_pretrain
+from prelar.methods import build_model
 from prelar.model.actions import (
     KINDS,
     ActionMLP,
@@ -25,6 +25,7 @@ from prelar.model.actions import (
     window_frames,
 )
 from prelar.model.layers import initialise
+from prelar.model.spec import ModelSpec
 from prelar.model.world_model import WorldModel
 from prelar.utils.errors import UserError
 
@@ -51,7 +52,7 @@ def video(batch: int = 3, time: int = 5) -> tuple[Tensor, Tensor]:
 
 def tiny(**changes: Any) -> WorldModel:
     sizes = {"cnn_depth": 2, "hidden": 8, "deter": 8, "stoch": 4, "discrete": 4, "action_dim": 8}
-    return build_pretrain(**({"method": "prelar"} | sizes | changes))
+    return build_model(ModelSpec(**({"method": "prelar"} | sizes | changes)))
 
 
 def test_gaussian_statistics_by_hand() -> None:

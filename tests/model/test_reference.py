@@ -9,8 +9,9 @@ import torch
 from torch import Tensor
 
 from prelar.import_reference import convert
-from prelar.methods import build_pretrain
+from prelar.methods import build_model
 from prelar.model.losses import image_loss, kl_loss
+from prelar.model.spec import ModelSpec
 from tests.model.golden import golden_model, inputs, read_golden, weights
 
 METHODS = ("prelar", "apv", "contextwm")
@@ -107,7 +108,7 @@ def test_single_part_has_no_prefix() -> None:
 
 
 def test_plain_vision_is_renamed_too() -> None:
-    model = build_pretrain(method="dreamerv2", cnn_depth=2, hidden=4, deter=4, stoch=2, discrete=2)
+    model = build_model(ModelSpec(method="dreamerv2", cnn_depth=2, hidden=4, deter=4, stoch=2, discrete=2))
     published = {
         f"encoder._cnn_nn.conv{i}.{kind}": torch.zeros(1) for i in range(4) for kind in ("weight", "bias")
     }

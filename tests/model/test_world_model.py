@@ -11,8 +11,9 @@ import torch
 from torch import Tensor
 from torch._dynamo.utils import counters
 
-from prelar.methods import METHODS, build_finetune, build_pretrain
+from prelar.methods import METHODS, build_model
 from prelar.model.losses import squared_error
+from prelar.model.spec import ModelSpec
 from prelar.model.world_model import WorldModel
 from prelar.utils.errors import UserError
 
@@ -25,13 +26,13 @@ BATCH, TIME = 2, 4
 
 def pretrain(method: str, **changes: Any) -> WorldModel:
     torch.manual_seed(0)
-    return build_pretrain(method=method, robot_action_dim=ROBOT, **(SIZES | changes))
+    return build_model(ModelSpec(method=method, robot_action_dim=ROBOT, **(SIZES | changes)))
 
 
 def finetune(method: str, **changes: Any) -> WorldModel:
     torch.manual_seed(0)
     heads = {"robot_action_dim": ROBOT, "units": 8, "layers": 1}
-    return build_finetune(method=method, **(SIZES | heads | changes))
+    return build_model(ModelSpec(stage="finetune", method=method, **(SIZES | heads | changes)))
 
 
 @functools.cache
@@ -335,12 +336,12 @@ def test_misfits_are_named() -> None:
 
 def test_spec_rebuilds_the_model() -> None:
     model = pretrain("prelar", action_kind="discrete", action_window=3)
-    twin = build_pretrain(**model.spec)
+    twin = build_model(model.spec)
     assert {k: v.shape for k, v in twin.state_dict().items()} == {
         k: v.shape for k, v in model.state_dict().items()
     }
     model = finetune("contextwm", context_augment="erase")
-    twin = build_finetune(**model.spec)
+    twin = build_model(model.spec)
     assert {k: v.shape for k, v in twin.state_dict().items()} == {
         k: v.shape for k, v in model.state_dict().items()
     }

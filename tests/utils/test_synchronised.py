@@ -11,7 +11,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from prelar.methods import build_pretrain
+from prelar.methods import build_model
+from prelar.model.spec import ModelSpec
 from prelar.utils.distributed import all_gather_rows, dropout, local_rows, sample_global, world
 
 PROCESSES = multiprocessing.get_context("forkserver")
@@ -30,7 +31,7 @@ CASES: dict[str, dict[str, Any]] = {
 def results(case: dict[str, Any]) -> dict[str, Tensor]:
     """Losses, gradients and buffers after one pass, of the whole batch, in double precision."""
     torch.manual_seed(1)
-    model = build_pretrain(**SIZES, **case).double().train()
+    model = build_model(ModelSpec(**SIZES, **case)).double().train()
     images = local_rows(torch.rand(BATCH, TIME, 3, 64, 64, dtype=torch.float64) - 0.5)
     is_first = torch.zeros(BATCH, TIME, dtype=torch.bool)
     is_first[:, 0] = is_first[1, 3] = is_first[3, 2] = is_first[3, 4] = True
