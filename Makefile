@@ -31,7 +31,7 @@ test: lint ## run all checks and tests
 	@python -m pytest -n 2 --dist loadfile --no-loadscope-reorder --durations 15 \
 		--cov=prelar.model --cov-report=term-missing:skip-covered --cov-fail-under=95
 
-test-long: $(READY) ## run what takes longer: kill storms, fuzzing and learning runs
+test-long: $(READY) ## run what takes longer: repeated kills, fuzzing and learning runs
 	@python -m pytest -m long
 
 test-live: $(READY) ## collect demonstrations of three tasks in CoppeliaSim

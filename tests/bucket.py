@@ -1,4 +1,4 @@
-"""An S3 server on loopback, and the surroundings in which s3fs finds it."""
+"""An S3 server on loopback, and the environment in which s3fs finds it."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ def bucket() -> Iterator[str]:
     server = ThreadedMotoServer("127.0.0.1", 0, verbose=False)
     server.start()
     host, port = server.get_host_and_port()
-    surroundings = {
+    environment = {
         "AWS_ENDPOINT_URL": f"http://{host}:{port}",
         "AWS_ACCESS_KEY_ID": "tests",
         "AWS_SECRET_ACCESS_KEY": SECRET,
@@ -32,7 +32,7 @@ def bucket() -> Iterator[str]:
         "no_proxy": "127.0.0.1,localhost",
     }
     try:
-        with mock.patch.dict(os.environ, surroundings):
+        with mock.patch.dict(os.environ, environment):
             name = f"shelf-{uuid.uuid4().hex[:8]}"
             fsspec.filesystem("s3", skip_instance_cache=True).mkdir(name)
             yield f"s3://{name}"

@@ -108,7 +108,7 @@ class Project:
             yaml.dump(params, handle)
 
     @property
-    def surroundings(self) -> dict[str, str]:
+    def environment(self) -> dict[str, str]:
         """The environment of a user who has activated the project's."""
         gone = ("PYTHONDONTWRITEBYTECODE", "PREFECT_HOME", "PREFECT_API_URL")
         kept = {key: value for key, value in os.environ.items() if key not in gone}
@@ -119,7 +119,7 @@ class Project:
     ) -> subprocess.CompletedProcess[str]:
         """Run a command as a user would, in the project and with its environment active."""
         done = subprocess.run(
-            command, cwd=self.root, env=self.surroundings, capture_output=True, text=True, timeout=timeout
+            command, cwd=self.root, env=self.environment, capture_output=True, text=True, timeout=timeout
         )
         if check and done.returncode != 0:
             told = f"{done.stdout[-4000:]}\n{done.stderr[-4000:]}"

@@ -14,12 +14,12 @@ from typing import Any
 import httpx
 
 
-def launch(root: Path, surroundings: dict[str, str], **options: Any) -> tuple[subprocess.Popen[bytes], str]:
+def launch(root: Path, environment: dict[str, str], **options: Any) -> tuple[subprocess.Popen[bytes], str]:
     """Start `make ui` for the project in `root`; returns the process and the address of its API."""
     with socket.create_server(("127.0.0.1", 0)) as free:
         port = free.getsockname()[1]
     command = [sys.executable, "-m", "flows.serve", "--port", str(port)]
-    process = subprocess.Popen(command, cwd=root, env=surroundings, **options)
+    process = subprocess.Popen(command, cwd=root, env=environment, **options)
     return process, f"http://127.0.0.1:{port}/api"
 
 
@@ -38,9 +38,9 @@ def split(url: str) -> tuple[str, str]:
 
 
 @contextmanager
-def serving(root: Path, surroundings: dict[str, str]) -> Iterator[str]:
+def serving(root: Path, environment: dict[str, str]) -> Iterator[str]:
     """Yield the API, with its string, once the server knows the deployments of the project in `root`."""
-    process, bare = launch(root, surroundings)
+    process, bare = launch(root, environment)
     with process:
         try:
             url = admitted(root, bare)

@@ -146,7 +146,7 @@ def test_a_bad_value_stops_before_anything_runs(project: Project) -> None:
 @pytest.fixture(scope="module")
 def ui(project: Project) -> Iterator[str]:
     """The API of `make ui`."""
-    with serving(project.root, project.surroundings) as url:
+    with serving(project.root, project.environment) as url:
         yield url
 
 

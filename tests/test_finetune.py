@@ -236,17 +236,17 @@ def test_a_crashed_run_goes_on_bit_for_bit(
     assert results(root) == results(tmp_path / "straight")
 
 
-def kill_storm(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kills: int, steps: int) -> None:
+def survive_kills(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kills: int, steps: int) -> None:
     """Kill a run again and again, each time after a new snapshot, and compare it with a straight one."""
     run(in_folder(tmp_path / "straight", monkeypatch), env_steps=steps)
     root = in_folder(tmp_path / "killed", monkeypatch)
-    surroundings = os.environ | {"PYTHONPATH": str(ROOT)}
+    environment = os.environ | {"PYTHONPATH": str(ROOT)}
     command = [sys.executable, "-m", "tests.control.toy_run", f"env_steps={steps}"]
     moments = random.Random(0)
     done = 0
     while done < kills:
         before = {path.name for path in root.glob("resume/*/step-*.pt")}
-        process = subprocess.Popen(command, cwd=root, env=surroundings, stderr=subprocess.PIPE)
+        process = subprocess.Popen(command, cwd=root, env=environment, stderr=subprocess.PIPE)
         while process.poll() is None and {p.name for p in root.glob("resume/*/step-*.pt")} <= before:
             time.sleep(0.005)
         time.sleep(moments.uniform(0, 0.5))
@@ -256,19 +256,19 @@ def kill_storm(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kills: int, step
         process.wait()
         done += 1
     assert done == kills, "the run ended before it was killed often enough"
-    ended = subprocess.run(command, cwd=root, env=surroundings, capture_output=True, text=True, check=False)
+    ended = subprocess.run(command, cwd=root, env=environment, capture_output=True, text=True, check=False)
     assert ended.returncode == 0, ended.stderr
     assert "going on from step" in ended.stdout
     assert results(root) == results(tmp_path / "straight")
 
 
 def test_a_killed_run_goes_on_bit_for_bit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    kill_storm(tmp_path, monkeypatch, kills=2, steps=150)
+    survive_kills(tmp_path, monkeypatch, kills=2, steps=150)
 
 
 @pytest.mark.long
-def test_a_run_survives_a_storm_of_kills(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    kill_storm(tmp_path, monkeypatch, kills=20, steps=1500)
+def test_a_run_survives_many_kills(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    survive_kills(tmp_path, monkeypatch, kills=20, steps=1500)
 
 
 def column(path: Path) -> list[float]:

@@ -42,14 +42,14 @@ time.sleep(600)
 """
 
 
-def surroundings() -> dict[str, str]:
+def environment() -> dict[str, str]:
     path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
     return {**os.environ, "PYTHONPATH": str(ROOT), "PATH": path}
 
 
 def dvc(folder: Path, *words: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
-        ["dvc", *words], cwd=folder, env=surroundings(), capture_output=True, text=True, timeout=300
+        ["dvc", *words], cwd=folder, env=environment(), capture_output=True, text=True, timeout=300
     )
 
 
@@ -134,7 +134,7 @@ def test_a_stage_without_dvc_is_gone_when_the_cache_answers_and_goes_on_later(
     first = outputs(folder)
     other = cfg.model_copy(update={"beta_a": 0.37})
     YAML().dump(other.model_dump(), folder / "params.yaml")
-    killed = subprocess.Popen(["dvc", "repro"], cwd=folder, env=surroundings(), stdout=subprocess.DEVNULL)
+    killed = subprocess.Popen(["dvc", "repro"], cwd=folder, env=environment(), stdout=subprocess.DEVNULL)
     until(lambda: list(folder.glob("data/.resume/*/step-*.pt")), "a first snapshot")
     child = int((folder / LOCKS / "data-pretrain.lock").read_text())
     killed.kill()
@@ -183,7 +183,7 @@ def test_no_stage_writes_over_what_the_cache_puts_back(
         before = contents(project.root, STAGES[name]["outs"])
         remove(locks)
         project.edit(**change)
-        settings = {"cwd": project.root, "env": project.surroundings, "stdout": subprocess.DEVNULL}
+        settings = {"cwd": project.root, "env": project.environment, "stdout": subprocess.DEVNULL}
         killed = subprocess.Popen(words, **settings, stderr=subprocess.DEVNULL)  # type: ignore[call-overload]
         until(lambda: list(locks.glob("*.lock")), f"{name} at work")
         time.sleep(2)

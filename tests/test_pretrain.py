@@ -181,11 +181,11 @@ def test_the_video_is_there_while_training_goes_on(tmp_path: Path, data: Path) -
 
 
 def command(folder: Path) -> subprocess.Popen[str]:
-    surroundings = {**os.environ, "PYTHONPATH": str(ROOT)}
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
     return subprocess.Popen(
         [sys.executable, "-m", "prelar", "pretrain"],
         cwd=folder,
-        env=surroundings,
+        env=environment,
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
@@ -221,7 +221,7 @@ def test_the_command_keeps_a_snapshot_when_it_is_terminated(tmp_path: Path, data
 
 
 @pytest.mark.long
-def test_a_storm_of_kills_ends_as_it_would_have(tmp_path: Path, data: Path) -> None:
+def test_many_kills_end_as_without_them(tmp_path: Path, data: Path) -> None:
     moments = random.Random(0)
     folder = tmp_path / "run"
     cfg = project(folder, data, steps=40, checkpoint_every=3, log_every=4, video_every=7)

@@ -336,8 +336,8 @@ def _peak(folder: Path, clips: int) -> tuple[float, float]:
     some = [archives.clip(frames, width) for frames in (8, 12, 20, 30) for width in (96, 85)]
     archives.source(folder / "data/sample", {str(number): some[number % 8] for number in range(clips)})
     shutil.copy(ROOT / "params.yaml", folder)
-    surroundings = {**os.environ, "PYTHONPATH": str(ROOT), "PREFECT_HOME": str(folder / ".prefect")}
-    process = subprocess.Popen([sys.executable, "-m", "flows.ssv2"], cwd=folder, env=surroundings)
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "PREFECT_HOME": str(folder / ".prefect")}
+    process = subprocess.Popen([sys.executable, "-m", "flows.ssv2"], cwd=folder, env=environment)
     peak = server = 0.0
     while process.poll() is None:
         own, theirs = held(process.pid)

@@ -1,4 +1,8 @@
-"""Work that is killed again and again: at its operations on the disk, or as a flow with all its processes."""
+"""Work that is killed again and again: at its operations on the disk, or as a flow with all its processes.
+
+`Interruption` and `kill_until_done` kill a forked copy of this process at the n-th operation; `Prey` is a flow
+in a process of its own, whose descendants (`family`) can be killed one by one.
+"""
 
 from __future__ import annotations
 
@@ -57,7 +61,7 @@ class Interruption:
         return counted
 
 
-def storm(
+def kill_until_done(
     name: str, work: Callable[[], None], wanted: dict[str, bytes], seed: int, monkeypatch: pytest.MonkeyPatch
 ) -> int:
     """Run the work on store `name` and kill it until a run ends by itself; returns the number of kills.

@@ -148,10 +148,10 @@ def test_the_string_is_asked_for(given: dict[str, str], status: int) -> None:
 
 @pytest.mark.parametrize("given", [None, "", "short", "é" * 20, "a\nb" * 10])
 def test_beyond_this_machine_a_password_is_demanded(given: str | None, tmp_path: Path) -> None:
-    surroundings = {key: value for key, value in os.environ.items() if key != access.SERVER_AUTH}
+    environment = {key: value for key, value in os.environ.items() if key != access.SERVER_AUTH}
     done = subprocess.run(
         [sys.executable, "-m", "flows.serve", "--host", FAR, "--port", "0"],
-        env=surroundings | ({access.SERVER_AUTH: given} if given is not None else {}),
+        env=environment | ({access.SERVER_AUTH: given} if given is not None else {}),
         capture_output=True,
         text=True,
         timeout=60,
@@ -263,7 +263,7 @@ def api(toy: Toy) -> Iterator[str]:
     folder = toy.root.parent / "tmp"
     folder.mkdir()
     (folder / "runner_storage").write_text("another user's", encoding="utf-8")
-    with serving(toy.root, toy.surroundings(TMPDIR=str(folder))) as url:
+    with serving(toy.root, toy.environment(TMPDIR=str(folder))) as url:
         yield url
 
 

@@ -27,7 +27,7 @@ from prelar.utils import files
 from prelar.utils.errors import UserError
 from tests.conftest import Project
 from tests.flows.inline import work_inline
-from tests.flows.kills import Prey, storm, tree
+from tests.flows.kills import Prey, kill_until_done, tree
 
 EPISODES = 7
 
@@ -264,29 +264,29 @@ def work_once(source: Source) -> None:
     staging.publish("demos", folder)
 
 
-def stormed(source: Source, folder: Path, seed: int, monkeypatch: pytest.MonkeyPatch) -> int:
+def kills_survived(source: Source, folder: Path, seed: int, monkeypatch: pytest.MonkeyPatch) -> int:
     """How often the work was killed until it had the same bytes as without."""
     work_inline(monkeypatch)
     fill(folder / "wanted/demos.zarr", source, 1)
     (folder / "work").mkdir()
     monkeypatch.chdir(folder / "work")
     wanted = tree(folder / "wanted", "demos")
-    return storm("demos", functools.partial(work_once, source), wanted, seed, monkeypatch)
+    return kill_until_done("demos", functools.partial(work_once, source), wanted, seed, monkeypatch)
 
 
 def test_killed_at_many_operations_and_still_the_same_bytes(
     tmp_path: Path, recorded: apv_npz.ApvNpz, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    assert stormed(recorded, tmp_path, 0, monkeypatch) >= 20
+    assert kills_survived(recorded, tmp_path, 0, monkeypatch) >= 20
 
 
 @pytest.mark.long
-def test_a_long_storm_of_kills(
+def test_killed_with_other_seeds_and_still_the_same(
     tmp_path: Path, recorded: apv_npz.ApvNpz, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     for seed in range(1, 12):
         (folder := tmp_path / str(seed)).mkdir()
-        assert stormed(recorded, folder, seed, monkeypatch) >= 10
+        assert kills_survived(recorded, folder, seed, monkeypatch) >= 10
 
 
 @pytest.mark.long

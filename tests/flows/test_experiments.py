@@ -27,7 +27,7 @@ def test_a_sweep_survives_its_killing_and_shares_its_pretraining(tmp_path: Path)
     notes = toy.root / "stage.py"
     notes.write_text(notes.read_text(encoding="utf-8") + "# not committed yet\n", encoding="utf-8")
     words = [sys.executable, "-m", "flows.experiments", *SWEEP, "--workers", "2"]
-    with subprocess.Popen(words, cwd=toy.root, env=toy.surroundings(), stdout=subprocess.DEVNULL) as killed:
+    with subprocess.Popen(words, cwd=toy.root, env=toy.environment(), stdout=subprocess.DEVNULL) as killed:
         until(lambda: toy.ran("pretrain"), "a first pre-training")
         killed.kill()
     again = toy.sweep(*SWEEP, "--workers", "2", check=False)
@@ -65,7 +65,7 @@ def test_ctrl_c_empties_the_queue(tmp_path: Path) -> None:
     toy = make_toy(tmp_path)
     words = [sys.executable, "-m", "flows.experiments", "seed=0,1,2"]
     with subprocess.Popen(
-        words, cwd=toy.root, env=toy.surroundings(TOY_SECONDS="60"), start_new_session=True
+        words, cwd=toy.root, env=toy.environment(TOY_SECONDS="60"), start_new_session=True
     ) as interrupted:
         until(lambda: toy.ran("ssv2"), "a stage that runs")
         interrupted.terminate()

@@ -30,13 +30,13 @@ def test_two_workers_share_a_sweep(tmp_path: Path) -> None:
     clones = [clone(toy, tmp_path / name) for name in ("one", "two")]
     for place in (toy, *clones):
         place.command("dvc", "remote", "add", "--local", "-d", "shared", str(tmp_path / "remote"))
-    with serving(toy.root, toy.surroundings()) as given, ExitStack() as stack:
+    with serving(toy.root, toy.environment()) as given, ExitStack() as stack:
         url, auth = split(given)
         for place in clones:
             process = subprocess.Popen(
                 [sys.executable, "-m", "flows.pool", "--name", place.root.name],
                 cwd=place.root,
-                env=place.surroundings(PREFECT_API_URL=url, PREFECT_API_AUTH_STRING=auth, TOY_SECONDS="2"),
+                env=place.environment(PREFECT_API_URL=url, PREFECT_API_AUTH_STRING=auth, TOY_SECONDS="2"),
             )
             stack.callback(process.wait)
             stack.callback(process.terminate)

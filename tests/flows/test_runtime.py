@@ -1,4 +1,4 @@
-"""Prefect's surroundings: settings, a server that answers, and a process that ends."""
+"""Prefect around a flow: settings, a server that answers, and a process that ends."""
 
 from __future__ import annotations
 

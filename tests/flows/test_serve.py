@@ -20,7 +20,7 @@ pytestmark = pytest.mark.long
 def served(tmp_path: Path) -> Iterator[tuple[Toy, str]]:
     """A project whose stages take minutes, and the API of its UI."""
     toy = make_toy(tmp_path)
-    with serving(toy.root, toy.surroundings(TOY_SECONDS="600")) as url:
+    with serving(toy.root, toy.environment(TOY_SECONDS="600")) as url:
         yield toy, url
 
 
@@ -67,7 +67,7 @@ def test_the_server_ends_with_what_started_it(tmp_path: Path, end: Callable[[int
     with (tmp_path / "told").open("w") as told:
         process, url = launch(
             toy.root,
-            toy.surroundings(),
+            toy.environment(),
             stdout=told,
             stderr=told,
             start_new_session=True,

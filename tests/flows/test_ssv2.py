@@ -31,7 +31,7 @@ from prelar.videos.ingest import Ingested, after_committed, append, append_missi
 from prelar.videos.labels import read_labels
 from tests import archives
 from tests.conftest import ROOT, merge
-from tests.flows.kills import Interruption, storm, tree
+from tests.flows.kills import Interruption, kill_until_done, tree
 from tests.webserver import Behaviour, serve
 
 CONTENTS = {**archives.clips(46), "900": b"", "901": b"no video", "902": archives.clip(frames=30)[:-2000]}
@@ -221,17 +221,17 @@ def work_once(source: ingest.Source, clips: dict[str, Ingested]) -> None:
     staging.publish("ssv2", folder)
 
 
-def stormed(here: Path, seed: int, monkeypatch: pytest.MonkeyPatch) -> int:
+def kills_survived(here: Path, seed: int, monkeypatch: pytest.MonkeyPatch) -> int:
     """How often the work was killed until it had the same bytes as without."""
     source = ingest.folder_source(here / "data/sample", None)
     wanted, clips = undisturbed(here / "data/sample", here / f"work-{seed}"), decoded(source)
-    return storm("ssv2", lambda: work_once(source, clips), wanted, seed, monkeypatch)
+    return kill_until_done("ssv2", lambda: work_once(source, clips), wanted, seed, monkeypatch)
 
 
 def test_killed_at_many_operations_and_still_the_same_bytes(
     here: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    assert stormed(here, 0, monkeypatch) >= 20
+    assert kills_survived(here, 0, monkeypatch) >= 20
 
 
 def fill_up(folder: Path) -> None:
@@ -265,9 +265,9 @@ def test_a_disk_that_was_full_again_and_again_and_still_the_same_bytes(here: Pat
         "import os, pathlib; from tests.flows.test_ssv2 import fill_up; "
         f"fill_up(pathlib.Path({str(here)!r})); print('the same bytes', flush=True); os._exit(0)"
     )
-    surroundings = {**os.environ, "PYTHONPATH": str(ROOT)}
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
     done = subprocess.run(
-        [*alone[0], sys.executable, "-c", code], env=surroundings, capture_output=True, text=True
+        [*alone[0], sys.executable, "-c", code], env=environment, capture_output=True, text=True
     )
     assert done.stdout == "the same bytes\n", done.stderr
 
@@ -294,9 +294,9 @@ def test_killed_while_publishing_loses_no_work(here: Path, monkeypatch: pytest.M
 
 
 @pytest.mark.long
-def test_a_long_storm_of_kills(here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_killed_with_other_seeds_and_still_the_same(here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     for seed in range(1, 30):
-        assert stormed(here, seed, monkeypatch) >= 10
+        assert kills_survived(here, seed, monkeypatch) >= 10
 
 
 @pytest.fixture

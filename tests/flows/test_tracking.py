@@ -78,7 +78,7 @@ def test_repro_checkout_and_a_queued_experiment_copy_no_store(project: Project) 
     project.run("git", "add", "-A")
     project.run("git", "commit", "-q", "-m", "Keep the lock")
     project.run("dvc", "exp", "run", "--queue", "-S", "beta_a=0.1", "--name", "queued", "pretrain")
-    watched = subprocess.Popen(["dvc", "queue", "start"], cwd=project.root, env=project.surroundings)
+    watched = subprocess.Popen(["dvc", "queue", "start"], cwd=project.root, env=project.environment)
     seen, end = set(), time.monotonic() + 500
     while time.monotonic() < end:
         for shard in (project.root / ".dvc/tmp/exps").glob(f"*/{SHARD}"):

@@ -55,7 +55,7 @@ class Toy:
     root: Path
     runs: Path
 
-    def surroundings(self, **changes: str) -> dict[str, str]:
+    def environment(self, **changes: str) -> dict[str, str]:
         path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
         gone = ("PREFECT_API_URL", "PREFECT_HOME")
         kept = {key: value for key, value in os.environ.items() if key not in gone}
@@ -65,7 +65,7 @@ class Toy:
         return subprocess.run(
             words,
             cwd=self.root,
-            env=self.surroundings(**changes),
+            env=self.environment(**changes),
             check=check,
             capture_output=True,
             text=True,

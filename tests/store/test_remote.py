@@ -247,13 +247,13 @@ def test_secrets_are_never_told(root: str, store: Store) -> None:
         "run_main(lambda: Store.open(sys.argv[1]))"
     )
     kept = {key: value for key, value in os.environ.items() if not key.startswith("AWS_SECRET")}
-    for surroundings in (
+    for environment in (
         os.environ | {"AWS_ENDPOINT_URL": "http://127.0.0.1:9", "AWS_MAX_ATTEMPTS": "1"},
         kept,
     ):
         command = [sys.executable, "-c", script, f"{root}x"]
         done = subprocess.run(
-            command, cwd=ROOT, env=surroundings, capture_output=True, text=True, timeout=300, check=False
+            command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300, check=False
         )
         assert done.returncode == 2, done.stderr
         assert done.stderr.count("error: ") == 1 and "Traceback" not in done.stderr

@@ -137,9 +137,7 @@ def test_a_finished_run_starts_again_at_step_0(tmp_path: Path, undisturbed: dict
 
 
 @pytest.mark.long
-def test_a_storm_of_kills_leaves_the_end_as_it_would_have_been(
-    tmp_path: Path, undisturbed: dict[str, bytes]
-) -> None:
+def test_many_kills_leave_the_end_as_without_them(tmp_path: Path, undisturbed: dict[str, bytes]) -> None:
     moments = random.Random(0)
     for number in range(10):
         folder = tmp_path / f"run{number}"
