@@ -1,7 +1,7 @@
 """Work that is killed again and again: at its operations on the disk, or as a flow with all its processes.
 
-`Interruption` and `kill_until_done` kill a forked copy of this process at the n-th operation; `Prey` is a flow
-in a process of its own, whose descendants (`family`) can be killed one by one.
+`Interruption` and `kill_until_done` kill a forked copy of this process at the n-th operation. `Prey` is a
+flow in a process of its own, whose descendants (`family`) can be killed one by one.
 """
 
 from __future__ import annotations
