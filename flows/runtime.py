@@ -48,6 +48,9 @@ UI_FILES = "PREFECT_SERVER_UI_STATIC_DIRECTORY"
 def surround() -> None:
     """Set Prefect's surroundings in the environment of this process and its children."""
     os.environ.setdefault("PREFECT_HOME", str(HOME.absolute()))
+    with contextlib.suppress(OSError):  # a flow says itself, in one line, that nothing can be written here
+        Path(os.environ["PREFECT_HOME"]).mkdir(mode=0o700, parents=True, exist_ok=True)
+    warnings.filterwarnings("ignore", message="Failed to create the Prefect home directory")
     for name, value in SETTINGS.items():
         os.environ.setdefault(name, value)
     given = os.environ.get(API)
@@ -189,7 +192,7 @@ def started(listener: socket.socket, auth: str, log_name: str, *, ui: bool) -> I
     session of its own: Ctrl-C reaches this process alone, which has yet to tell the server its end.
     """
     home = Path(os.environ["PREFECT_HOME"])
-    home.mkdir(mode=0o700, parents=True, exist_ok=True)
+    home.mkdir(exist_ok=True)
     root = f"http://{access.netloc(*listener.getsockname()[:2])}"
     words = f"from flows.runtime import serve; serve({listener.fileno()}, {os.getpid()}, {ui})"
     with (home / "start.lock").open("w") as lock, (home / log_name).open("w") as log:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import stat
 import subprocess
 import sys
 import time
@@ -24,6 +25,7 @@ def test_settings_are_given_and_the_users_stay(monkeypatch: pytest.MonkeyPatch, 
     monkeypatch.setenv("PREFECT_API_BLOCKS_REGISTER_ON_START", "true")
     runtime.surround()
     assert os.environ["PREFECT_HOME"] == str(tmp_path / ".prefect")
+    assert stat.S_IMODE((tmp_path / ".prefect").stat().st_mode) == 0o700
     assert os.environ["DO_NOT_TRACK"] == "1"
     assert os.environ["PREFECT_SERVER_ANALYTICS_ENABLED"] == "false"
     assert int(os.environ["PREFECT_SERVER_EPHEMERAL_STARTUP_TIMEOUT_SECONDS"]) >= 120
