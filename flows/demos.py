@@ -24,10 +24,9 @@ from prelar.demos import apv_npz, rlbench_folder
 from prelar.demos.episodes import Episode, Job, Source, Splits, clips, staging_key
 from prelar.demos.metaworld import Metaworld
 from prelar.demos.rlbench_live import RlbenchLive
-from prelar.demos.rlbench_pool import SimulatorPool
 from prelar.envs import gl
 from prelar.envs.names import CAMERAS, DEMONSTRATED, RLBENCH_CAMERAS, SEEN_FROM, TASKS, checked_config, chosen
-from prelar.store.store import Store, StoreWriter
+from prelar.store.store import Store, StoreWriter, index_path
 from prelar.utils import files
 from prelar.utils.errors import UserError, printable
 from prelar.utils.processes import worker_pool
@@ -36,6 +35,8 @@ if TYPE_CHECKING:
     from prelar.validation.suites import Suite
 
 NAME = "demos"
+FORMER = "rlbench"
+"""What the store was called before."""
 BATCH = 4
 SHOWN = 100
 
@@ -60,9 +61,6 @@ class CollectionPlan(NamedTuple):
         return self.folder / "built"
 
 
-_ahead: list[tuple[CollectionPlan, SimulatorPool]] = []
-
-
 @task(name="collect", task_run_name="collect-{number}", cache_policy=NO_CACHE)
 def collect(desk: str, number: int) -> int:
     """Collect one batch of episodes."""
@@ -79,19 +77,19 @@ def demos() -> str:
     config = load_config()
     settings = config.demos
     staging.clear_leftovers(NAME)
-    errand = _ahead[0][0] if _ahead else planned(settings)
-    source, rate = errand.source, ""
-    if not errand.built.is_file():
-        with StoreWriter(errand.store, arrays=source.arrays) as writer:
-            begin = _ahead[0][1].begun if _ahead else time.monotonic()
-            count = fill(writer, source, errand.jobs, settings.workers)
+    plan = planned(settings)
+    source, rate = plan.source, ""
+    if not plan.built.is_file() and not adopted(plan):
+        with StoreWriter(plan.store, arrays=source.arrays) as writer:
+            begin = time.monotonic()
+            count = fill(writer, source, plan.jobs, settings.workers)
             seconds = time.monotonic() - begin
-            rate = f"; {count} episodes in {seconds:.0f} s, {60 * count / seconds:.1f} a minute"
+            rate = f"; {count} episodes stored in {seconds:.0f} s, {60 * count / seconds:.1f} a minute"
             writer.finish(source.attributes())
-        files.write_text(errand.built, "")
+        files.write_text(plan.built, "")
     checks = functools.partial(suites, source=source, max_bad=settings.max_bad)
-    counted = staging.validate(NAME, errand.store, checks)
-    staging.publish(NAME, errand.folder, config.data_root)
+    counted = staging.validate(NAME, plan.store, checks)
+    staging.publish(NAME, plan.folder, config.data_root)
     several = "s" if len(source.cameras) > 1 else ""
     return (
         f"{counted['clips']} clips of {len(source.cameras)} camera{several}, {counted['frames']} frames, "
@@ -106,22 +104,36 @@ def planned(settings: Demos) -> CollectionPlan:
     return CollectionPlan(source, jobs, files.STAGING / f"{NAME}-{staging_key(source, jobs)}")
 
 
-@contextlib.contextmanager
-def head_start(settings: Demos) -> Iterator[None]:
-    """Let simulators begin with what the store lacks, while Prefect's server starts; others need not wait."""
-    errand = planned(settings) if settings.source == "rlbench" else None
-    if errand is None or errand.built.is_file():
-        yield
-        return
-    with StoreWriter(errand.store, arrays=errand.source.arrays) as writer:
-        done = writer.count // len(errand.source.cameras)
-    assert isinstance(errand.source, RlbenchLive)
-    with SimulatorPool(errand.source, errand.jobs[done:], settings.workers, errand.folder / "demos") as crew:
-        _ahead.append((errand, crew))
-        try:
-            yield
-        finally:
-            _ahead.clear()
+def adopted(plan: CollectionPlan) -> bool:
+    """Whether the plan's store is one made before, under the former name; a line says so, or why not.
+
+    Live demos differ from run to run, so a former store of the same source, settings and episodes, in a local
+    folder, is staged as it is. Other sources give the same store again.
+    """
+    former = staging.target(FORMER)
+    if not former.exists():
+        return False
+    clips = [
+        (job.task, job.variation, job.episode, camera) for job in plan.jobs for camera in plan.source.cameras
+    ]
+    try:
+        store = Store.open(former)
+        attrs = {key: store.attrs.get(key) for key in plan.source.attributes()}
+        rows = store.index.select(["task", "variation", "episode", "camera"]).to_pylist()
+        same = attrs == plan.source.attributes() and [tuple(row.values()) for row in rows] == clips
+    except UserError:
+        same = False
+    local = (former / "zarr.json").is_file()
+    if not (same and local and isinstance(plan.source, RlbenchLive)):
+        print(
+            f"{former}, a store by the former name of {staging.target(NAME)}, is not used; you may remove it"
+        )
+        return False
+    files.link(index_path(former), index_path(plan.store))
+    files.link(former, plan.store)
+    files.write_text(plan.built, "")
+    print(f"{former} holds these demos and becomes {staging.target(NAME)}; you may remove the former")
+    return True
 
 
 def suites(store: Store, source: Source, max_bad: float) -> list[Suite]:
@@ -165,14 +177,15 @@ def find(settings: Demos) -> Source:
 def fill(writer: StoreWriter, source: Source, jobs: list[Job], workers: int) -> int:
     """Collect the episodes that the writer lacks, in worker processes, and append them in the jobs' order.
 
-    Returns how many there were.
+    Returns how many of them were stored; one with a fault has only its row in the index.
     """
     done = writer.count // len(source.cameras)
     labels = {name: number for number, name in enumerate(sorted({job.task for job in jobs}))}
     splits = Splits(jobs, writer.rows())
     total, stored = collections.Counter(job.task for job in jobs), collections.Counter[str]()
+    sound = 0
     with (
-        episode_workers(source, jobs[done:], workers, writer.path.parent / "demos") as (collect_job, settle),
+        episode_workers(source, jobs[done:], workers, writer.path.parent / "demos") as (collect_job, discard),
         tqdm(desc="demonstrations", total=len(jobs), initial=done, unit="episode", disable=None) as bar,
     ):
         stored.update(job.task for job in jobs[:done])
@@ -180,13 +193,14 @@ def fill(writer: StoreWriter, source: Source, jobs: list[Job], workers: int) -> 
             for episode in episodes:
                 for frames, row, arrays in clips(episode, source, labels[episode.job.task], splits):
                     writer.append(frames, row, **arrays)
+                sound += row["reason"] is None
                 stored[task := episode.job.task] += 1
                 bar.set_postfix_str(f"{printable(task)} {stored[task]}/{total[task]}", refresh=False)
             writer.commit()
             bar.update(len(episodes))
             for episode in episodes:
-                settle(episode.job)
-    return len(jobs) - done
+                discard(episode.job)
+    return sound
 
 
 Later = Callable[[], Episode]
@@ -198,11 +212,8 @@ def episode_workers(
 ) -> Iterator[tuple[Callable[[Job], Later], Callable[[Job], None]]]:
     """Worker processes, or simulators that use `folder`: what starts a job, and what ends it."""
     if isinstance(source, RlbenchLive):
-        at_work = (
-            contextlib.nullcontext(_ahead[0][1]) if _ahead else SimulatorPool(source, jobs, workers, folder)
-        )
-        with at_work as crew:
-            yield lambda job: functools.partial(crew.result, job), crew.settle
+        with source.pool(jobs, workers, folder) as simulators:
+            yield lambda job: functools.partial(simulators.result, job), simulators.discard
     else:
         with worker_pool(workers) as pool:
             yield lambda job: pool.submit(source.collect, job).result, lambda job: None
@@ -248,7 +259,7 @@ def main() -> None:
     """Run the flow with the settings of params.yaml."""
     _arguments()
     begun, settings = dvc.stamps(NAME), checked_config().demos
-    with staging.store_build(NAME, functools.partial(head_start, settings)):
+    with staging.store_build(NAME):
         pool: Any = ThreadPoolTaskRunner(max_workers=settings.workers)
         print(f"{staging.target(NAME)}: {demos.with_options(task_runner=pool)()}")
         dvc.record(NAME, begun)

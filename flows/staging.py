@@ -10,7 +10,6 @@ import itertools
 import json
 import threading
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Generic, Protocol, TypeVar
 
@@ -113,14 +112,9 @@ def target(name: str) -> Path:
 
 
 @contextlib.contextmanager
-def store_build(
-    name: str, ahead: Callable[[], AbstractContextManager[None]] = contextlib.nullcontext
-) -> Iterator[None]:
-    """Hold the lock on a store, have a Prefect server, and tell of a full disk in one line.
-
-    ahead: what is entered before the server is started.
-    """
-    with files.exclusive(target(name)), ahead(), runtime.server():
+def store_build(name: str) -> Iterator[None]:
+    """Hold the lock on a store, have a Prefect server, and report a full disk in one line."""
+    with files.exclusive(target(name)), runtime.server():
         try:
             yield
         except OSError as error:

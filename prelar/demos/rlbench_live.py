@@ -1,9 +1,8 @@
 """Live demonstrations of RLBench tasks, planned and recorded in CoppeliaSim.
 
 RLBench, PyRep and CoppeliaSim are the user's to install: `make rlbench-setup` says what is missing, and so
-does every run before it starts. None of them is imported here: `prelar.demos.rlbench_pool` has simulators
-do the work in processes of their own. `python -m prelar.demos.rlbench_live` tells whether live demos are
-possible.
+does every run before it starts. None of them is imported here: the simulators of `prelar.demos.rlbench_pool`
+run in processes of their own. `python -m prelar.demos.rlbench_live` says whether live demos are possible.
 
 Path planning in CoppeliaSim has random numbers that nobody can seed, so that two runs give different
 demos.
@@ -20,6 +19,7 @@ import re
 import shutil
 import subprocess
 import tempfile
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -82,10 +82,16 @@ class RlbenchLive(RlbenchDemonstrations):
             for episode in range(self.episodes)
         ]
 
+    def pool(self, jobs: Sequence[Job], workers: int, folder: Path) -> SimulatorPool:
+        """Simulators that collect all jobs; finished demos wait in `folder`."""
+        shown = {"cameras": list(self.cameras), "size": self.size, "renderer": self.renderer}
+        settings = {**shown, "action_mode": self.action_mode}
+        return SimulatorPool(jobs, workers, folder, settings=settings, seed=self.seed, timeout=self.timeout)
+
     def collect(self, job: Job) -> Episode:
         """Collect one episode with a simulator for it alone, in a temporary folder."""
-        with tempfile.TemporaryDirectory() as folder, SimulatorPool(self, [job], 1, Path(folder)) as crew:
-            return crew.result(job)
+        with tempfile.TemporaryDirectory() as folder, self.pool([job], 1, Path(folder)) as pool:
+            return pool.result(job)
 
     def files(self, job: Job) -> list[Path]:
         """The program that records it."""
@@ -97,12 +103,6 @@ class RlbenchLive(RlbenchDemonstrations):
         source = {"name": "rlbench", **{name: getattr(self, name) for name in asked}}
         resize = f"drawn at {self.size}x{self.size}, {RESIZE}"
         return {"source": source, "resize": resize, "alignment": ALIGNMENT}
-
-    @property
-    def settings(self) -> dict[str, Any]:
-        """What a simulator is launched with."""
-        shown = {"cameras": list(self.cameras), "size": self.size, "renderer": self.renderer}
-        return {**shown, "action_mode": self.action_mode}
 
 
 # --- What must be there -------------------------------------------------------------------------------------
@@ -173,7 +173,7 @@ def _missing_libraries(library: Path) -> set[str]:
     if shutil.which("ldd") is None:
         return set()
     try:
-        told = subprocess.run(
+        output = subprocess.run(
             ["ldd", str(library)],
             env=simulator_env(None),
             capture_output=True,
@@ -183,7 +183,7 @@ def _missing_libraries(library: Path) -> set[str]:
         ).stdout
     except subprocess.TimeoutExpired:
         return set()
-    return set(re.findall(r"^\s*(\S+) => not found", told, flags=re.MULTILINE))
+    return set(re.findall(r"^\s*(\S+) => not found", output, flags=re.MULTILINE))
 
 
 def _missing_display() -> list[str]:

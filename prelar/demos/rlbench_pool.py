@@ -1,15 +1,17 @@
-"""RLBench simulators at work on many demos: launched once, used for many, killed and launched again.
+"""A pool of RLBench simulators that collects demos. Each simulator serves many attempts.
 
 - a demo gets ten attempts, each with random numbers of its own;
-- an attempt that stands still, or gives no answer for too long, is killed, three times at most for one demo;
-- a simulator that dies costs the attempt in progress; another one takes its place, as it does after a
-  failure that may have spoilt the scene, and now and then in any case;
+- an attempt without progress, or without an answer within the time limit, is killed. Such attempts, and those
+  that end in an error that RLBench does not report as a failed demo, number three at most for one demo;
+- a simulator that crashes costs the attempt in progress. It is replaced, as it is after an unexpected error
+  and after `SERVICE` attempts;
+- a task that a new simulator cannot load is not tried again, in any variation;
 - where a demo's attempts are exhausted before the first success of its task and variation, the others of
   that variation are not tried;
-- a finished demo waits in a file until the store has it, so that a killed run loses only what was in
-  progress.
+- a finished demo waits in a file until the store has it, so that an interrupted run loses only the attempts
+  in progress.
 
-Every way to fail ends in words.
+Every failure is reported as a line of text.
 """
 
 from __future__ import annotations
@@ -33,7 +35,7 @@ import zlib
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 from PIL import Image
@@ -49,8 +51,8 @@ ROOT = "COPPELIASIM_ROOT"
 LAUNCH_SECONDS = 120.0
 SHUTDOWN_GRACE = 5.0
 POLL_SECONDS = 1.0
-STILL_SECONDS = 30.0
-STILL_SHARE = 0.01
+IDLE_SECONDS = 30.0
+IDLE_SHARE = 0.01
 DIED = "the simulator ended"
 
 
@@ -73,54 +75,54 @@ def simulator_env(display: str | None, threads: int = 1) -> dict[str, str]:
 
 
 class HungError(Exception):
-    """A simulator stood still or gave no answer in time, and was killed."""
+    """A simulator was idle or gave no answer in time, and was killed."""
 
 
 class DeadError(Exception):
     """A simulator ended by itself."""
 
 
-def read_line(pipe: int, held: bytearray, seconds: float) -> bytes | None:
+def read_line(pipe: int, buffer: bytearray, seconds: float) -> bytes | None:
     """The next line from a pipe; empty where the pipe ends, None where nothing came in time.
 
-    held: what was read beyond the line, for the next call.
+    buffer: what was read beyond the line, for the next call.
     """
     end = time.monotonic() + seconds
-    while b"\n" not in held:
+    while b"\n" not in buffer:
         if not select.select([pipe], [], [], max(end - time.monotonic(), 0))[0]:
             return None
         piece = os.read(pipe, 65536)
         if not piece:
             return b""
-        held += piece
-    line, _, rest = bytes(held).partition(b"\n")
-    held[:] = rest
+        buffer += piece
+    line, _, rest = bytes(buffer).partition(b"\n")
+    buffer[:] = rest
     return line + b"\n"
 
 
 class CpuActivity:
-    """Whether a process works, told by its processor time: planning is silent for long, but never idle.
+    """Whether a process works, by its processor time: planning gives no output for long, but is never idle.
 
-    A process that was stopped or waits for what never comes stands still; one that turns in circles does not.
+    A stopped process, or one that waits for ever, is idle; an endless loop is not.
     """
 
     def __init__(self, process: int) -> None:
         self._process = process
         self._since, self._spent = time.monotonic(), self._seconds()
 
-    def still(self) -> bool:
-        """Whether it had less than `STILL_SHARE` of a processor in `STILL_SECONDS`."""
-        if self._seconds() - self._spent > STILL_SHARE * STILL_SECONDS:
+    def idle(self) -> bool:
+        """Whether it had less than `IDLE_SHARE` of a processor in `IDLE_SECONDS`."""
+        if self._seconds() - self._spent > IDLE_SHARE * IDLE_SECONDS:
             self._since, self._spent = time.monotonic(), self._seconds()
-        return time.monotonic() - self._since > STILL_SECONDS
+        return time.monotonic() - self._since > IDLE_SECONDS
 
     def _seconds(self) -> float:
         """Processor time of all its threads; none any more where it has ended."""
         try:
-            told = Path(f"/proc/{self._process}/stat").read_bytes()
+            status = Path(f"/proc/{self._process}/stat").read_bytes()
         except OSError:
             return 0.0
-        user, system = told.rpartition(b")")[2].split()[11:13]
+        user, system = status.rpartition(b")")[2].split()[11:13]
         return (int(user) + int(system)) / os.sysconf("SC_CLK_TCK")
 
 
@@ -130,15 +132,15 @@ class Simulator:
     def __init__(self, log: Path, display: str | None = None, threads: int = 1) -> None:
         """Start the process; what CoppeliaSim prints is added to `log`."""
         self._pipe, writing = os.pipe()
-        self._held = bytearray()
-        with log.open("ab") as told:
+        self._buffer = bytearray()
+        with log.open("ab") as output:
             self._process = subprocess.Popen(
                 [sys.executable, "-m", rlbench_worker.__name__, str(writing), str(os.getpid())],
                 env=simulator_env(display, threads),
                 pass_fds=[writing],
                 stdin=subprocess.PIPE,
-                stdout=told,
-                stderr=told,
+                stdout=output,
+                stderr=output,
                 start_new_session=True,
             )
         os.close(writing)
@@ -178,18 +180,18 @@ class Simulator:
 
         Raises `TimeoutError` in words where none comes.
         """
-        pulse, end = CpuActivity(self._process.pid), time.monotonic() + seconds
+        activity, end = CpuActivity(self._process.pid), time.monotonic() + seconds
         while True:
             alive = self.alive
             line = read_line(
-                self._pipe, self._held, min(POLL_SECONDS, end - time.monotonic()) if alive else 0
+                self._pipe, self._buffer, min(POLL_SECONDS, end - time.monotonic()) if alive else 0
             )
             if line is not None or not alive:
                 return line or b""
             if time.monotonic() >= end:
                 raise TimeoutError(f"no answer from the simulator within {seconds:g} s")
-            if pulse.still():
-                raise TimeoutError(f"the simulator stood still for {STILL_SECONDS:g} s")
+            if activity.idle():
+                raise TimeoutError(f"the simulator stood still for {IDLE_SECONDS:g} s")
 
     def close(self) -> None:
         """Let it shut CoppeliaSim down; kill it if that takes long."""
@@ -316,21 +318,23 @@ class Display:
             self._server = None
 
 
-if TYPE_CHECKING:
-    from prelar.demos.rlbench_live import RlbenchLive
-
 ATTEMPTS = 10
-HANGS = 3
+UNEXPECTED = 3
 LAUNCHES = 5
 SERVICE = 100
 NOT_TRIED = "not tried after episode"
+NOT_LOADED = "the task cannot be loaded"
 
 
 class ManagedSimulator:
-    """Keeps one simulator running for one thread, and launches it anew when it is gone or worn."""
+    """Keeps one simulator running for one thread, and launches another when it has ended or is worn."""
 
-    def __init__(self, source: RlbenchLive, display: Display, log: Path, threads: int) -> None:
-        self._source = source
+    def __init__(
+        self, settings: Mapping[str, Any], timeout: float, display: Display, log: Path, threads: int
+    ) -> None:
+        """settings: what a simulator is launched with. timeout: seconds for an answer."""
+        self._settings = settings
+        self._timeout = timeout
         self._display = display
         self._log = log
         self._threads = threads
@@ -338,47 +342,53 @@ class ManagedSimulator:
         self._simulator: Simulator | None = None
         self._stopped = False
 
+    @property
+    def fresh(self) -> bool:
+        """Whether the last request was the first one of its simulator."""
+        return self._served == 1
+
     def ask(self, request: Mapping[str, Any]) -> dict[str, Any]:
         """A simulator's answer. Raises `HungError` or `DeadError`, or `UserError` where none starts.
 
-        What a used simulator keeps in memory grows, so that it serves a number of requests only.
+        A simulator's memory grows with use, so it serves a number of requests only.
         """
         if self._served >= SERVICE:
             self.close()
         simulator = self._launched()
         self._served += 1
-        return simulator.ask(request, self._source.timeout)
+        return simulator.ask(request, self._timeout)
 
     def _launched(self) -> Simulator:
         reasons: list[str] = []
-        while len(reasons) < LAUNCHES:
-            if self._stopped:
-                raise DeadError("stopped")
+        while len(reasons) < LAUNCHES and not self._stopped:
             if self._simulator is not None and self._simulator.alive:
                 return self._simulator
             self.drop()
             time.sleep(min(len(reasons), 2))
             try:
                 self._simulator = Simulator(self._log, self._display.name(), self._threads)
-                self._simulator.launch(self._source.settings)
+                if self._stopped:
+                    break
+                self._simulator.launch(self._settings)
                 self._served = 0
                 return self._simulator
             except (HungError, DeadError) as error:
                 reasons.append(str(error))
                 self._display.distrust()
+        if self._stopped:
+            raise DeadError("stopped")
         raise UserError(f"CoppeliaSim does not start: {reasons[-1]}; {self._log} says more")
 
     def drop(self) -> None:
-        """End the simulator; the next request has a new one."""
+        """Kill the simulator; the next request launches another."""
         if self._simulator is not None:
             self._simulator.kill()
         self._simulator = None
 
-    def interrupt(self) -> None:
-        """End what the simulator is doing, from any thread, for good."""
+    def stop(self) -> None:
+        """Kill the simulator from any thread; none is launched afterwards."""
         self._stopped = True
-        simulator = self._simulator
-        if simulator is not None:
+        if (simulator := self._simulator) is not None:
             simulator.interrupt()
 
     def close(self) -> None:
@@ -389,35 +399,50 @@ class ManagedSimulator:
 
 
 class SimulatorPool:
-    """Simulators at work on all jobs at once; finished demos wait in `folder` until they are settled."""
+    """Simulators that work on all jobs; finished demos wait in `folder` until they are discarded."""
 
-    def __init__(self, source: RlbenchLive, jobs: Sequence[Job], workers: int, folder: Path) -> None:
-        """Demos and failures that an earlier run left in `folder` count as done."""
-        self._source = source
+    def __init__(
+        self,
+        jobs: Sequence[Job],
+        workers: int,
+        folder: Path,
+        *,
+        settings: Mapping[str, Any],
+        seed: int,
+        timeout: float,
+    ) -> None:
+        """Demos and failures that an earlier run left in `folder` count as done.
+
+        settings: what simulators are launched with, among it the cameras. timeout: seconds for an attempt.
+        """
+        self._cameras = settings["cameras"]
+        self._seed = seed
         self._folder = folder.resolve()
         self._folder.mkdir(parents=True, exist_ok=True)
         self._changed = threading.Condition()
         self._finished = {job for job in jobs if self._left(job)}
         self._waiting = [job for job in jobs if job not in self._finished]
         self._busy: collections.Counter[str] = collections.Counter()
-        self._pace: dict[str, float] = {}
-        self.begun = time.monotonic()
-        self._solved = set[tuple[str, int]]()
-        self._failed: dict[tuple[str, int], str] = {}
+        self._seconds: dict[str, float] = {}
+        self._solved = set[tuple[str, int | None]]()
+        self._failed: dict[tuple[str, int | None], str] = {}
         for job in jobs:
             if job in self._finished:
-                self._remember(job, self._reason(job))
+                self._note(job, self._reason(job))
         self._error: BaseException | None = None
         self._closed = False
         self._display = Display()
-        self._threads = [
-            threading.Thread(target=self._work, args=(number,), daemon=True)
-            for number in range(min(workers, len(self._waiting)))
+        count = min(workers, len(self._waiting))
+        threads = max(1, len(os.sched_getaffinity(0)) // max(1, count))
+        self._simulators = [
+            ManagedSimulator(
+                settings, timeout, self._display, self._folder / f"simulator{number}.log", threads
+            )
+            for number in range(count)
         ]
-        threads = max(1, len(os.sched_getaffinity(0)) // max(1, len(self._threads)))
-        self._yards = [
-            ManagedSimulator(source, self._display, self._folder / f"simulator{number}.log", threads)
-            for number in range(len(self._threads))
+        self._threads = [
+            threading.Thread(target=self._work, args=(simulator,), daemon=True)
+            for simulator in self._simulators
         ]
 
     def __enter__(self) -> SimulatorPool:
@@ -430,27 +455,28 @@ class SimulatorPool:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
+        """Shut all simulators down; after an error, kill them: only attempts in progress are lost."""
         with self._changed:
             self._closed = True
             self._changed.notify_all()
-        for yard in self._yards if error else ():
-            yard.interrupt()
+        for simulator in self._simulators if error else ():
+            simulator.stop()
         for thread in self._threads:
             thread.join()
         self._display.close()
 
     def result(self, job: Job) -> Episode:
-        """Wait for a job and load what came of it. Raises what keeps the crew from working."""
+        """Wait for a job and load its demo. Raises the error that stopped the pool."""
         with self._changed:
             self._changed.wait_for(lambda: job in self._finished or self._error or self._closed)
             if job not in self._finished:
-                raise self._error or RuntimeError("the crew was dismissed")
+                raise self._error or RuntimeError("the pool was closed")
         reason = self._reason(job)
         if reason is not None:
             return Episode(job, success=False, fps=FPS, reason=reason)
         return self._load(job)
 
-    def settle(self, job: Job) -> None:
+    def discard(self, job: Job) -> None:
         """Remove the file of a job that the store has by now."""
         self._demo(job).unlink(missing_ok=True)
         self._failure(job).unlink(missing_ok=True)
@@ -468,23 +494,43 @@ class SimulatorPool:
 
     def _left(self, job: Job) -> bool:
         """Whether an earlier run left a whole file for a job."""
-        if self._failure(job).exists():
-            return True
-        return zipfile.is_zipfile(self._demo(job))
+        return self._failure(job).exists() or zipfile.is_zipfile(self._demo(job))
 
     def _load(self, job: Job) -> Episode:
         try:
             with np.load(self._demo(job), allow_pickle=False) as content:
-                frames = {camera: _at_size(content[camera]) for camera in self._source.cameras}
-                arrays = {name: content[name] for name in self._source.arrays}
+                frames = {camera: _at_size(content[camera]) for camera in self._cameras}
+                arrays = {name: content[name] for name in rlbench_worker.ARRAYS}
         except Exception as error:
             return Episode(job, reason=f"the stored demo cannot be read: {one_line(error)}")
         return Episode(job, frames, arrays, success=True, fps=FPS)
 
-    def _take(self, task: str | None) -> Job | None:
-        """The next job: of the task that is loaded, else of one that nobody has, else of the longest left.
+    def _work(self, simulator: ManagedSimulator) -> None:
+        """What each thread does: take jobs until there are none or an error stops the pool.
 
-        None at the end. How long a task's jobs take is told by its last; one without any may be hopeless.
+        Processes that a thread started end with it, and the display serves all: it waits for the others.
+        """
+        task = None
+        try:
+            while (job := self._take(task)) is not None:
+                task = job.task
+                begin = time.monotonic()
+                reason = self._given_up(job) or self._attempt(simulator, job)
+                if not self._closed:
+                    self._finish(job, reason, time.monotonic() - begin)
+        except BaseException as error:
+            with self._changed:
+                self._error = self._error or error
+                self._changed.notify_all()
+        finally:
+            simulator.close()
+        with self._changed:
+            self._changed.wait_for(lambda: self._closed)
+
+    def _take(self, task: str | None) -> Job | None:
+        """The next job: of the loaded task, else of one that no simulator has, else of the longest left.
+
+        None at the end. How long a task's jobs take is estimated by its last one.
         """
         with self._changed:
             if self._closed or self._error or not self._waiting:
@@ -493,86 +539,72 @@ class SimulatorPool:
 
             def rank(number: int) -> tuple[bool, float, int]:
                 name = self._waiting[number].task
-                shared = -left[name] * self._pace.get(name, 0.0) if self._busy[name] else -math.inf
+                shared = -left[name] * self._seconds.get(name, 0.0) if self._busy[name] else -math.inf
                 return name != task, shared, number
 
             job = self._waiting.pop(min(range(len(self._waiting)), key=rank))
             self._busy[job.task] += 1
             return job
 
-    def _work(self, number: int) -> None:
-        """What each thread does: take jobs until there are none or something keeps it from working."""
-        yard, task = self._yards[number], None
-        try:
-            while (job := self._take(task)) is not None:
-                task = job.task
-                begin = time.monotonic()
-                reason = self._hopeless(job) or self._attempts(yard, job)
-                if self._closed:
-                    break
-                self._finish(job, reason, time.monotonic() - begin)
-        except BaseException as error:
-            with self._changed:
-                self._error = self._error or error
-                self._changed.notify_all()
-        finally:
-            yard.close()
-
-    def _hopeless(self, job: Job) -> str | None:
-        """Why a job is not worth trying, if so."""
-        key = (job.task, job.variation)
-        with self._changed:
-            return None if key in self._solved else self._failed.get(key)
-
-    def _remember(self, job: Job, reason: str | None) -> None:
-        """Let what came of a job speak for or against its variation; dead simulators say nothing."""
-        key = (job.task, job.variation)
-        if reason is None:
-            self._solved.add(key)
-        elif DIED not in reason:
-            told = reason if reason.startswith(NOT_TRIED) else f"{NOT_TRIED} {job.episode}: {reason}"
-            self._failed.setdefault(key, told)
-
     def _finish(self, job: Job, reason: str | None, seconds: float) -> None:
-        """Let the waiting know what came of a job."""
+        """Record the outcome of a job, and wake who waits for it."""
         if reason:
             files.write_text(self._failure(job), reason)
         with self._changed:
             self._busy[job.task] -= 1
-            self._pace[job.task] = seconds
+            self._seconds[job.task] = seconds
             self._finished.add(job)
-            self._remember(job, reason)
+            self._note(job, reason)
             self._changed.notify_all()
 
-    def _attempts(self, yard: ManagedSimulator, job: Job) -> str | None:
-        """Try for a demo; None once it is stored, else what came of the attempts."""
+    def _note(self, job: Job, reason: str | None) -> None:
+        """Count an outcome for or against a task and its variation; crashes count for neither."""
+        task, variation = (job.task, None), (job.task, job.variation)
+        if reason is None:
+            self._solved |= {task, variation}
+        elif reason.startswith(NOT_LOADED):
+            self._failed.setdefault(task, reason)
+        elif DIED not in reason:
+            noted = reason if reason.startswith(NOT_TRIED) else f"{NOT_TRIED} {job.episode}: {reason}"
+            self._failed.setdefault(variation, noted)
+
+    def _given_up(self, job: Job) -> str | None:
+        """Why a job is not tried, if so: its task cannot be loaded, or its variation only failed so far."""
+        with self._changed:
+            for key in ((job.task, None), (job.task, job.variation)):
+                if key in self._failed and key not in self._solved:
+                    return self._failed[key]
+        return None
+
+    def _attempt(self, simulator: ManagedSimulator, job: Job) -> str | None:
+        """Try for a demo; None once it is stored, else the reasons of the failures.
+
+        An error in loading a task has no random cause: by a new simulator, it is not tried again.
+        """
         reasons: collections.Counter[str] = collections.Counter()
-        hangs = 0
-        for attempt in range(ATTEMPTS):
-            if self._closed:
-                break
+        unexpected = 0
+        while reasons.total() < ATTEMPTS and unexpected < UNEXPECTED and not self._closed:
             request = {
                 "task": job.task,
                 "variation": job.variation,
-                "seed": zlib.crc32(repr((self._source.seed, job, attempt)).encode()),
+                "seed": zlib.crc32(repr((self._seed, job, reasons.total())).encode()),
                 "path": str(self._demo(job)),
             }
             try:
-                answer = yard.ask(request)
+                answer = simulator.ask(request)
             except (HungError, DeadError) as error:
-                reasons[str(error)] += 1
-                hangs += isinstance(error, HungError)
-                if hangs == HANGS:
-                    break
-                continue
+                answer = {"reason": str(error), "unexpected": isinstance(error, HungError)}
             if "errno" in answer:
                 raise OSError(answer["errno"], answer["strerror"], str(self._demo(job)))
             if "steps" in answer:
                 return None
             reasons[answer["reason"]] += 1
-            if answer.get("spoilt"):
-                yard.drop()
-        yard.drop()
+            if answer.get("unexpected"):
+                unexpected += 1
+                simulator.drop()
+                if answer.get("loading") and simulator.fresh:
+                    return f"{NOT_LOADED}: {answer['reason']}"
+        simulator.drop()
         told = "; ".join(f"{count} × {reason}" for reason, count in reasons.most_common())
         return f"no demo in {reasons.total()} attempts: {told}"
 

@@ -1,14 +1,15 @@
 """One RLBench simulator in a process of its own: `python -m prelar.demos.rlbench_worker <pipe> <parent>`.
 
-`prelar.demos.rlbench_pool` starts it and tells it what to do. Lines of JSON come in by the standard input:
+`prelar.demos.rlbench_pool` starts it and sends it requests. Lines of JSON come in by the standard input:
 first the settings, then one request at a time.
 
     {"task", "variation", "seed", "path"}        one attempt at a demo, to be stored at path
 
 Answers go out by the pipe with the given number, a line of JSON each: `{"ready": true}` once CoppeliaSim
 runs, then one a request: `{"steps": n}` when the demo is stored, or `{"reason": words}`, with
-`"spoilt": true` where the scene may not be sound any more. Instead of the settings, `{"count": tasks}` asks
-how many variations tasks have, for which no CoppeliaSim is launched: `{"variations": {task: n}}`.
+`"unexpected": true` where RLBench does not report a failed demo, so that the scene may be damaged, and
+`"loading": true` where the task could not be loaded. Instead of the settings, `{"count": tasks}` asks how
+many variations tasks have, for which no CoppeliaSim is launched: `{"variations": {task: n}}`.
 
 What CoppeliaSim prints goes to the standard output, the traceback of an unexpected error to the standard
 error; both are the simulator's log. The process ends with its parent, whatever the simulator is doing, and at
@@ -40,6 +41,7 @@ import numpy.typing as npt
 
 from prelar.demos.rlbench_folder import MOTIONS, step_arrays
 
+ARRAYS = ("actions", "gripper")
 BAD_DEMO = "Bad demo. "
 FOLDERS = re.compile(r"(?:/[^\s/'\":]+)+/")
 LONGEST = 300
@@ -50,7 +52,7 @@ ARM_MODES = {
 }
 
 
-def in_words(reason: str) -> str:
+def as_line(reason: str) -> str:
     """A reason as a line that names files without their folders."""
     return FOLDERS.sub("", " ".join(reason.split()))[:LONGEST]
 
@@ -81,7 +83,7 @@ def store_arrays(path: Path, arrays: dict[str, npt.NDArray[Any]]) -> None:
 
 
 class _LastBadDemo(logging.Handler):
-    """Keeps the reason that RLBench logs when an attempt fails; what it raises then does not tell."""
+    """Keeps the reason that RLBench logs when an attempt fails; what it raises then does not say it."""
 
     def __init__(self) -> None:
         super().__init__(logging.INFO)
@@ -139,23 +141,26 @@ class Session:
     def answer(self, request: dict[str, Any]) -> dict[str, Any]:
         """What came of a request. Raises `OSError` where a demo cannot be stored.
 
-        RLBench logs why a demo that was planned or acted failed; any other failure leaves open in which state
-        the scene is.
+        RLBench logs why a demo that was planned or acted failed; after any other failure the state of the
+        scene is unknown.
         """
         self._log.reason = None
+        loading = True
         random.seed(request["seed"])
         np.random.seed(request["seed"] % 2**32)
         try:
             task = self.task(request["task"])
+            loading = False
             task.set_variation(request["variation"])
             demo = task.get_demos(1, live_demos=True, max_attempts=1)[0]
             arrays = demo_arrays(demo, self._cameras, self._action_mode)
         except Exception as error:
             if self._log.reason is not None:
-                return {"reason": in_words(self._log.reason)}
+                return {"reason": as_line(self._log.reason)}
             print(f"attempt {json.dumps(request)}:", file=sys.stderr)
             traceback.print_exc()
-            return {"reason": in_words(str(error) or type(error).__name__), "spoilt": True}
+            reason = as_line(str(error) or type(error).__name__)
+            return {"reason": reason, "unexpected": True, "loading": loading}
         store_arrays(Path(request["path"]), arrays)
         return {"steps": len(arrays["actions"])}
 
@@ -165,7 +170,7 @@ class Session:
 
 
 def count_variations(tasks: Sequence[str]) -> dict[str, int]:
-    """How many variations tasks have; 1 where a task cannot tell without a scene."""
+    """How many variations tasks have; 1 where a task does not say it without a scene."""
     from rlbench.backend.utils import task_file_to_task_class
 
     counts = dict.fromkeys(tasks, 1)
@@ -176,7 +181,7 @@ def count_variations(tasks: Sequence[str]) -> dict[str, int]:
 
 
 def _crash_at_once() -> None:
-    """Put CoppeliaSim's own handler of a crash aside, whose way out may never end."""
+    """Replace CoppeliaSim's own handler of a crash, which may never end."""
     signal.signal(signal.SIGSEGV, signal.SIG_DFL)
     faulthandler.enable()
 
@@ -190,29 +195,29 @@ def main() -> None:
         return
     with os.fdopen(pipe, "w", encoding="utf-8") as out:
 
-        def tell(**answer: Any) -> None:
+        def send(**answer: Any) -> None:
             out.write(json.dumps(answer) + "\n")
             out.flush()
 
         settings = json.loads(sys.stdin.readline())
         if "count" in settings:
-            tell(variations=count_variations(settings["count"]))
+            send(variations=count_variations(settings["count"]))
             return
         try:
-            bench = Session(**settings)
+            session = Session(**settings)
         except Exception as error:
             traceback.print_exc()
-            tell(reason=in_words(f"{type(error).__name__}: {error}"))
+            send(reason=as_line(f"{type(error).__name__}: {error}"))
             return
         _crash_at_once()
-        tell(ready=True)
+        send(ready=True)
         for line in sys.stdin:
             try:
-                tell(**bench.answer(json.loads(line)))
+                send(**session.answer(json.loads(line)))
             except OSError as error:
-                tell(errno=error.errno, strerror=error.strerror)
+                send(errno=error.errno, strerror=error.strerror)
         with contextlib.suppress(Exception):
-            bench.close()
+            session.close()
 
 
 if __name__ == "__main__":

@@ -76,7 +76,7 @@ def ours(folder: Path) -> tuple[float, float]:
         text=True,
     )
     whole = time.monotonic() - begin
-    told = re.search(rf"{EPISODES * len(TASKS)} episodes in .*, ([\d.]+) a minute", done.stdout)
+    told = re.search(rf"{EPISODES * len(TASKS)} episodes stored in .*, ([\d.]+) a minute", done.stdout)
     assert told, done.stdout
     return 60 * EPISODES * len(TASKS) / float(told[1]), whole
 

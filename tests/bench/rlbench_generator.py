@@ -81,12 +81,12 @@ def main() -> None:
     root, processes, episodes, *tasks = sys.argv[1:]
     following, saving = multiprocessing.Value("i", 0), multiprocessing.Lock()
     given = (Path(root), int(episodes), tasks, following, saving)
-    crew = [multiprocessing.Process(target=work, args=given) for _ in range(int(processes))]
-    for process in crew:
+    running = [multiprocessing.Process(target=work, args=given) for _ in range(int(processes))]
+    for process in running:
         process.start()
-    for process in crew:
+    for process in running:
         process.join()
-    sys.exit(any(process.exitcode for process in crew))
+    sys.exit(any(process.exitcode for process in running))
 
 
 if __name__ == "__main__":

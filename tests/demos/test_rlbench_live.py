@@ -23,7 +23,6 @@ from prelar.config import load_config
 from prelar.demos import rlbench_live, rlbench_pool, rlbench_worker
 from prelar.demos.episodes import Episode, Job, fault
 from prelar.demos.rlbench_live import RlbenchLive
-from prelar.demos.rlbench_pool import SimulatorPool
 from prelar.utils.errors import UserError
 from tests.rlbench_standin import STANDINS, orders, surround
 
@@ -50,8 +49,8 @@ def standin(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 def collect(source: RlbenchLive, folder: Path, workers: int = 1) -> list[Episode]:
     """All episodes of a source."""
     jobs = source.jobs()
-    with SimulatorPool(source, jobs, workers, folder) as crew:
-        return [crew.result(job) for job in jobs]
+    with source.pool(jobs, workers, folder) as pool:
+        return [pool.result(job) for job in jobs]
 
 
 def reasons(episodes: list[Episode]) -> list[str | None]:
@@ -127,8 +126,8 @@ def test_variations_are_asked_of_rlbench(
 @pytest.mark.parametrize("size", [32, 64, 96, 128])
 def test_pictures_of_any_size_are_brought_to_64(standin: Path, tmp_path: Path, size: int) -> None:
     source = replace(SOURCE, tasks=("push_button",), episodes=1, size=size)
-    with SimulatorPool(source, source.jobs(), 1, tmp_path / "demos") as crew:
-        episode = crew.result(source.jobs()[0])
+    with source.pool(source.jobs(), 1, tmp_path / "demos") as pool:
+        episode = pool.result(source.jobs()[0])
     with np.load(tmp_path / "demos/push_button-v0-e0.npz") as content:
         drawn = content["front"]
     assert drawn.shape == (8, size, size, 3)
@@ -174,6 +173,45 @@ def test_spoilt_scene_costs_one_attempt(standin: Path, tmp_path: Path) -> None:
     assert reasons(collect(SOURCE, tmp_path / "demos")) == [None] * 4
 
 
+def launches(standin: Path) -> int:
+    """How many simulators were launched."""
+    return (standin / "orders" / "asked").read_text().split().count("launch")
+
+
+def test_task_that_cannot_be_loaded_is_tried_once_by_a_new_simulator(standin: Path, tmp_path: Path) -> None:
+    orders(standin, load_open_drawer="missing " * 20)
+    source = replace(SOURCE, tasks=("push_button", "open_drawer"), episodes=3)
+    told = "the task cannot be loaded: The following is not a valid task .ttm file: open_drawer.ttm"
+    assert reasons(collect(source, tmp_path / "demos")) == [None, None, None, told, told, told]
+    assert launches(standin) == 2
+    assert (standin / "orders" / "load_open_drawer").read_text().count("missing") == 18
+
+
+def test_task_that_cannot_be_loaded_is_given_up_in_all_variations(standin: Path, tmp_path: Path) -> None:
+    orders(standin, load_push_button="missing " * 20)
+    source = replace(SOURCE, tasks=("push_button",), variations=None)
+    told = "the task cannot be loaded: The following is not a valid task .ttm file: push_button.ttm"
+    assert reasons(collect(source, tmp_path / "demos")) == [told] * 6
+    assert launches(standin) == 1
+
+
+def test_task_that_a_used_simulator_fails_to_load_is_loaded_by_a_new_one(
+    standin: Path, tmp_path: Path
+) -> None:
+    orders(standin, load_open_drawer="missing")
+    assert reasons(collect(SOURCE, tmp_path / "demos")) == [None] * 4
+    assert launches(standin) == 2
+
+
+def test_third_unexpected_error_of_a_demo_is_its_last(standin: Path, tmp_path: Path) -> None:
+    orders(standin, push_button="spoil fail spoil spoil spoil")
+    source = replace(SOURCE, tasks=("push_button",), episodes=1)
+    spoilt = "3 × Expected to be resetting 8 objects, but there were 7."
+    assert reasons(collect(source, tmp_path / "demos")) == [
+        f"no demo in 4 attempts: {spoilt}; 1 × {FAILED.format('push_button')}"
+    ]
+
+
 def test_unexpected_errors_leave_their_traceback_in_the_log(standin: Path, tmp_path: Path) -> None:
     orders(standin, launch="fail", push_button="work spoil", open_drawer="fail")
     collect(SOURCE, tmp_path / "demos")
@@ -207,19 +245,19 @@ def test_crash_is_seen_though_a_helper_lives_on(standin: Path, tmp_path: Path) -
     assert "Fatal Python error: Segmentation fault" in (tmp_path / "demos" / "simulator0.log").read_text()
 
 
-def test_hopeless_task_is_given_up_and_the_others_go_on(standin: Path, tmp_path: Path) -> None:
+def test_task_that_always_fails_is_given_up_and_the_others_go_on(standin: Path, tmp_path: Path) -> None:
     told = f"no demo in 10 attempts: 10 × {FAILED.format('weighing_scales')}"
     episodes = collect(replace(SOURCE, tasks=("weighing_scales", "push_button")), tmp_path / "demos")
     assert reasons(episodes) == [told, f"not tried after episode 0: {told}", None, None]
     assert [episode.success for episode in episodes] == [False, False, True, True]
 
 
-def test_hopeless_task_stays_given_up_in_the_next_run(standin: Path, tmp_path: Path) -> None:
+def test_task_that_always_fails_stays_given_up_in_the_next_run(standin: Path, tmp_path: Path) -> None:
     source = replace(SOURCE, tasks=("weighing_scales",), episodes=3)
     told = f"no demo in 10 attempts: 10 × {FAILED.format('weighing_scales')}"
     for done in (1, 2):
-        with SimulatorPool(source, jobs := source.jobs()[:done], 1, tmp_path / "demos") as crew:
-            assert crew.result(jobs[-1]).success is False
+        with source.pool(jobs := source.jobs()[:done], 1, tmp_path / "demos") as pool:
+            assert pool.result(jobs[-1]).success is False
     assert reasons(collect(source, tmp_path / "demos")) == [told, *[f"not tried after episode 0: {told}"] * 2]
 
 
@@ -245,18 +283,18 @@ def test_hang_is_killed_and_tried_again(standin: Path, tmp_path: Path) -> None:
     assert 2 < time.monotonic() - began < 30
 
 
-def test_pulse_tells_what_waits_from_what_turns_in_circles(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(rlbench_pool, "STILL_SECONDS", 3.0)
+def test_cpu_activity_tells_waiting_from_an_endless_loop(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(rlbench_pool, "IDLE_SECONDS", 3.0)
     codes = ("import time; time.sleep(600)", "while True: pass", "while True: pass")
     running = [subprocess.Popen([sys.executable, "-c", code]) for code in codes]
     try:
         running[1].send_signal(signal.SIGSTOP)
         waiting, stopped, turning = (rlbench_pool.CpuActivity(process.pid) for process in running)
-        still, end = set[rlbench_pool.CpuActivity](), time.monotonic() + 60
-        while not {waiting, stopped} <= still and time.monotonic() < end:
-            still |= {pulse for pulse in (waiting, stopped, turning) if pulse.still()}
+        idle, end = set[rlbench_pool.CpuActivity](), time.monotonic() + 60
+        while not {waiting, stopped} <= idle and time.monotonic() < end:
+            idle |= {activity for activity in (waiting, stopped, turning) if activity.idle()}
             time.sleep(0.1)
-        assert still == {waiting, stopped}
+        assert idle == {waiting, stopped}
     finally:
         for process in running:
             process.kill()
@@ -266,7 +304,7 @@ def test_pulse_tells_what_waits_from_what_turns_in_circles(monkeypatch: pytest.M
 def test_stopped_simulator_is_noticed_before_its_time_is_up(
     standin: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(rlbench_pool, "STILL_SECONDS", 2.0)
+    monkeypatch.setattr(rlbench_pool, "IDLE_SECONDS", 2.0)
     orders(standin, push_button="stop stop stop")
     source = replace(SOURCE, tasks=("push_button",), episodes=1, timeout=600.0)
     assert reasons(collect(source, tmp_path / "demos")) == [
@@ -293,7 +331,7 @@ def test_killed_simulators_and_display_are_replaced(standin: Path, tmp_path: Pat
     source = replace(SOURCE, episodes=6)
     stop = threading.Event()
 
-    def storm() -> None:
+    def kill_children() -> None:
         for _ in range(4):
             if stop.wait(1.0):
                 return
@@ -303,7 +341,7 @@ def test_killed_simulators_and_display_are_replaced(standin: Path, tmp_path: Pat
                     if "rlbench_simulator" in command or "Xvfb" in command:
                         child.kill()
 
-    killer = threading.Thread(target=storm)
+    killer = threading.Thread(target=kill_children)
     killer.start()
     try:
         orders(standin, push_button="hang work hang work", open_drawer="work hang")
@@ -326,9 +364,9 @@ def test_simulator_that_never_starts_stops_the_run(
 
 
 def test_reasons_name_no_folders() -> None:
-    told = rlbench_worker.in_words("No such file:\n '/home/me/RLBench/task_ttms/x.ttm'")
+    told = rlbench_worker.as_line("No such file:\n '/home/me/RLBench/task_ttms/x.ttm'")
     assert told == "No such file: 'x.ttm'"
-    assert rlbench_worker.in_words("in m/s, 3 / 4: none") == "in m/s, 3 / 4: none"
+    assert rlbench_worker.as_line("in m/s, 3 / 4: none") == "in m/s, 3 / 4: none"
 
 
 def test_full_disk_is_no_failure_of_the_task(standin: Path, tmp_path: Path) -> None:
@@ -338,23 +376,23 @@ def test_full_disk_is_no_failure_of_the_task(standin: Path, tmp_path: Path) -> N
         collect(SOURCE, tmp_path / "demos")
 
 
-def test_interrupted_crew_leaves_finished_demos_to_the_next(standin: Path, tmp_path: Path) -> None:
+def test_interrupted_pool_leaves_finished_demos_to_the_next(standin: Path, tmp_path: Path) -> None:
     orders(standin, open_drawer="work hang")
     jobs = SOURCE.jobs()
     began = time.monotonic()
-    with pytest.raises(InterruptedError), SimulatorPool(SOURCE, jobs, 1, tmp_path / "demos") as crew:
-        before = [crew.result(job) for job in jobs[:3]]
-        crew.settle(jobs[0])
-        pool = ThreadPoolExecutor(1)
-        waiting = pool.submit(crew.result, jobs[3])
+    with pytest.raises(InterruptedError), SOURCE.pool(jobs, 1, tmp_path / "demos") as pool:
+        before = [pool.result(job) for job in jobs[:3]]
+        pool.discard(jobs[0])
+        waiter = ThreadPoolExecutor(1)
+        waiting = waiter.submit(pool.result, jobs[3])
         raise InterruptedError
-    with pytest.raises(RuntimeError, match="dismissed"):
+    with pytest.raises(RuntimeError, match="closed"):
         waiting.result(timeout=10)
-    pool.shutdown()
+    waiter.shutdown()
     assert time.monotonic() - began < 30
     orders(standin, push_button="work die", open_drawer="die")
-    with SimulatorPool(SOURCE, jobs[1:], 2, tmp_path / "demos") as crew:
-        after = [crew.result(job) for job in jobs[1:]]
+    with SOURCE.pool(jobs[1:], 2, tmp_path / "demos") as pool:
+        after = [pool.result(job) for job in jobs[1:]]
     assert (standin / "orders" / "push_button").read_text() == "work\ndie\n"
     for old, new in zip(before[1:], after, strict=False):
         assert np.array_equal(old.frames["front"], new.frames["front"])

@@ -102,7 +102,11 @@ class Prey:
 
     def __init__(self, root: Path, flow: str) -> None:
         self._flow = subprocess.Popen(
-            [sys.executable, "-m", flow], cwd=root, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+            [sys.executable, "-m", flow],
+            cwd=root,
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.DEVNULL,
+            preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
         )
         self._self = psutil.Process(self._flow.pid)
 
@@ -141,6 +145,14 @@ class Prey:
         self._flow.wait()
         assert not psutil.wait_procs(family, timeout=SECONDS)[1]
         return running
+
+    def interrupt(self, number: signal.Signals) -> int:
+        """Signal it and see its family end; its status."""
+        family = self.family("")
+        self._flow.send_signal(number)
+        status = self.end()
+        assert not psutil.wait_procs(family, timeout=SECONDS)[1]
+        return status
 
     def end(self) -> int:
         """Its status, once it has ended by itself."""

@@ -7,6 +7,7 @@ import json
 import os
 import random
 import re
+import signal
 import subprocess
 import time
 from collections import Counter
@@ -15,16 +16,12 @@ from pathlib import Path
 
 import pytest
 
-from flows import demos
-from prelar.config import load_config
 from prelar.demos import rlbench_live
 from prelar.demos.rlbench_folder import CAMERAS
 from prelar.store.store import Store
 from tests.conftest import Project
-from tests.flows.kills import Prey
-from tests.rlbench_standin import STANDINS, orders, surround
-
-WAIT = 120
+from tests.flows.kills import Prey, tree
+from tests.rlbench_standin import orders, surround
 
 
 @pytest.fixture
@@ -80,19 +77,47 @@ def test_flow_survives_what_simulators_do_and_being_killed(project: Project, tmp
     assert not list((root / "data/.staging").glob("demos-*/demos"))
 
 
-def test_simulators_begin_before_prefect_and_go_on(project: Project, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.chdir(project.root)
-    monkeypatch.syspath_prepend(str(STANDINS))
-    project.edit(demos={"tasks": ["push_button"], "variations": 1})
-    settings = load_config().demos
-    with demos.head_start(settings):
-        errand = demos.planned(settings)
-        end = time.monotonic() + WAIT
-        while len(list(errand.folder.glob("demos/*.npz"))) < 3 and time.monotonic() < end:
-            time.sleep(0.1)
-        with demos.episode_workers(errand.source, errand.jobs, 2, errand.folder / "other") as (start, _):
-            assert [start(job)().success for job in errand.jobs] == [True] * 3
-    assert not (errand.folder / "other").exists() and not demos._ahead
+def test_signals_end_all_simulators_and_lose_only_attempts_in_progress(
+    project: Project, tmp_path: Path
+) -> None:
+    standin = tmp_path / "standin"
+    orders(standin, push_button="work work hang hang work work hang hang")
+    settings = {"tasks": ["push_button"], "variations": 1, "episodes": 10, "cameras": ["front"]}
+    project.edit(demos={**settings, "workers": 2, "timeout": 600.0})
+
+    def attempts() -> int:
+        asked = standin / "orders/asked"
+        return asked.read_text().split().count("push_button") if asked.exists() else 0
+
+    for number, begun in ((signal.SIGINT, 4), (signal.SIGTERM, 8)):
+        prey = Prey(project.root, "flows.demos")
+        assert prey.wait_for(lambda begun=begun: attempts() == begun)
+        assert prey.interrupt(number) != 0 and attempts() == begun
+    told = project.run("python", "-m", "flows.demos").stdout
+    assert attempts() == 10 + 4 and "10 clips of 1 camera, " in told
+
+
+def test_store_by_the_former_name_is_adopted_if_it_holds_the_same_demos(
+    project: Project, tmp_path: Path
+) -> None:
+    asked, data = tmp_path / "standin/orders/asked", project.root / "data"
+    tasks = ["push_button", "weighing_scales"]
+    project.edit(demos={"tasks": tasks, "variations": 1, "cameras": ["front"], "max_bad": 0.9})
+    told = project.run("python", "-m", "flows.demos").stdout
+    assert "3 clips left out; 3 episodes stored in " in told
+    for name in ("demos.zarr", "demos.parquet", "demos.json"):
+        (data / name).rename(data / name.replace("demos", "rlbench"))
+    made, before = tree(data, "rlbench"), asked.read_text()
+    told = project.run("python", "-m", "flows.demos").stdout
+    assert "data/rlbench.zarr holds these demos and becomes data/demos.zarr" in told
+    assert asked.read_text() == before
+    assert {name.replace("demos", "rlbench"): held for name, held in tree(data, "demos").items()} == made
+    assert tree(data, "rlbench") == made
+    project.edit(demos={"seed": 7})
+    told = project.run("python", "-m", "flows.demos").stdout
+    assert "data/rlbench.zarr, a store by the former name of data/demos.zarr, is not used" in told
+    assert asked.read_text() != before
+    assert Store.open(data / "demos.zarr").attrs["source"]["seed"] == 7
 
 
 @pytest.mark.long
@@ -120,9 +145,7 @@ def test_storm_of_kills_costs_what_was_in_progress(
         ("ok", "wrist"): expected,
     }
     begun = (tmp_path / "standin/orders/asked").read_text().splitlines()
-    assert (
-        sum(name != "launch" for name in begun) <= expected + kills["rlbench_simulator"] + 2 * kills["flow"]
-    )
+    assert sum(name in tasks for name in begun) <= expected + kills["rlbench_simulator"] + 2 * kills["flow"]
     assert not list((project.root / "data/.staging").iterdir())
 
 

@@ -27,6 +27,9 @@ class TaskEnvironment:
         self._variation_number = 0
         self._spoilt = False
         cost(load=1)
+        if order(f"load_{task.get_name()}") == "missing":
+            model = f"/opt/rlbench/task_ttms/{task.get_name()}.ttm"
+            raise FileNotFoundError(f"The following is not a valid task .ttm file: {model}")
 
     def get_name(self) -> str:
         """The task's name."""
