@@ -22,8 +22,8 @@ from tqdm import tqdm
 from prelar.config import Config
 from prelar.control.agent import load_agent
 from prelar.control.rollout import Episode, Policy, RandomPolicy, play, summarise
-from prelar.envs import gl
-from prelar.envs.metaworld import ACTION_DIM, Simulator
+from prelar.envs import gl, make_env
+from prelar.envs.metaworld import Simulator
 from prelar.envs.pixels import PixelEnv, Purpose, episode_seed
 from prelar.evaluation import offline
 from prelar.evaluation.panels import describe, overview, tile_horizontally, write_png, write_previews
@@ -149,9 +149,9 @@ def evaluate_agent(config: Config, agent: Any, folder: Path) -> EvalResult:
     """Play the evaluation episodes; write their table and video, and how well the model foresees them."""
     settings = config.evaluate
     seed = episode_seed(config.seed, Purpose.EVALUATE)
-    with Simulator(config.task, time_limit=settings.time_limit) as simulator:
+    with make_env(config.task, time_limit=settings.time_limit) as simulator:
         env = PixelEnv(simulator, seed=seed)
-        count, chances = settings.episodes, RandomPolicy(ACTION_DIM)
+        count, chances = settings.episodes, RandomPolicy(simulator.action_dim)
         played = play_visibly(
             env, agent, episodes=count, seed=config.seed, name="the agent", keep_frames=KEPT_EPISODES
         )
@@ -275,7 +275,7 @@ def evaluate_actions(config: Config, model: WorldModel, store: Store, folder: Pa
         return EvalResult(summary={"probe_missing": f"{config.method} infers no actions from video."})
     settings, device = config.evaluate, next(model.parameters()).device
     seed = episode_seed(config.seed, Purpose.PROBE)
-    with Simulator(config.task) as simulator:
+    with make_env(config.task) as simulator:
         played = collect(simulator, episodes=settings.probe_episodes, seed=seed)
     recorded = demonstrations(store, episodes=settings.probe_episodes, seed=seed)
     found = EvalResult()
@@ -327,7 +327,7 @@ def evaluate_offline(config: Config, fabric: Fabric, folder: Path) -> EvalResult
     """Fit the world model of fine-tuning to fixed episodes, from the checkpoint and from scratch."""
     settings = config.evaluate
     seed = episode_seed(config.seed, Purpose.OFFLINE)
-    with Simulator(config.task) as simulator:
+    with make_env(config.task) as simulator:
         learnt, episodes = offline.collect(simulator, episodes=settings.offline_episodes, seed=seed)
     cut = offline.segments(episodes, settings.length)
     parts, _ = load_parts(PRETRAIN)

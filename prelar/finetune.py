@@ -8,6 +8,7 @@ the state that snapshots hold.
 from __future__ import annotations
 
 import contextlib
+import functools
 import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
@@ -25,9 +26,8 @@ from prelar.control.exploration import Bonus
 from prelar.control.learner import Learner
 from prelar.control.replay import BatchPrefetcher, Replay
 from prelar.control.rollout import RandomPolicy, play_episodes, summarise
-from prelar.envs import gl
-from prelar.envs.metaworld import ACTION_DIM, Simulator
-from prelar.envs.pixels import Envs, PixelEnv, Purpose, World, episode_seed
+from prelar.envs import gl, make_env, suite
+from prelar.envs.pixels import Envs, PixelEnv, Purpose, Simulator, episode_seed
 from prelar.methods import build_model, load_pretrained, loads, restore
 from prelar.model.spec import ModelSpec
 from prelar.model.world_model import WorldModel
@@ -55,15 +55,10 @@ def run(cfg: Config) -> None:
     fingerprint = stage_fingerprint("finetune", cfg.model_dump(mode="json"))
     snapshots = Snapshots(resume_key("finetune", fingerprint, known={}, inputs=[PRETRAINED]))
 
-    task, time_limit = cfg.task, preset.time_limit
-
-    def make_world() -> World:
-        return Simulator(task, time_limit=time_limit)
-
     behaviour = learn(
         fabric,
         model,
-        make_world,
+        functools.partial(make_env, cfg.task, time_limit=preset.time_limit),
         preset,
         seed=cfg.seed,
         bonus=cfg.bonus,
@@ -96,7 +91,7 @@ def load_model(cfg: Config) -> WorldModel:
         )
     spec = replace(
         ModelSpec.read(values, stage="finetune", source=str(PRETRAINED)),
-        robot_action_dim=ACTION_DIM,
+        robot_action_dim=suite(cfg.task).action_dim,
         units=cfg.finetune.units,
         layers=cfg.finetune.layers,
         naive=cfg.naive,
@@ -129,7 +124,7 @@ class Speed:
 def learn(
     fabric: Fabric,
     model: WorldModel,
-    make_world: Callable[[], World],
+    make_simulator: Callable[[], Simulator],
     preset: Finetune,
     *,
     seed: int,
@@ -138,32 +133,30 @@ def learn(
     log_folder: Path,
     tell: Callable[[Speed], object] = print,
 ) -> ActorCritic:
-    """Fine-tune `model` in place on the worlds that `make_world` makes; returns the behaviour learnt.
+    """Fine-tune `model` in place in the simulators that `make_simulator` makes; returns the behaviour learnt.
 
     bonus: weight of the exploration bonus, for models that have one. tell: takes what this process did.
     """
     learner = make_learner(fabric, model, preset, bonus=bonus, seed=seed)
-    actions = model.spec.robot_action_dim
     with contextlib.ExitStack() as stack:
         replay = Replay(
             snapshots.folder / "replay.bin",
             capacity=preset.replay,
             margin=3 * preset.checkpoint_every + 3 * (preset.time_limit + 1) * preset.envs,
-            action_dim=actions,
+            action_dim=model.spec.robot_action_dim,
         )
         stack.callback(replay.close)
         pinned = fabric.device.type == "cuda"
         feed = BatchPrefetcher(replay, batch=preset.batch, length=preset.length, seed=seed, pinned=pinned)
         stack.callback(feed.close)
         envs = Envs(
-            make_world,
+            make_simulator,
             count=preset.envs,
             seed=episode_seed(seed, Purpose.TRAIN),
             processes=preset.envs > 1,
-            action_dim=actions,
         )
         stack.callback(envs.close)
-        watched = PixelEnv(make_world(), seed=episode_seed(0, Purpose.CURVE), action_dim=actions)
+        watched = PixelEnv(make_simulator(), seed=episode_seed(0, Purpose.CURVE))
         stack.callback(watched.close)
         collector = Collector(envs, replay)
         stepper = Stepper(preset, learner, collector, feed)

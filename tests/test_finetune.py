@@ -290,7 +290,7 @@ def test_it_learns_to_push_the_dot_to_the_right(
     changes |= {"hold": 0, "horizon": 8, "units": 64, "replay": 2000, "slow_every": 50, "envs": 1}
     changes |= {"time_limit": 20, "eval_every": 200, "eval_episodes": 5, "checkpoint_every": 1200}
     run(root, method=method, bonus=0.1, sizes=sizes, actor_lr=3e-4, critic_lr=3e-4, **changes)
-    env = PixelEnv(DotWorld(20), seed=episode_seed(0, Purpose.CURVE), action_dim=ACTIONS)
+    env = PixelEnv(DotWorld(20), seed=episode_seed(0, Purpose.CURVE))
     at_random = play_episodes(env, RandomPolicy(ACTIONS), episodes=20, seed=0)
     curve = column(root / "log/plots/metrics/eval/return.tsv")
     assert len(curve) == 6

@@ -19,7 +19,6 @@ FREE = {
     "prelar.__main__",
     "prelar.config",
     "prelar.demos",
-    "prelar.envs",
     "prelar.stages",
     "prelar.store",
     "prelar.train",

@@ -70,6 +70,8 @@ class Simulator:
     time_limit: steps per episode, at most 500. Raises `UserError` for an unknown task or camera.
     """
 
+    action_dim = ACTION_DIM
+
     def __init__(
         self,
         task: str,

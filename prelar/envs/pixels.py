@@ -20,7 +20,7 @@ import numpy as np
 import numpy.typing as npt
 from gymnasium.vector import AsyncVectorEnv, AutoresetMode, SyncVectorEnv
 
-from prelar.envs.metaworld import ACTION_DIM, Step
+from prelar.envs.metaworld import Step
 from prelar.utils.errors import UserError
 from prelar.utils.processes import follow_parent
 
@@ -30,9 +30,13 @@ Image = npt.NDArray[np.uint8]
 Actions = npt.NDArray[np.float32]
 
 
-class World(Protocol):
-    """What an environment asks of a simulator; `prelar.envs.metaworld.Simulator` is one."""
+class Simulator(Protocol):
+    """What an environment asks of a simulator; `prelar.envs.make_env` makes one.
 
+    action_dim: numbers of an action. time_limit: steps per episode.
+    """
+
+    action_dim: int
     time_limit: int
 
     def reset(self, seed: int, episode: int) -> Step:
@@ -78,19 +82,17 @@ class PixelEnv(gymnasium.Env[Image, Actions]):
 
     Each `reset` starts the next episode of `seed`: numbers `first`, `first + stride`, …, so that several
     environments never share one; `options={"episode": n}` chooses the number. `reset(seed=…)` changes the
-    seed and starts from `first` again. Episodes end by the world's time limit only, as truncation. Rewards
-    are the world's own. `info["success"]` tells whether the task is solved in this very state.
+    seed and starts from `first` again. Episodes end by the simulator's time limit only, as truncation.
+    Rewards are the simulator's own. `info["success"]` tells whether the task is solved in this very state.
     """
 
     metadata = {"render_modes": ["rgb_array"]}  # noqa: RUF012  gymnasium's own form
 
-    def __init__(
-        self, world: World, *, seed: int, first: int = 0, stride: int = 1, action_dim: int = ACTION_DIM
-    ) -> None:
+    def __init__(self, simulator: Simulator, *, seed: int, first: int = 0, stride: int = 1) -> None:
         self.render_mode = "rgb_array"
         self.observation_space = gymnasium.spaces.Box(0, 255, (SIZE, SIZE, 3), np.uint8)
-        self.action_space = gymnasium.spaces.Box(-1.0, 1.0, (action_dim,), np.float32)
-        self._world = world
+        self.action_space = gymnasium.spaces.Box(-1.0, 1.0, (simulator.action_dim,), np.float32)
+        self._simulator = simulator
         self._seed = seed
         self._first, self._stride = first, stride
         self._next = first
@@ -109,21 +111,21 @@ class PixelEnv(gymnasium.Env[Image, Actions]):
         self._next = self._episode + self._stride
         self._actions = []
         with self._timed("simulation"):
-            step = self._world.reset(self._seed, self._episode)
+            step = self._simulator.reset(self._seed, self._episode)
         return self.render(), {"success": step.success}
 
     def step(self, action: Actions) -> tuple[Image, float, bool, bool, dict[str, Any]]:
         """Take one action, which is clipped to [-1, 1]."""
         taken = np.clip(np.asarray(action, dtype=np.float32), -1, 1)
         with self._timed("simulation"):
-            step = self._world.step(taken)
+            step = self._simulator.step(taken)
         self._actions.append(taken)
         return self.render(), step.reward, False, step.done, {"success": step.success}
 
     def render(self) -> Image:
         """Draw the present state."""
         with self._timed("rendering"):
-            return self._world.render()
+            return self._simulator.render()
 
     def seconds(self) -> dict[str, float]:
         """Time spent so far, by what it was spent on."""
@@ -144,15 +146,15 @@ class PixelEnv(gymnasium.Env[Image, Actions]):
         """Bring the environment to a state, bit for bit, without drawing."""
         self._episode, self._next = state.episode, state.episode + self._stride
         self._actions = list(state.actions)
-        self._world.replay(self._seed, self._episode, self._actions)
+        self._simulator.replay(self._seed, self._episode, self._actions)
 
     def restore_own(self, states: Sequence[EpisodeState]) -> None:
         """Restore this environment's entry of a whole vector's states."""
         self.restore(states[self._first])
 
     def close(self) -> None:
-        """Free what the world holds."""
-        self._world.close()
+        """Free what the simulator holds."""
+        self._simulator.close()
 
 
 class Answer(NamedTuple):
@@ -180,12 +182,11 @@ class Envs:
 
     def __init__(
         self,
-        make_world: Callable[[], World],
+        make_simulator: Callable[[], Simulator],
         *,
         count: int,
         seed: int,
         processes: bool,
-        action_dim: int = ACTION_DIM,
     ) -> None:
         home = os.getpid()
 
@@ -193,7 +194,7 @@ class Envs:
             def make() -> PixelEnv:
                 if os.getpid() != home:
                     follow_parent(signal.SIGTERM)
-                return PixelEnv(make_world(), seed=seed, first=index, stride=count, action_dim=action_dim)
+                return PixelEnv(make_simulator(), seed=seed, first=index, stride=count)
 
             return make
 

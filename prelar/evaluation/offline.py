@@ -18,7 +18,7 @@ from lightning_fabric import Fabric
 from torch import Tensor
 from tqdm import tqdm
 
-from prelar.envs.metaworld import ACTION_DIM, Simulator
+from prelar.envs.metaworld import Simulator
 from prelar.model.images import first_steps, normalise
 from prelar.model.world_model import WorldModel
 from prelar.train.loop import adam, descend, seed_step
@@ -66,10 +66,10 @@ def collect(
     images, actions, rewards = [], [], []
     for episode in tqdm(range(episodes), desc="evaluate: episodes to fit", unit="episode", disable=None):
         random = np.random.default_rng([seed, episode])
-        drawn = random.uniform(-1, 1, (-(-steps // HELD), ACTION_DIM)).repeat(HELD, axis=0)
-        noise = NOISE * random.normal(size=(steps, ACTION_DIM))
+        drawn = random.uniform(-1, 1, (-(-steps // HELD), simulator.action_dim)).repeat(HELD, axis=0)
+        noise = NOISE * random.normal(size=(steps, simulator.action_dim))
         simulator.reset(seed, episode)
-        seen, taken, earned = [simulator.render()], [np.zeros(ACTION_DIM)], [0.0]
+        seen, taken, earned = [simulator.render()], [np.zeros(simulator.action_dim)], [0.0]
         for step in range(steps):
             action = drawn[step] if episode % 2 == 0 else simulator.expert() + noise[step]
             taken.append(action.clip(-1, 1))

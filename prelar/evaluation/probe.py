@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from prelar.envs.metaworld import ACTION_DIM, Simulator
+from prelar.envs.metaworld import Simulator
 from prelar.evaluation.panels import grid
 from prelar.methods import build_model
 from prelar.model.images import denormalise, first_steps, normalise
@@ -64,7 +64,9 @@ def collect(
     frames, change = [], []
     for episode in tqdm(range(episodes), desc="evaluate: probe", unit="episode", disable=None):
         random = np.random.default_rng([seed, episode])
-        actions = random.uniform(-1, 1, (-(-steps // held), ACTION_DIM)).repeat(held, axis=0)[:steps]
+        actions = random.uniform(-1, 1, (-(-steps // held), simulator.action_dim)).repeat(held, axis=0)[
+            :steps
+        ]
         simulator.reset(seed, episode)
         seen, places = [simulator.render()], [simulator.gripper]
         for action in actions:

@@ -32,9 +32,7 @@ class Steps(RandomPolicy):
 
 def make(path: Path, count: int = 2, time_limit: int = 4, processes: bool = False) -> Collector:
     replay = Replay(path / "replay.bin", capacity=100, margin=50, action_dim=ACTIONS)
-    envs = Envs(
-        functools.partial(DotWorld, time_limit), count=count, seed=3, processes=processes, action_dim=ACTIONS
-    )
+    envs = Envs(functools.partial(DotWorld, time_limit), count=count, seed=3, processes=processes)
     return Collector(envs, replay)
 
 

@@ -26,7 +26,7 @@ class Right:
 
 
 def make(time_limit: int = 12) -> PixelEnv:
-    return PixelEnv(DotWorld(time_limit), seed=1, action_dim=ACTIONS)
+    return PixelEnv(DotWorld(time_limit), seed=1)
 
 
 def test_an_episode_holds_every_step() -> None:

@@ -19,6 +19,8 @@ class DotWorld:
     It starts at a random place in the left half, drawn from (seed, episode). Success: to the right of 0.8.
     """
 
+    action_dim = ACTIONS
+
     def __init__(self, time_limit: int = 20) -> None:
         self.time_limit = time_limit
         self.steps = 0

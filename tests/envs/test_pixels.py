@@ -12,22 +12,22 @@ import numpy.typing as npt
 import pytest
 from gymnasium.utils.env_checker import check_env
 
-from prelar.envs.metaworld import Simulator
-from prelar.envs.pixels import Answer, Envs, PixelEnv, Purpose, World, episode_seed
+from prelar.envs import make_env
+from prelar.envs.pixels import Answer, Envs, PixelEnv, Purpose, Simulator, episode_seed
 from prelar.utils.errors import UserError
 from tests.control.toy import ACTIONS, DotWorld
 
 
 def toy(seed: int = 3, **settings: int) -> PixelEnv:
-    return PixelEnv(DotWorld(time_limit=6), seed=seed, action_dim=ACTIONS, **settings)
+    return PixelEnv(DotWorld(time_limit=6), seed=seed, **settings)
 
 
-def dot() -> World:
+def dot() -> Simulator:
     return DotWorld(time_limit=6)
 
 
-def drawer() -> World:
-    return Simulator("drawer-open", time_limit=6)
+def drawer() -> Simulator:
+    return make_env("drawer-open", time_limit=6)
 
 
 @pytest.mark.filterwarnings("ignore")
@@ -62,8 +62,8 @@ def test_actions_are_clipped_before_they_are_kept() -> None:
     np.testing.assert_array_equal(env.state().actions, [[1, -1]])
 
 
-def vector(make: Callable[[], World] = dot, *, size: int = ACTIONS, processes: bool = False) -> Envs:
-    return Envs(make, count=2, seed=5, processes=processes, action_dim=size)
+def vector(make: Callable[[], Simulator] = dot, *, processes: bool = False) -> Envs:
+    return Envs(make, count=2, seed=5, processes=processes)
 
 
 def answered(envs: Envs, actions: npt.NDArray[np.float32]) -> Answer:
@@ -74,18 +74,18 @@ def answered(envs: Envs, actions: npt.NDArray[np.float32]) -> Answer:
 @pytest.mark.parametrize("processes", [False, True])
 @pytest.mark.parametrize(("make", "size"), [(dot, ACTIONS), (drawer, 4)])
 def test_restored_environments_go_on_bit_for_bit(
-    make: Callable[[], World], size: int, processes: bool
+    make: Callable[[], Simulator], size: int, processes: bool
 ) -> None:
     random = np.random.default_rng(0)
     actions = random.uniform(-1, 1, (10, 2, size)).astype(np.float32)
-    envs = vector(make, size=size)
+    envs = vector(make)
     envs.reset()
     for action in actions[:8]:
         answered(envs, action)
     states = envs.states()
     assert [state.episode for state in states] == [2, 3]
     assert [len(state.actions) for state in states] == [2, 2]
-    again = vector(make, size=size, processes=processes)
+    again = vector(make, processes=processes)
     again.reset()
     again.restore(states)
     for action in actions[8:]:
@@ -122,12 +122,12 @@ def test_restoring_draws_nothing() -> None:
     env.reset()
     env.step(np.ones(ACTIONS, np.float32))
     world = DotWorld(time_limit=6)
-    PixelEnv(world, seed=3, action_dim=ACTIONS).restore(env.state())
+    PixelEnv(world, seed=3).restore(env.state())
     assert world.drawn == 0
 
 
 def test_the_image_that_ends_an_episode_is_kept() -> None:
-    envs = Envs(lambda: DotWorld(time_limit=2), count=1, seed=0, processes=False, action_dim=ACTIONS)
+    envs = Envs(lambda: DotWorld(time_limit=2), count=1, seed=0, processes=False)
     first = envs.reset()
     stay = np.zeros((1, ACTIONS), np.float32)
     answered(envs, stay)
