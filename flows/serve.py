@@ -136,6 +136,7 @@ def _serve(url: str) -> None:
 
 def deployments() -> list[RunnerDeployment]:
     """What the UI offers. Of each one run at a time; a second waits for the first."""
+    from prefect.deployments.runner import EntrypointType
     from prefect.schedules import Cron
 
     from flows.experiments import experiments
@@ -164,7 +165,14 @@ def deployments() -> list[RunnerDeployment]:
     return [
         cast(
             "RunnerDeployment",
-            flow.to_deployment(name, description=about, tags=tags, schedules=schedules, concurrency_limit=1),
+            flow.to_deployment(
+                name,
+                description=about,
+                tags=tags,
+                schedules=schedules,
+                concurrency_limit=1,
+                entrypoint_type=EntrypointType.MODULE_PATH,  # a file's folder would hide packages
+            ),
         )
         for flow, name, about, tags, schedules in offered
     ]
