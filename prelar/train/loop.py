@@ -276,7 +276,7 @@ class GracefulShutdown:
             os.write(STDERR, told.encode())  # print is not safe within a signal handler
 
     @staticmethod
-    def leave(number: int) -> None:
+    def exit(number: int) -> None:
         """End the run as signal `number` asks: exit status 143 after SIGTERM, 130 after Ctrl-C."""
         if number == signal.SIGINT:
             raise KeyboardInterrupt
@@ -325,14 +325,14 @@ def train(
                 if done % log_every == 0 or done == steps:
                     run.report(done)
                 if done < steps:
-                    run.look(done)
+                    run.run_hooks(done)
                 stop = run.processes.largest(interrupts.received or 0)
                 if done % snapshot_every == 0 or stop:
-                    run.keep(done)
+                    run.save_snapshot(done)
                 run.bar.update()
                 if stop:
-                    run.leave(stop)
-            run.look(steps)
+                    run.exit(stop)
+            run.run_hooks(steps)
         run.finish()
     except RuntimeError as error:
         if not is_loss(error):
@@ -410,7 +410,7 @@ class _Run:
             self.log.log(done, means)
             self.bar.set_postfix({key: f"{value:.4g}" for key, value in means.items()}, refresh=False)
 
-    def look(self, done: int) -> None:
+    def run_hooks(self, done: int) -> None:
         """Run the hooks that are due."""
         if not self.processes.first:
             return
@@ -421,7 +421,7 @@ class _Run:
                 seed_step(self.seed, done, hook=True)
                 self.log.log(done, {key: float(value) for key, value in (hook.run(done) or {}).items()})
 
-    def keep(self, done: int) -> None:
+    def save_snapshot(self, done: int) -> None:
         """Keep a snapshot, in the background."""
         self.check()
         if self.processes.first:
@@ -429,13 +429,13 @@ class _Run:
             content = {"state": parts, "averages": self.averages.state_dict(), "log": self.log.content()}
             self.snapshots.save(done, content)
 
-    def leave(self, number: int) -> None:
+    def exit(self, number: int) -> None:
         """End all processes as signal `number` asks, once the snapshot is written."""
         self.snapshots.wait()
         self.processes.largest(0)
         if not self.processes.first:
             sys.exit(0)
-        GracefulShutdown.leave(number)
+        GracefulShutdown.exit(number)
 
     def finish(self) -> None:
         """Write what is left to write."""
