@@ -19,6 +19,7 @@ from prefect.task_runners import ThreadPoolTaskRunner
 from tqdm import tqdm
 
 from flows import dvc, runtime, staging
+from flows.staging import Parcel
 from prelar.config import Demos, load_config
 from prelar.demos import apv_npz, rlbench_folder
 from prelar.demos.episodes import Episode, Job, Source, Splits, clips, staging_key
@@ -39,8 +40,7 @@ FORMER = "rlbench"
 """What the store was called before."""
 BATCH = 4
 SHOWN = 100
-
-_desks: dict[str, staging.Desk[list[Job], list[Episode]]] = {}
+Later = Callable[[], Episode]
 
 
 class CollectionPlan(NamedTuple):
@@ -62,10 +62,10 @@ class CollectionPlan(NamedTuple):
 
 
 @task(name="collect", task_run_name="collect-{number}", cache_policy=NO_CACHE)
-def collect(desk: str, number: int) -> int:
+def collect(number: int, jobs: Parcel, start: Callable[[Job], Later]) -> Parcel:
     """Collect one batch of episodes."""
-    _desks[desk].work(number)
-    return number
+    running = [start(job) for job in jobs.content]
+    return Parcel([wait() for wait in running])
 
 
 @flow(name=NAME)
@@ -203,9 +203,6 @@ def fill(writer: StoreWriter, source: Source, jobs: list[Job], workers: int) -> 
     return sound
 
 
-Later = Callable[[], Episode]
-
-
 @contextlib.contextmanager
 def episode_workers(
     source: Source, jobs: list[Job], workers: int, folder: Path
@@ -221,16 +218,12 @@ def episode_workers(
 
 def collected(jobs: list[Job], start: Callable[[Job], Later], workers: int) -> Iterator[list[Episode]]:
     """Batches of collected episodes in the order of the jobs."""
-
-    def work(batch: list[Job]) -> list[Episode]:
-        running = [start(job) for job in batch]
-        return [wait() for wait in running]
-
-    _desks[NAME] = desk = staging.Desk(work)
     batches = (jobs[begin : begin + BATCH] for begin in itertools.count(0, BATCH))
     try:
-        yield from desk.in_order(
-            itertools.takewhile(bool, batches), lambda number: collect.submit(NAME, number), workers
+        yield from staging.in_order(
+            itertools.takewhile(bool, batches),
+            lambda number, batch: collect.submit(number, batch, start),
+            workers,
         )
     except BrokenProcessPool:
         raise UserError("a worker process died; run again, the work so far is kept") from None

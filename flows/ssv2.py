@@ -6,24 +6,21 @@ import argparse
 import contextlib
 import functools
 import hashlib
-from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from prefect import flow, task
 from prefect.cache_policies import NO_CACHE
-from prefect.task_runners import ThreadPoolTaskRunner
 from tqdm import tqdm
 
-from flows import dvc, runtime, staging
+from flows import decoding, dvc, runtime, staging
 from prelar.config import Config, Ssv2, load_config
 from prelar.envs.names import checked_config
 from prelar.store.store import Store, StoreWriter
 from prelar.utils import disk, files
 from prelar.videos import download, ingest
-from prelar.videos.archive import Member
 from prelar.videos.decode import Decoder
-from prelar.videos.ingest import Ingested, Source
+from prelar.videos.ingest import Source
 from prelar.videos.labels import Labels, read_labels
 
 if TYPE_CHECKING:
@@ -31,8 +28,6 @@ if TYPE_CHECKING:
 
 NAME = "ssv2"
 PARTS = f"{NAME}-parts-"
-
-_desks: dict[str, staging.Desk[list[Member], list[Ingested]]] = {}
 
 
 @task(name="fetch", cache_policy=NO_CACHE)
@@ -42,13 +37,6 @@ def fetch(urls: list[str]) -> list[Path]:
     with tqdm(desc="download", unit="B", unit_scale=True, disable=None) as bar:
         headers = download.environment_headers()
         return download.fetch(urls, folder / "parts", headers=headers, progress=bar.update)
-
-
-@task(name="decode", task_run_name="decode-{number}", cache_policy=NO_CACHE, retries=1)
-def decode(desk: str, number: int) -> int:
-    """Decode one portion of a batch of clips."""
-    _desks[desk].work(number)
-    return number
 
 
 @flow(name=NAME)
@@ -146,40 +134,10 @@ def fill(writer: StoreWriter, source: Source, known: Labels, decoder: Decoder, s
     total, unit = (source.size, "B") if source.size else (len(source.clips or source.parts), "clip")
     with tqdm(desc="ingest", total=total, unit=unit, unit_scale=True, disable=None) as bar:
         members = ingest.after_committed(source.members(bar.update), writer)
-        portions = ingest.batches(members, -(-settings.batch // staging.PORTIONS))
-        way = staging.decoded if settings.runner == "dask" else decoded
-        for done in way(portions, decoder, known, settings):
+        portions = ingest.batches(members, -(-settings.batch // decoding.PORTIONS))
+        for done in decoding.decoded(portions, decoder, known, settings):
             ingest.append(writer, ingest.completed(decoder, done, known, settings.min_frames))
             bar.set_postfix(clips=writer.count, frames=writer.frames, refresh=False)
-
-
-def decoded(
-    portions: Iterator[list[Member]], decoder: Decoder, known: Labels, settings: Ssv2
-) -> Iterator[list[Ingested]]:
-    """The portions' results in order, from threads of this process.
-
-    Portions of one video take turns at one decode of it.
-    """
-
-    def announced() -> Iterator[list[Member]]:
-        for portion in portions:
-            decoder.announce([member.part for member in portion if member.part])
-            yield portion
-
-    def work(portion: list[Member]) -> list[Ingested]:
-        return ingest.ingest(decoder, portion, known, settings.min_frames)
-
-    _desks[NAME] = desk = staging.Desk(work)
-    return desk.in_order(
-        announced(), lambda number: decode.submit(NAME, number), staging.PORTIONS * settings.workers
-    )
-
-
-def task_runner(settings: Ssv2) -> Any:
-    """Prefect's task runner that params.yaml names."""
-    if settings.runner == "dask":
-        return staging.task_runner(settings.dask, settings.workers)
-    return ThreadPoolTaskRunner(max_workers=settings.workers)
 
 
 def _arguments() -> None:
@@ -193,7 +151,7 @@ def main() -> None:
     _arguments()
     begun, settings = dvc.stamps(NAME), checked_config().ssv2
     with staging.store_build(NAME):
-        print(f"{staging.target(NAME)}: {ssv2.with_options(task_runner=task_runner(settings))()}")
+        print(f"{staging.target(NAME)}: {ssv2.with_options(task_runner=decoding.task_runner(settings))()}")
         dvc.record(NAME, begun)
 
 

@@ -5,13 +5,11 @@ from __future__ import annotations
 import collections
 import contextlib
 import errno
-import functools
 import itertools
 import json
-import threading
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Generic, Protocol, TypeVar
+from typing import TYPE_CHECKING, Any, Protocol
 
 from prefect import task
 from prefect.artifacts import create_markdown_artifact
@@ -20,90 +18,47 @@ from prefect.context import TaskRunContext
 from tqdm import tqdm
 
 from flows import runtime
-from prelar.config import Ssv2
 from prelar.store import remote
 from prelar.store.store import Store, checks_path, index_path
 from prelar.utils import files
-from prelar.utils.errors import UserError, one_line
-from prelar.videos import ingest
-from prelar.videos.archive import Member
-from prelar.videos.decode import Decoder
-from prelar.videos.ingest import Ingested
-from prelar.videos.labels import Labels
+from prelar.utils.errors import UserError
 
 if TYPE_CHECKING:
     from prelar.validation.suites import Suite
 
 LOCAL = "data"
-PORTIONS = 2
-"""Tasks that a worker's batch is divided into."""
-CONNECT = 10
-"""Seconds in which a Dask scheduler answers."""
 Facts = dict[str, Any]
 
-Batch = TypeVar("Batch")
-Result = TypeVar("Result")
+
+class Parcel:
+    """What a task is given or returns, closed to Prefect, which would look through every list for futures."""
+
+    def __init__(self, content: Any) -> None:
+        """`content` is whatever pickle takes."""
+        self.content = content
+
+    def open(self) -> Any:
+        """Take the content out; the parcel, which Prefect may keep, is empty afterwards."""
+        content, self.content = self.content, None
+        return content
 
 
 class Future(Protocol):
-    """A task that was handed to Prefect."""
+    """A task that was submitted, and that returns a parcel."""
 
-    def result(self) -> object:
+    def result(self) -> Any:
         """Wait for the task; raises what it raised."""
 
 
-class Desk(Generic[Batch, Result]):
-    """Batches on their way to the tasks and back, so that Prefect handles numbers and keeps no frames."""
-
-    def __init__(self, work: Callable[[Batch], Result]) -> None:
-        """`work` turns a batch into its result, on whatever thread the task runs."""
-        self._work = work
-        self._lock = threading.Lock()
-        self._waiting: dict[int, Batch] = {}
-        self._done: dict[int, Result] = {}
-
-    def work(self, number: int) -> None:
-        """Work on a batch that was laid down; a second attempt finds it still there."""
-        with self._lock:
-            batch = self._waiting[number]
-        done = self._work(batch)
-        with self._lock:
-            self._done[number] = done
-            del self._waiting[number]
-
-    def in_order(
-        self, batches: Iterable[Batch], submit: Callable[[int], Future], ahead: int
-    ) -> Iterator[Result]:
-        """Results in the order of the batches, while at most `ahead` batches are under way or wait."""
-
-        def start(number: int, batch: Batch) -> Callable[[], Result]:
-            with self._lock:
-                self._waiting[number] = batch
-            future = submit(number)
-            return lambda: self._land(number, future)
-
-        return in_order(batches, start, ahead)
-
-    def _land(self, number: int, future: Future) -> Result:
-        future.result()
-        with self._lock:
-            return self._done.pop(number)
-
-
-def in_order(
-    batches: Iterable[Batch], start: Callable[[int, Batch], Callable[[], Result]], ahead: int
-) -> Iterator[Result]:
-    """Results in the order of the batches, of which at most `ahead` are under way or wait.
-
-    `start` sets a batch going and returns what waits for its result.
-    """
-    flight: collections.deque[Callable[[], Result]] = collections.deque()
+def in_order(batches: Iterable[Any], submit: Callable[[int, Parcel], Future], ahead: int) -> Iterator[Any]:
+    """Results in the order of the batches, of which at most `ahead` are under way or wait."""
+    flight: collections.deque[Future] = collections.deque()
     for number, batch in enumerate(batches):
         if len(flight) == ahead:
-            yield flight.popleft()()
-        flight.append(start(number, batch))
+            yield flight.popleft().result().open()
+        flight.append(submit(number, Parcel(batch)))
     while flight:
-        yield flight.popleft()()
+        yield flight.popleft().result().open()
 
 
 def target(name: str) -> Path:
@@ -195,100 +150,3 @@ def _upload(root: str, staged: Path) -> dict[str, Any]:
 def _clear(*paths: Iterable[Path]) -> None:
     for path in itertools.chain(*paths):
         files.remove(path)
-
-
-class Parcel:
-    """What a task carries, closed to Prefect, which would look through every list for futures."""
-
-    def __init__(self, content: Any) -> None:
-        """`content` is whatever pickle takes."""
-        self.content = content
-
-    def open(self) -> Any:
-        """Take the content out; the parcel, which Prefect may keep, is empty afterwards."""
-        content, self.content = self.content, None
-        return content
-
-
-@functools.cache
-def _decoder(ffmpeg: str | None) -> Decoder:
-    """The decoder of this worker, which goes on with a video where the last portion of it ended."""
-    return Decoder(ffmpeg)
-
-
-@task(name="decode", task_run_name="decode-{number}", cache_policy=NO_CACHE, retries=1)
-def decode_parcel(
-    number: int, parcel: Parcel, ffmpeg: str | None, version: str, known: Labels, min_frames: int
-) -> Parcel:
-    """Decode the portion in a parcel, on a Dask worker. Raises `UserError` where its ffmpeg is another."""
-    decoder = _decoder(ffmpeg)
-    if decoder.version != version:
-        raise UserError(
-            f"ffmpeg {decoder.version} on a Dask worker, {version} here; install the same, or set ssv2.ffmpeg"
-        )
-    return Parcel(ingest.ingest(decoder, parcel.content, known, min_frames))
-
-
-def decoded(
-    portions: Iterator[list[Member]], decoder: Decoder, known: Labels, settings: Ssv2
-) -> Iterator[list[Ingested]]:
-    """The portions' results in order. Raises `UserError` where scheduler or workers are gone."""
-    from distributed.client import FutureCancelledError
-    from distributed.comm import CommClosedError
-    from distributed.scheduler import KilledWorker
-
-    gone = UserError("the Dask scheduler is gone; start it and run again, the work so far is kept")
-    dead = UserError(
-        "Dask workers died at their work, for want of memory perhaps; lower ssv2.batch or give them more, "
-        "and run again, the work so far is kept"
-    )
-    without = "the Dask scheduler or a worker lacks this project; start it in a clone, with PYTHONPATH=."
-
-    def start(number: int, portion: list[Member]) -> Callable[[], list[Ingested]]:
-        wanted = ingest.labels_of(known, portion)
-        parcel = Parcel(portion)
-        try:
-            future: Any = decode_parcel.submit(
-                number, parcel, settings.ffmpeg, decoder.version, wanted, settings.min_frames
-            )
-        except OSError:
-            raise gone from None
-
-        def land() -> list[Ingested]:
-            try:
-                done: list[Ingested] = future.result().open()
-            except (FutureCancelledError, CommClosedError):
-                raise gone from None
-            except KilledWorker:
-                raise dead from None
-            except (ImportError, RuntimeError) as error:
-                if isinstance(error, ImportError) or "deserialization" in str(error):
-                    raise UserError(f"{without} ({one_line(error)[:80]})") from None
-                raise
-            future.wrapped_future.release()
-            return done
-
-        return land
-
-    return in_order(portions, start, PORTIONS * settings.workers)
-
-
-def task_runner(address: str | None, workers: int) -> Any:
-    """Prefect's task runner on the scheduler at `address`, or on a cluster of `workers` processes here.
-
-    Raises `UserError` where no scheduler answers.
-    """
-    import distributed
-    from prefect_dask import DaskTaskRunner
-
-    if address:
-        try:
-            distributed.Client(address, timeout=CONNECT, set_as_default=False).close()
-        except (OSError, ValueError) as error:
-            raise UserError(
-                f"ssv2.dask = {address}: no Dask scheduler answers ({one_line(error)}); start it "
-                "(dask scheduler), or set ssv2.runner: local"
-            ) from None
-        return DaskTaskRunner(address=address)
-    local = {"n_workers": workers, "threads_per_worker": 1, "dashboard_address": None}
-    return DaskTaskRunner(cluster_kwargs=local)

@@ -15,7 +15,6 @@ from prelar.demos.episodes import Job, Source
 from prelar.demos.rlbench_live import RlbenchLive
 
 WORKERS = demos.episode_workers
-DONE = SimpleNamespace(result=lambda: None)
 
 
 @contextlib.contextmanager
@@ -33,9 +32,8 @@ def episode_workers(
 def work_inline(monkeypatch: pytest.MonkeyPatch) -> None:
     """Let `demos.fill` do so."""
 
-    def submit(desk: str, number: int) -> Any:
-        demos._desks[desk].work(number)
-        return DONE
+    def submit(*arguments: Any) -> Any:
+        return SimpleNamespace(result=functools.partial(demos.collect.fn, *arguments))
 
     monkeypatch.setattr(demos.collect, "submit", submit)
     monkeypatch.setattr(demos, "episode_workers", episode_workers)

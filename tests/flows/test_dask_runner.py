@@ -19,8 +19,8 @@ from distributed.client import FutureCancelledError
 from distributed.comm import CommClosedError
 from distributed.scheduler import KilledWorker
 
-from flows import staging
-from prelar.config import load_config
+from flows import decoding, staging
+from prelar.config import Ssv2, load_config
 from prelar.utils.errors import UserError
 from prelar.videos.decode import Decoder
 from prelar.videos.labels import read_labels
@@ -89,10 +89,10 @@ def children(pid: int) -> list[int]:
 
 def test_a_worker_with_another_ffmpeg_is_refused(here: Path) -> None:
     settings = load_config().ssv2
-    known = read_labels(Path("data/sample") / archives.LABELS_ZIP)
-    assert Decoder(settings.ffmpeg).version != "0.1"
+    version = Decoder(settings.ffmpeg).version
+    assert decoding.worker_decoder(settings.ffmpeg, version).version == version != "0.1"
     with pytest.raises(UserError, match=r"on a Dask worker, 0\.1 here"):
-        staging.decode_parcel.fn(0, staging.Parcel([]), settings.ffmpeg, "0.1", known, 8)
+        decoding.worker_decoder(settings.ffmpeg, "0.1")
 
 
 def test_a_parcel_travels_and_is_empty_once_opened() -> None:
@@ -101,11 +101,11 @@ def test_a_parcel_travels_and_is_empty_once_opened() -> None:
     assert parcel.open() is None
 
 
-def test_a_scheduler_that_is_not_there_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(staging, "CONNECT", 1)
+def test_a_scheduler_that_is_not_there_is_told(here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(decoding, "CONNECT", 1)
     for address in ("tcp://127.0.0.1:9", "elsewhere://127.0.0.1", "nonsense"):
         with pytest.raises(UserError, match=rf"ssv2.dask = {address}: no Dask scheduler answers .* start it"):
-            staging.task_runner(address, 2)
+            decoding.task_runner(dask_settings(dask=address))
 
 
 @pytest.mark.parametrize(
@@ -131,11 +131,15 @@ def test_a_cluster_that_dies_is_told(
         def result(self) -> None:
             raise error
 
-    settings = load_config().ssv2
+    settings = dask_settings()
     known = read_labels(Path("data/sample") / archives.LABELS_ZIP)
-    monkeypatch.setattr(staging.decode_parcel, "submit", lambda *rest: Lost())
+    monkeypatch.setattr(decoding.decode, "submit", lambda *rest: Lost())
     with pytest.raises(UserError, match=told):
-        list(staging.decoded(iter([[]]), Decoder(settings.ffmpeg), known, settings))
+        list(decoding.decoded(iter([[]]), Decoder(settings.ffmpeg), known, settings))
+
+
+def dask_settings(**changes: object) -> Ssv2:
+    return load_config().ssv2.model_copy(update={"runner": "dask", **changes})
 
 
 @pytest.mark.long

@@ -68,9 +68,7 @@ def recorded(tmp_path: Path) -> apv_npz.ApvNpz:
 def threads(monkeypatch: pytest.MonkeyPatch) -> None:
     """Tasks run on plain threads, without Prefect's engine."""
     pool = ThreadPoolExecutor(3)
-    monkeypatch.setattr(
-        demos.collect, "submit", lambda desk, number: pool.submit(demos._desks[desk].work, number)
-    )
+    monkeypatch.setattr(demos.collect, "submit", functools.partial(pool.submit, demos.collect.fn))
 
 
 def fill(path: Path, source: Source, workers: int) -> None:

@@ -1,6 +1,7 @@
 """What flows share: batches land in order, publishing leaves whole things, trouble is told in one line."""
 
 import errno
+import functools
 import json
 import os
 import random
@@ -13,7 +14,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from flows import staging
+from flows import decoding, staging
+from flows.staging import Parcel
 from prelar.store.store import FRAME, Store, StoreWriter
 from prelar.utils import files
 from prelar.utils.errors import UserError
@@ -26,13 +28,12 @@ def elsewhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_results_come_in_the_order_of_the_batches() -> None:
-    def work(batch: int) -> int:
+    def work(_number: int, batch: Parcel) -> Parcel:
         time.sleep(random.random() / 100)
-        return batch * batch
+        return Parcel(batch.content * batch.content)
 
     with ThreadPoolExecutor(4) as pool:
-        desk = staging.Desk(work)
-        found = desk.in_order(range(30), lambda number: pool.submit(desk.work, number), 4)
+        found = staging.in_order(range(30), functools.partial(pool.submit, work), 4)
         assert list(found) == [number * number for number in range(30)]
 
 
@@ -45,41 +46,57 @@ def test_no_more_than_the_given_batches_are_under_way(ahead: int) -> None:
             drawn.append(number)
             yield number
 
-    desk: staging.Desk[int, int] = staging.Desk(lambda batch: batch)
-
-    def submit(number: int) -> Future[None]:
-        desk.work(number)
-        done: Future[None] = Future()
-        done.set_result(None)
+    def submit(_number: int, batch: Parcel) -> Future[Parcel]:
+        done: Future[Parcel] = Future()
+        done.set_result(batch)
         return done
 
-    for landed, result in enumerate(desk.in_order(batches(), submit, ahead)):
+    for landed, result in enumerate(staging.in_order(batches(), submit, ahead)):
         assert result == landed
         assert len(drawn) <= landed + 1 + ahead
 
 
-def test_failures_reach_the_flow_and_a_second_attempt_finds_its_batch() -> None:
-    attempts: list[int] = []
+def test_failures_reach_the_flow_and_a_second_attempt_finds_its_batch(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """The task of the flow ssv2 is tried once more by Prefect, and what it was given is still there."""
+    attempts: list[list[str]] = []
 
-    def work(batch: int) -> int:
-        attempts.append(batch)
-        if len(attempts) == 1:
+    def work(_decoder: object, members: list[str], known: object, _min_frames: int) -> list[str]:
+        attempts.append(members)
+        if len(attempts) == 1 or members == ["broken"]:
             raise OSError("once")
-        return batch
+        return members
 
-    desk = staging.Desk(work)
+    monkeypatch.setattr(decoding.ingest, "ingest", work)
+    decode = functools.partial(decoding.decode.fn, decoder=lambda: None, min_frames=8)  # type: ignore[arg-type]
     with ThreadPoolExecutor(1) as pool:
 
-        def twice(number: int) -> None:
+        def twice(number: int, portion: Parcel) -> Parcel:
             try:
-                desk.work(number)
+                return decode(number, portion)
             except OSError:
-                desk.work(number)
+                return decode(number, portion)
 
-        assert list(desk.in_order([7], lambda number: pool.submit(twice, number), 1)) == [7]
-        broken: staging.Desk[int, float] = staging.Desk(lambda batch: 1 / batch)
-        with pytest.raises(ZeroDivisionError):
-            list(broken.in_order([0], lambda number: pool.submit(broken.work, number), 1))
+        submit = functools.partial(pool.submit, twice)
+        assert decoding.decode.retries == 1
+        assert list(staging.in_order([(["7"], None)], submit, 1)) == [["7"]]
+        with pytest.raises(OSError, match="once"):
+            list(staging.in_order([(["broken"], None)], submit, 1))
+
+
+def test_an_opened_parcel_is_empty() -> None:
+    """Prefect keeps the states of its tasks while the flow runs, and with them every parcel."""
+    parcels: list[Parcel] = []
+
+    def submit(_number: int, batch: Parcel) -> Future[Parcel]:
+        parcels.append(batch)
+        done: Future[Parcel] = Future()
+        done.set_result(batch)
+        return done
+
+    assert list(staging.in_order([[1], [2]], submit, 1)) == [[1], [2]]
+    assert [parcel.content for parcel in parcels] == [None, None]
 
 
 def staged(name: str, key: str, frames: int) -> Path:
