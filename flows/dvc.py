@@ -11,13 +11,14 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 from prelar.config import read_yaml
 from prelar.utils.errors import UserError, printable
+from prelar.utils.parents import child
 
 GRACE = 20
 PACE = 0.2
@@ -54,7 +55,13 @@ def dvc(*words: str, tell: Callable[[str], None] | None = None) -> list[str]:
     workers of DVC's queue keep the output of what started them open, so that a pipe would never end.
     """
     lines: list[str] = []
-    with tempfile.NamedTemporaryFile() as output, _started(words, output) as process:
+    command = [sys.executable, "-m", "dvc", *words]
+    path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ.get('PATH', '')}"
+    settings = {"env": os.environ | {"PATH": path}, "stderr": subprocess.STDOUT}
+    with (
+        tempfile.NamedTemporaryFile() as output,
+        child(command, signal.SIGINT, GRACE, stdout=output, **settings) as process,
+    ):
         log, ended = Log(), False
         while not ended:
             ended = process.poll() is not None
@@ -80,34 +87,6 @@ def busy(_task: Any, _run: Any, state: Any) -> bool:
     except BaseException:
         return False
     return False
-
-
-@contextlib.contextmanager
-def _started(words: tuple[str, ...], output: IO[bytes]) -> Iterator[subprocess.Popen[bytes]]:
-    """DVC in a session of its own, and whatever of it lives when the block ends, ended."""
-    with subprocess.Popen(
-        [sys.executable, "-m", "dvc", *words],
-        env=os.environ | {"PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ.get('PATH', '')}"},
-        stdin=subprocess.DEVNULL,
-        stdout=output,
-        stderr=subprocess.STDOUT,
-        start_new_session=True,
-    ) as process:
-        try:
-            yield process
-        except BaseException:
-            _end(process)
-            raise
-
-
-def _end(process: subprocess.Popen[bytes]) -> None:
-    """Interrupt a process and its children, and kill what has not ended after `GRACE` seconds."""
-    for number in (signal.SIGINT, signal.SIGKILL):
-        with contextlib.suppress(ProcessLookupError):
-            os.killpg(process.pid, number)
-        with contextlib.suppress(subprocess.TimeoutExpired):
-            process.wait(timeout=GRACE)
-            return
 
 
 EXPERIMENTS = "refs/exps"

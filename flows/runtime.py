@@ -23,7 +23,7 @@ from pathlib import Path
 from flows import access
 from flows.access import AUTH, SERVER_AUTH
 from prelar.utils.errors import UserError, run_main
-from prelar.utils.parents import end_with, end_with_dvc
+from prelar.utils.parents import child, end_with_dvc, end_with_parent
 
 HOME = Path(".prefect")
 API = "PREFECT_API_URL"
@@ -31,6 +31,7 @@ PAGES = Path("reports/experiments")
 PAGES_URL = "PRELAR_PAGES_URL"
 PATIENCE = 180
 GRACE = 30
+SERVER_GRACE = 5
 LOOPBACK = ("127.0.0.1", "localhost")
 SETTINGS = {
     "DO_NOT_TRACK": "1",
@@ -195,26 +196,22 @@ def started(listener: socket.socket, auth: str, log_name: str, *, ui: bool) -> I
     home.mkdir(exist_ok=True)
     root = f"http://{access.netloc(*listener.getsockname()[:2])}"
     words = f"from flows.runtime import serve; serve({listener.fileno()}, {os.getpid()}, {ui})"
-    with (home / "start.lock").open("w") as lock, (home / log_name).open("w") as log:
-        fcntl.flock(lock, fcntl.LOCK_EX)
-        process = subprocess.Popen(
-            [sys.executable, "-c", words],
-            env=os.environ | _settings(root, auth, home),
-            pass_fds=[listener.fileno()],
-            stdin=subprocess.DEVNULL,
-            stdout=log,
-            stderr=log,
-            start_new_session=True,
-        )
-        try:
+    with contextlib.ExitStack() as running:
+        with (home / "start.lock").open("w") as lock, (home / log_name).open("w") as log:
+            fcntl.flock(lock, fcntl.LOCK_EX)
+            process = running.enter_context(
+                child(
+                    [sys.executable, "-c", words],
+                    signal.SIGTERM,
+                    SERVER_GRACE,
+                    env=os.environ | _settings(root, auth, home),
+                    pass_fds=[listener.fileno()],
+                    stdout=log,
+                    stderr=log,
+                )
+            )
             _wait(process, f"{root}/api", home / log_name)
-        except BaseException:
-            _stop(process)
-            raise
-    try:
         yield f"{root}/api"
-    finally:
-        _stop(process)
 
 
 def _wait(process: subprocess.Popen[bytes], url: str, log: Path) -> None:
@@ -227,15 +224,6 @@ def _wait(process: subprocess.Popen[bytes], url: str, log: Path) -> None:
             return
         time.sleep(0.1)
     raise UserError(f"the Prefect server did not answer within {PATIENCE} s; run again, or see {log}")
-
-
-def _stop(process: subprocess.Popen[bytes]) -> None:
-    process.terminate()
-    try:
-        process.wait(timeout=5)
-    except subprocess.TimeoutExpired:
-        process.kill()
-        process.wait()
 
 
 def _refresh() -> None:
@@ -259,7 +247,7 @@ def _drain() -> None:
 
 def serve(listener: int, parent: int, ui: bool) -> None:
     """Be a Prefect server on an open socket until the parent process ends."""
-    end_with(parent, signal.SIGKILL)
+    end_with_parent(parent, signal.SIGKILL)
     warnings.simplefilter("ignore")
     import uvicorn
     from prefect.server.api.server import create_app

@@ -91,7 +91,7 @@ def test_every_stage_ties_itself_to_dvc_before_anything_else(
         raise Tied
 
     _, _, _, module, *words = STAGES[name]["cmd"].split()
-    monkeypatch.setattr(parents, "end_with", tie)
+    monkeypatch.setattr(parents, "end_with_parent", tie)
     monkeypatch.setattr(sys, "argv", [module, *words])
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("DVC_STAGE", name)

@@ -68,7 +68,7 @@ def recorded(tmp_path: Path) -> apv_npz.ApvNpz:
 def threads(monkeypatch: pytest.MonkeyPatch) -> None:
     """Tasks run on plain threads, without Prefect's engine."""
     pool = ThreadPoolExecutor(3)
-    monkeypatch.setattr(demos.collect, "submit", functools.partial(pool.submit, demos.collect.fn))
+    monkeypatch.setattr(demos.collect, "submit", lambda *given: pool.submit(demos.collect.fn, *given))
 
 
 def fill(path: Path, source: Source, workers: int) -> None:

@@ -20,7 +20,7 @@ from typing import Any
 
 import pytest
 
-from flows import ssv2, staging
+from flows import decoding, ssv2, staging
 from prelar.store.store import Store, StoreWriter, checks_path
 from prelar.utils import files
 from prelar.utils.errors import UserError
@@ -176,7 +176,7 @@ def test_killed_refused_continued(here: Path) -> None:
 def test_what_was_valid_once_is_validated_again(here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Killed after its validation, the flow is run again with stricter settings."""
     pool = ThreadPoolExecutor(2)
-    monkeypatch.setattr(ssv2.decode, "submit", lambda desk, number: pool.submit(ssv2.decode.fn, desk, number))
+    monkeypatch.setattr(decoding.decode, "submit", lambda *given: pool.submit(decoding.decode.fn, *given))
     monkeypatch.setattr(staging, "validate", staging.validate.fn)
     with monkeypatch.context() as context, pytest.raises(InterruptedError):
         context.setattr(staging, "publish", interrupt)
@@ -345,7 +345,7 @@ def test_help_tells_where_the_settings_are(
 def test_a_disk_that_is_clearly_too_small_ends_it_before_anything_is_decoded(
     here: Path, never_reached: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(ssv2.space, "free_bytes", lambda path: 1000)
+    monkeypatch.setattr(ssv2.disk, "free_bytes", lambda path: 1000)
     with pytest.raises(UserError, match="1 kB free, but the rest of the store takes about"):
         ssv2.ssv2.fn()
     assert not Path("data/ssv2.zarr").exists()

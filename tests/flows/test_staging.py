@@ -19,6 +19,7 @@ from flows.staging import Parcel
 from prelar.store.store import FRAME, Store, StoreWriter
 from prelar.utils import files
 from prelar.utils.errors import UserError
+from prelar.videos.decode import Decoder
 from tests.bucket import bucket
 
 
@@ -33,7 +34,7 @@ def test_results_come_in_the_order_of_the_batches() -> None:
         return Parcel(batch.content * batch.content)
 
     with ThreadPoolExecutor(4) as pool:
-        found = staging.in_order(range(30), functools.partial(pool.submit, work), 4)
+        found = staging.in_order(range(30), lambda *given: pool.submit(work, *given), 4)
         assert list(found) == [number * number for number in range(30)]
 
 
@@ -69,7 +70,7 @@ def test_failures_reach_the_flow_and_a_second_attempt_finds_its_batch(
         return members
 
     monkeypatch.setattr(decoding.ingest, "ingest", work)
-    decode = functools.partial(decoding.decode.fn, decoder=lambda: None, min_frames=8)  # type: ignore[arg-type]
+    decode = functools.partial(decoding.decode.fn, decoder=Decoder, min_frames=8)
     with ThreadPoolExecutor(1) as pool:
 
         def twice(number: int, portion: Parcel) -> Parcel:
@@ -78,7 +79,9 @@ def test_failures_reach_the_flow_and_a_second_attempt_finds_its_batch(
             except OSError:
                 return decode(number, portion)
 
-        submit = functools.partial(pool.submit, twice)
+        def submit(number: int, portion: Parcel) -> Future[Parcel]:
+            return pool.submit(twice, number, portion)
+
         assert decoding.decode.retries == 1
         assert list(staging.in_order([(["7"], None)], submit, 1)) == [["7"]]
         with pytest.raises(OSError, match="once"):
