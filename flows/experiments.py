@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 import copy
 import dataclasses
-import graphlib
 import hashlib
 import itertools
 import json
@@ -30,6 +29,7 @@ from flows.dvc import Entry, Log, Queue
 from flows.pool import Pool
 from prelar.config import PARAMS, Config, parse_config, parse_yaml, read_yaml
 from prelar.envs.names import check_names, checked_config
+from prelar.stages import PIPELINE, Stages
 from prelar.utils import files
 from prelar.utils.errors import UserError
 
@@ -39,7 +39,6 @@ Preset = Literal["demos", "ssv2", "action-representation", "beta-a"]
 Part = tuple[str, str]
 """A stage and the digest of all that its outputs follow from."""
 
-PIPELINE = Path("dvc.yaml")
 NAME_KEYS = ("method", "dataset", "task", "seed")
 METHODS: list[Any] = list(get_args(Config.model_fields["method"].annotation))
 TASKS: list[Any] = [
@@ -134,14 +133,14 @@ def plan(grids: Iterable[Grid], state: str, root: Path = Path()) -> list[Experim
     `state` names the project's code: the same params of other code are another experiment. Raises
     `UserError` where a combination is no valid params.yaml.
     """
-    base, stages = read_yaml(root / PARAMS), read_yaml(root / PIPELINE)["stages"]
+    base, stages = read_yaml(root / PARAMS), Stages(root / PIPELINE)
     found: dict[str, Experiment] = {}
     for changes in points(grids):
         config = parse_config(changed(base, changes))
         check_names(config)
         values = config.model_dump(mode="json")
         identity = _digest([state, values])
-        parts = frozenset(part_keys(values, stages).items())
+        parts = frozenset(stages.fingerprints(values).items())
         found.setdefault(identity, Experiment(_name(values, changes, identity), changes, parts))
     return list(found.values())
 
@@ -164,45 +163,6 @@ def _name(values: Values, changes: Values, identity: str) -> str:
     shown = [str(values[key]) for key in NAME_KEYS]
     shown += [f"{key.split('.')[-1]}-{value}" for key, value in changes.items() if key not in NAME_KEYS]
     return re.sub(r"[^A-Za-z0-9.-]+|\.(?=\.|-|$)", "-", "-".join([*shown, identity[:10]]))
-
-
-def part_keys(values: Values, stages: Mapping[str, Any]) -> dict[str, str]:
-    """For each stage of dvc.yaml, the digest of its params, its command and the stages it builds on."""
-    above = upstream(values, stages)
-    found: dict[str, str] = {}
-    for name in graphlib.TopologicalSorter(above).static_order():
-        used = [_fill(key, values) for key in stages[name].get("params", [])]
-        found[name] = _digest(
-            [
-                stages[name]["cmd"],
-                {key: _lookup(values, key) for key in used},
-                sorted(found[other] for other in above[name]),
-            ]
-        )
-    return found
-
-
-def upstream(values: Values, stages: Mapping[str, Any]) -> dict[str, set[str]]:
-    """For each stage of dvc.yaml, the stages whose outputs it reads."""
-    maker = {
-        next(iter(out)) if isinstance(out, dict) else out: name
-        for name, stage in stages.items()
-        for out in [*stage.get("outs", []), *stage.get("metrics", [])]
-    }
-    return {
-        name: {maker[path] for dep in stage.get("deps", []) if (path := _fill(dep, values)) in maker}
-        for name, stage in stages.items()
-    }
-
-
-def _fill(text: str, values: Values) -> str:
-    return re.sub(r"\$\{([\w.]+)\}", lambda match: str(_lookup(values, match[1])), text)
-
-
-def _lookup(values: Values, key: str) -> Any:
-    for name in key.split("."):
-        values = values[name]
-    return values
 
 
 def _digest(value: Any) -> str:
@@ -331,7 +291,7 @@ class Sweep:
         self._gate, self._board = Gate(), Board()
         self._logs = {name: Log() for name in self._wanted}
         self._follow: dict[str, PrefectFuture[Any]] = {}
-        self._above = _ancestors(self._before[1], read_yaml(PIPELINE)["stages"])
+        self._above = _ancestors(self._before[1])
         self._started = 0.0
         self._changed = False
 
@@ -425,10 +385,10 @@ class Sweep:
             )
 
 
-def _ancestors(values: dict[str, Any], stages: dict[str, Any]) -> dict[str, set[str]]:
+def _ancestors(values: dict[str, Any]) -> dict[str, set[str]]:
     """For each stage, every stage that comes before it."""
-    above = upstream(values, stages)
-    for _ in stages:
+    above = Stages().upstream(values)
+    for _ in range(len(above)):
         above = {
             name: found.union(*(above[other] for other in found)) if found else found
             for name, found in above.items()

@@ -12,6 +12,7 @@ import pytest
 from flows import experiments
 from flows.experiments import Experiment, Gate
 from prelar.config import read_yaml
+from prelar.stages import Stages
 from prelar.utils.errors import UserError
 from tests.conftest import ROOT
 
@@ -40,11 +41,11 @@ def test_the_forms_presets_are_the_tables() -> None:
 
 
 def test_parts_follow_the_params_of_dvc_yaml() -> None:
-    base, stages = read_yaml(ROOT / "params.yaml"), read_yaml(ROOT / "dvc.yaml")["stages"]
+    base, stages = read_yaml(ROOT / "params.yaml"), Stages(ROOT / "dvc.yaml")
 
     def differ(**changes: Any) -> set[str]:
-        other = experiments.part_keys(experiments.changed(base, changes), stages)
-        return {name for name, key in experiments.part_keys(base, stages).items() if other[name] != key}
+        other = stages.fingerprints(experiments.changed(base, changes))
+        return {name for name, key in stages.fingerprints(base).items() if other[name] != key}
 
     after = {"pretrain", "finetune", "evaluate", "report"}
     assert differ(task="reach") == {"finetune", "evaluate", "report"}
