@@ -96,7 +96,7 @@ def test_a_compiler_is_needed_where_params_say_always(monkeypatch: pytest.Monkey
 
 
 def test_a_full_disk_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(doctor.space, "free_bytes", lambda path: 1000)
+    monkeypatch.setattr(doctor.disk, "free_bytes", lambda path: 1000)
     found = doctor.disk_space(load_config(ROOT / "params.yaml"))
     assert found.state == "MISSING" and found.text.startswith("1 kB free")
 
