@@ -38,12 +38,16 @@ def begins_zip(path: Path) -> bool:
 def open_zip(path: Path) -> zipfile.ZipFile:
     """Open a zip file for reading. Raises one of `ERRORS`, and so may all that is read of it.
 
-    Its directory is bounded before it is read, and no name may stand in it twice.
+    Its directory is bounded before it is read; no name may stand in it twice, and nothing in it may claim more
+    bytes than the file has.
     """
     if not path.is_file():
         raise ValueError("not a regular file")
     with _Bounded(path) as handle, zipfile.ZipFile(handle) as archive:
-        names = archive.namelist()
+        entries = archive.infolist()
+    if any(entry.compress_size > path.stat().st_size for entry in entries):
+        raise ValueError("what is packed claims more bytes than the file has")
+    names = [entry.filename for entry in entries]
     if len(set(names)) < len(names):
         raise ValueError("a name stands twice in its directory")
     return zipfile.ZipFile(path)

@@ -29,6 +29,7 @@ from prelar.videos.decode import MAX_FRAMES, Decoder
 from prelar.videos.labels import Label, Labels
 from prelar.videos.straight import Part, Times
 
+REORDERED = 2
 ENDINGS = {
     *(".mp4", ".m4v", ".mov", ".webm", ".mkv", ".avi", ".mpg", ".mpeg", ".ts", ".m2ts", ".flv", ".wmv"),
     *(".ogv", ".3gp"),
@@ -103,11 +104,12 @@ def plan(
 def cut(name: str, path: Path, times: Times | None, seconds: float, fewest: int = 1) -> list[Member]:
     """The clips of one video whose frames have these times, in order; one where they are not known.
 
-    Clips without a frame are none; one of less than `fewest` is joined to a neighbour.
+    Clips without a frame are none; one that may come out with less than `fewest` is joined to a neighbour. The
+    times of packets without a time of presentation, as in AVI, may be off by `REORDERED` frames.
     """
     if times is None or not len(times):
         return [Member(f"{name}#0000", None, part=Part(path))]
-    starts = _starts(times - times[0], seconds, fewest)
+    starts = _starts(times - times[0], seconds, fewest + (REORDERED if fewest > 1 else 0))
     borders = [-math.inf, *((times[starts[1:] - 1] + times[starts[1:]]) / 2).tolist(), math.inf]
     counts = np.diff(starts, append=len(times)).tolist()
     return [

@@ -71,3 +71,14 @@ def test_an_unknown_compression_is_among_the_errors(tmp_path: Path) -> None:
     path.write_bytes(broken)
     with pytest.raises(zips.ERRORS):
         contents(path)
+
+
+def test_what_claims_more_bytes_than_the_file_has_is_refused(tmp_path: Path) -> None:
+    path = tmp_path / "a.zip"
+    with zipfile.ZipFile(path, "w") as archive:
+        archive.writestr("a", b"content")
+    content = path.read_bytes()
+    at = content.rindex(b"PK\x01\x02") + 20
+    path.write_bytes(content[:at] + (1 << 31).to_bytes(4, "little") + content[at + 4 :])
+    with pytest.raises(ValueError, match="more bytes than the file has"):
+        zips.open_zip(path)

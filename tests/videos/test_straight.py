@@ -288,3 +288,8 @@ def test_any_log_is_read(pieces: list[bytes]) -> None:
     for piece in pieces:
         log.feed(piece + b"[h264 @ 0x1] [error] decoder -> pts_time:1.2.3 pkt_pts_time:- keyframe:1\n")
     log.complaints(0, 1)
+
+
+def test_clips_of_few_frames_in_a_container_without_presentation_times(tmp_path: Path) -> None:
+    video = film(tmp_path / "a.avi", *X264, "-g", 2, "-bf", 1, rate="15000/1001")
+    assert holds(video, 0.5) > 0
