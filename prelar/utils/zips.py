@@ -38,7 +38,7 @@ def begins_zip(path: Path) -> bool:
 def open_zip(path: Path) -> zipfile.ZipFile:
     """Open a zip file for reading. Raises one of `ERRORS`, and so may all that is read of it.
 
-    Its directory is bounded before it is read; no name may stand in it twice, and nothing in it may claim more
+    Its directory is bounded before it is read. No name may stand in it twice, and nothing may claim more
     bytes than the file has.
     """
     if not path.is_file():

@@ -104,7 +104,7 @@ def plan(
 def cut(name: str, path: Path, times: Times | None, seconds: float, fewest: int = 1) -> list[Member]:
     """The clips of one video whose frames have these times, in order; one where they are not known.
 
-    Clips without a frame are none; one that may come out with less than `fewest` is joined to a neighbour. The
+    Clips without a frame are none; one that may come out with less than `fewest` joins a neighbour. The
     times of packets without a time of presentation, as in AVI, may be off by `REORDERED` frames.
     """
     if times is None or not len(times):
