@@ -96,7 +96,7 @@ def find(settings: Ssv2, decoder: Decoder) -> tuple[Source, Labels]:
     """The source that params.yaml names, and what is known of its clips."""
     labels = Path(settings.labels) if settings.labels else None
     folder = Path(settings.source) if isinstance(settings.source, str) else None
-    own = ingest.find_own_videos(folder, labels) if folder else []
+    own = ingest.own_videos(folder, labels) if folder else []
     if folder and own:
         with tqdm(desc="videos", total=len(own), unit="video", disable=None) as bar:
             return ingest.videos_source(

@@ -20,10 +20,11 @@ from prelar.store import store
 from prelar.store.store import Frames, StoreWriter
 from prelar.utils import files
 from prelar.utils.errors import UserError
-from prelar.videos import archive, decode, ffmpeg_log, labels, own_videos, straight, webm
+from prelar.videos import archive, decode, ffmpeg_log, labels, straight, webm
 from prelar.videos.archive import Member, Piece
 from prelar.videos.decode import Decoder
 from prelar.videos.labels import Labels
+from prelar.videos.own_videos import find_videos, plan, with_digests
 from prelar.videos.straight import Clip
 
 NAME, OWN = "something-something-v2", "videos"
@@ -55,7 +56,7 @@ class Source:
         if self.pieces:
             return archive.archive_members(self.pieces, progress)
         if self.parts:
-            return own_videos.with_digests(self.parts)
+            return with_digests(self.parts)
         return archive.folder_members(self.clips)
 
 
@@ -84,14 +85,14 @@ def folder_source(folder: Path, labels_path: Path | None) -> Source:
     return Source(tuple(archive.find_pieces([path for path in entries if path != found])), (), found)
 
 
-def find_own_videos(folder: Path, labels_path: Path | None) -> list[Path]:
+def own_videos(folder: Path, labels_path: Path | None) -> list[Path]:
     """The videos of a folder without labels and without an archive of clips: someone's own. Else empty."""
     if labels_path is not None or not folder.is_dir():
         return []
     entries = sorted(folder.iterdir())
     if labels.seek_labels([*entries, folder]) is not None or archive.first_piece(entries) is not None:
         return []
-    return own_videos.find_videos(folder)
+    return find_videos(folder)
 
 
 def videos_source(
@@ -106,7 +107,7 @@ def videos_source(
 
     No clip has less than `fewest` frames unless its video has.
     """
-    members, known = own_videos.plan(folder, found, decoder, seconds, progress, fewest)
+    members, known = plan(folder, found, decoder, seconds, progress, fewest)
     return Source((), (), None, tuple(members)), known
 
 
@@ -122,9 +123,7 @@ def staging_key(source: Source, known: Labels, version: str, min_frames: int) ->
     read = [piece.path for piece in source.pieces] or list(source.clips)
     read = read or sorted({part.path for part in parts})
     stamps = [(path.name, path.stat().st_size, path.stat().st_mtime_ns) for path in read]
-    code = [
-        module.__name__ for module in (archive, ffmpeg_log, labels, store, straight, decode, own_videos, webm)
-    ]
+    code = [module.__name__ for module in (archive, ffmpeg_log, labels, store, straight, decode, webm)]
     decides = {
         "schema": store.SCHEMA,
         "scale": decode.SCALE,
@@ -132,7 +131,7 @@ def staging_key(source: Source, known: Labels, version: str, min_frames: int) ->
         "min_frames": min_frames,
         "files": stamps,
         "parts": [(part.begin, part.end) for part in parts],
-        "code": files.code_digests(*code, __name__),
+        "code": files.code_digests(*code, plan.__module__, __name__),
         "labels": [sorted(known.names.items()), [(i, c.split, c.label) for i, c in known.clips.items()]],
     }
     return hashlib.sha256(json.dumps(decides).encode()).hexdigest()[:16]

@@ -21,8 +21,8 @@ from prelar.videos.ingest import (
     append_missing,
     attributes,
     batches,
-    find_own_videos,
     folder_source,
+    own_videos,
     staging_key,
 )
 from prelar.videos.labels import Label, Labels, read_labels
@@ -213,13 +213,13 @@ def videos_folder(path: Path) -> Path:
 def test_own_videos_beside_other_files(tmp_path: Path, name: str, content: bytes) -> None:
     folder = videos_folder(tmp_path / "own")
     (folder / name).write_bytes(content)
-    assert [path.name for path in find_own_videos(folder, None)] == ["cat.mp4", "film.mp4"]
+    assert [path.name for path in own_videos(folder, None)] == ["cat.mp4", "film.mp4"]
 
 
 def test_an_archive_without_labels_is_named(tmp_path: Path) -> None:
     folder = videos_folder(tmp_path / "own")
     archives.write_parts(folder, archives.clips_tar(GOOD), "raw", 2)
-    assert find_own_videos(folder, None) == []
+    assert own_videos(folder, None) == []
     with pytest.raises(
         UserError, match=rf"no labels .* for the archive that {archives.FOLDER}-00 begins; set"
     ):
@@ -234,7 +234,7 @@ def test_clips_in_other_containers_and_labels_of_former_names(tmp_path: Path, de
     (tmp_path / "annotations").mkdir()
     for name, content in archives.labels_files(["1", "2", "3"]).items():
         (tmp_path / "annotations" / f"something-something-v2-{name}").write_bytes(content)
-    assert find_own_videos(tmp_path, None) == []
+    assert own_videos(tmp_path, None) == []
     source = folder_source(tmp_path, None)
     assert source.labels == tmp_path / "annotations"
     done = ingest.ingest(decoder, list(source.members()), read_labels(source.labels), 8)

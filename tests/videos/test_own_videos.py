@@ -18,7 +18,7 @@ from prelar.store.store import Store, StoreWriter
 from prelar.utils.errors import UserError
 from prelar.videos import ingest, own_videos
 from prelar.videos.decode import Decoder, Part
-from prelar.videos.ingest import append, attributes, batches, find_own_videos, staging_key, videos_source
+from prelar.videos.ingest import append, attributes, batches, staging_key, videos_source
 from tests import archives
 
 SECONDS = 1.0
@@ -191,7 +191,7 @@ def test_of_a_single_video_the_end_is_for_validation(count: int, held_out: int) 
 
 def test_a_folder_of_videos_becomes_a_store(folder: Path, decoder: Decoder, tmp_path: Path) -> None:
     """Whatever the batches; a broken video has a name and a reason."""
-    found = find_own_videos(folder, None)
+    found = ingest.own_videos(folder, None)
     trees = []
     for size in (3, 100):
         source, known = videos_source(folder, found, decoder, SECONDS)
@@ -217,7 +217,7 @@ def test_a_folder_of_videos_becomes_a_store(folder: Path, decoder: Decoder, tmp_
 def test_a_build_that_was_broken_off_goes_on_to_the_same_bytes(
     folder: Path, decoder: Decoder, tmp_path: Path
 ) -> None:
-    source, known = videos_source(folder, find_own_videos(folder, None), decoder, SECONDS)
+    source, known = videos_source(folder, ingest.own_videos(folder, None), decoder, SECONDS)
     stores = []
     for name, stops in (("whole", [None]), ("broken", [1, 2, None])):
         for stop in stops:
@@ -234,19 +234,20 @@ def test_a_build_that_was_broken_off_goes_on_to_the_same_bytes(
 
 def test_labels_or_an_archive_make_it_something_else(folder: Path, tmp_path: Path) -> None:
     assert (
-        find_own_videos(folder, Path("labels.zip")) == [] and find_own_videos(tmp_path / "absent", None) == []
+        ingest.own_videos(folder, Path("labels.zip")) == []
+        and ingest.own_videos(tmp_path / "absent", None) == []
     )
     archives.source(tmp_path, {"1": archives.clip()}, "raw")
     (tmp_path / "2.webm").write_bytes(archives.clip())
-    assert find_own_videos(tmp_path, None) == []
+    assert ingest.own_videos(tmp_path, None) == []
     (tmp_path / archives.LABELS_ZIP).unlink()
-    assert find_own_videos(tmp_path, None) == []
+    assert ingest.own_videos(tmp_path, None) == []
     with pytest.raises(UserError, match="no labels"):
         ingest.folder_source(tmp_path, None)
 
 
 def test_the_key_knows_how_videos_are_cut(folder: Path, decoder: Decoder) -> None:
-    found = find_own_videos(folder, None)
+    found = ingest.own_videos(folder, None)
     keys = {
         staging_key(*videos_source(folder, found, decoder, seconds), decoder.version, 8)
         for seconds in (1.0, 2.0, 1.0)
@@ -277,6 +278,6 @@ def test_a_file_is_read_once_for_its_digest(folder: Path, monkeypatch: pytest.Mo
 
 
 def test_the_splits_of_a_video_are_one(folder: Path, decoder: Decoder) -> None:
-    source, known = videos_source(folder, find_own_videos(folder, None), decoder, SECONDS)
+    source, known = videos_source(folder, ingest.own_videos(folder, None), decoder, SECONDS)
     by_video = itertools.groupby(source.parts, key=lambda member: member.id.split("#")[0])
     assert all(len({known.clips[member.id].split for member in members}) == 1 for _, members in by_video)
