@@ -44,8 +44,8 @@ def open_zip(path: Path) -> zipfile.ZipFile:
     if not path.is_file():
         raise ValueError("not a regular file")
     with _Bounded(path) as handle, zipfile.ZipFile(handle) as archive:
-        entries = archive.infolist()
-    if any(entry.compress_size > path.stat().st_size for entry in entries):
+        entries, size = archive.infolist(), path.stat().st_size
+    if any(entry.compress_size > size for entry in entries):
         raise ValueError("what is packed claims more bytes than the file has")
     names = [entry.filename for entry in entries]
     if len(set(names)) < len(names):
