@@ -202,7 +202,7 @@ def videos_folder(path: Path) -> Path:
 @pytest.mark.parametrize(
     ("name", "content"),
     [
-        ("captions.csv.gz", gzip.compress(b"file,caption\nfilm.mp4,a cup\n")),
+        ("captions.csv.gz", gzip.compress(b"file,caption\nfilm.mp4,a cup\n", mtime=0)),
         ("backup.tar.gz", archives.tar_gz([archives.entry("film.mp4", bytes(2000))])),
         ("notes.zip", b"PK\x03\x04" + bytes(100)),
         ("notes-00.zip", b"PK\x03\x04" + bytes(100) + b"PK\x05\x06" + b"\xff" * 18),
