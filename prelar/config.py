@@ -30,7 +30,10 @@ from prelar.utils.files import read_bytes
 from prelar.utils.urls import check_url
 
 PARAMS = Path("params.yaml")
-RENAMED = {"rlbench": "demos"}
+RENAMED = {"rlbench": "demos"} | {
+    f"scales.{scale}.finetune.hold": f"scales.{scale}.finetune.freeze_updates"
+    for scale in ("smoke", "lite", "paper")
+}
 """Keys of params.yaml by the names that they had before."""
 YAML_BYTES, YAML_DEPTH, YAML_NODES = 1 << 17, 64, 100_000
 CLASSES = 8  # of a group of a discrete latent action, as in prelar.model.actions
@@ -186,7 +189,7 @@ class Finetune(_Frozen):
     lr: Rate = Field(description="learning rate of the world model")
     actor_lr: Rate = Field(description="learning rate of the actor")
     critic_lr: Rate = Field(description="learning rate of the critic")
-    hold: Natural = Field(description="updates during which pre-trained parts keep their weights")
+    freeze_updates: Natural = Field(description="updates during which pre-trained parts keep their weights")
     beta: Weight = Field(description="weight of the dynamics KL while fine-tuning")
     horizon: int = Field(ge=2, le=WIDEST, description="steps imagined from each state")
     discount: Rate = Field(description="discount of the reward a step")
@@ -456,6 +459,7 @@ def parse_config(values: Any, origin: Path = PARAMS) -> Config:
 def _explain(error: ValidationError) -> str:
     """The first failures of a validation, each as `key = value: what to do`."""
     problems: dict[str, str] = {}
+    renamed = set()
     for detail in error.errors(include_url=False):
         names = [str(part) for part in detail["loc"] if part not in ("str", "constrained-str", "none")]
         key = printable(
@@ -463,13 +467,14 @@ def _explain(error: ValidationError) -> str:
         )
         if detail["type"] == "extra_forbidden":
             problems[key] = f"{key}: unknown key; {_suggest(key)}"
+            renamed.add(RENAMED.get(key))
         elif detail["type"] == "missing":
             problems[key] = f"{key}: missing; add it"
         elif detail["type"] == "value_error":
             problems[key] = f"{key}: {printable(str(detail['msg']).removeprefix('Value error, '), 300)}"
         else:
             problems.setdefault(key, f"{key} = {shown(detail['input'])}: {_should(detail)}")
-    return "; ".join(list(problems.values())[:3])
+    return "; ".join([text for key, text in problems.items() if key not in renamed][:3])
 
 
 def _should(detail: Any) -> str:

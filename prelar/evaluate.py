@@ -24,7 +24,7 @@ from prelar.control.agent import load_agent
 from prelar.control.rollout import Episode, Policy, RandomPolicy, play, summarise
 from prelar.envs import gl, make_env
 from prelar.envs.metaworld import Simulator
-from prelar.envs.pixels import PixelEnv, Purpose, episode_seed
+from prelar.envs.pixels import PixelEnv
 from prelar.evaluation import offline
 from prelar.evaluation.panels import describe, overview, tile_horizontally, write_png, write_previews
 from prelar.evaluation.prediction import Prediction, measure, write_prediction
@@ -37,7 +37,7 @@ from prelar.train.checkpoint import load_config, load_parts
 from prelar.train.loop import set_up
 from prelar.utils.errors import UserError
 from prelar.utils.files import publish, remove, write_text
-from prelar.utils.seeds import Stream, generator
+from prelar.utils.seeds import RngStream, episode_seed, generator
 from prelar.utils.tables import evenly_spaced_indices, write_tsv
 from prelar.utils.video_file import write_mp4
 
@@ -148,7 +148,7 @@ def load_pretrained_model(device: torch.device) -> WorldModel:
 def evaluate_agent(config: Config, agent: Any, folder: Path) -> EvalResult:
     """Play the evaluation episodes; write their table and video, and how well the model foresees them."""
     settings = config.evaluate
-    seed = episode_seed(config.seed, Purpose.EVALUATE)
+    seed = episode_seed(RngStream.EVALUATION_EPISODES, config.seed)
     with make_env(config.task, time_limit=settings.time_limit) as simulator:
         env = PixelEnv(simulator, seed=seed)
         count, chances = settings.episodes, RandomPolicy(simulator.action_dim)
@@ -274,7 +274,7 @@ def evaluate_actions(config: Config, model: WorldModel, store: Store, folder: Pa
     if not infers_actions(model):
         return EvalResult(summary={"probe_missing": f"{config.method} infers no actions from video."})
     settings, device = config.evaluate, next(model.parameters()).device
-    seed = episode_seed(config.seed, Purpose.PROBE)
+    seed = episode_seed(RngStream.PROBE_EPISODES, config.seed)
     with make_env(config.task) as simulator:
         played = collect(simulator, episodes=settings.probe_episodes, seed=seed)
     recorded = demonstrations(store, episodes=settings.probe_episodes, seed=seed)
@@ -326,7 +326,7 @@ def _record(prediction: Prediction, name: str, metric: str, **more: Any) -> Eval
 def evaluate_offline(config: Config, fabric: Fabric, folder: Path) -> EvalResult:
     """Fit the world model of fine-tuning to fixed episodes, from the checkpoint and from scratch."""
     settings = config.evaluate
-    seed = episode_seed(config.seed, Purpose.OFFLINE)
+    seed = episode_seed(RngStream.OFFLINE_EPISODES, config.seed)
     with make_env(config.task) as simulator:
         learnt, episodes = offline.collect(simulator, episodes=settings.offline_episodes, seed=seed)
     cut = offline.segments(episodes, settings.length)
@@ -341,7 +341,7 @@ def evaluate_offline(config: Config, fabric: Fabric, folder: Path) -> EvalResult
         return model
 
     numbers = range(settings.offline_seeds)
-    seeds = [int(generator(Stream.OFFLINE, config.seed, number).integers(2**31)) for number in numbers]
+    seeds = [int(generator(RngStream.OFFLINE, config.seed, number).integers(2**31)) for number in numbers]
     metrics: dict[str, float] = {}
     starts = {"scratch": False} | ({"pretrained": True} if METHODS[config.method].pretrains else {})
     for start, pretrained in starts.items():

@@ -27,7 +27,7 @@ from prelar.control.learner import Learner
 from prelar.control.replay import BatchPrefetcher, Replay
 from prelar.control.rollout import RandomPolicy, play_episodes, summarise
 from prelar.envs import gl, make_env, suite
-from prelar.envs.pixels import Envs, PixelEnv, Purpose, Simulator, episode_seed
+from prelar.envs.pixels import Envs, PixelEnv, Simulator
 from prelar.methods import build_model, load_pretrained, loads, restore
 from prelar.model.spec import ModelSpec
 from prelar.model.world_model import WorldModel
@@ -35,6 +35,7 @@ from prelar.stages import stage_fingerprint
 from prelar.train.checkpoint import Snapshots, load_parts, resume_key, save_parts
 from prelar.train.loop import Hook, Scalars, compiles, set_up, summary, train
 from prelar.utils.errors import UserError
+from prelar.utils.seeds import RngStream, episode_seed
 
 PRETRAINED = Path("data/pretrain")
 OUTPUT = Path("data/finetune")
@@ -152,11 +153,11 @@ def learn(
         envs = Envs(
             make_simulator,
             count=preset.envs,
-            seed=episode_seed(seed, Purpose.TRAIN),
+            seed=episode_seed(RngStream.TRAINING_EPISODES, seed),
             processes=preset.envs > 1,
         )
         stack.callback(envs.close)
-        watched = PixelEnv(make_simulator(), seed=episode_seed(0, Purpose.CURVE))
+        watched = PixelEnv(make_simulator(), seed=episode_seed(RngStream.CURVE_EPISODES, 0))
         stack.callback(watched.close)
         collector = Collector(envs, replay)
         stepper = Stepper(preset, learner, collector, feed)
@@ -196,7 +197,7 @@ def make_learner(fabric: Fabric, model: WorldModel, preset: Finetune, *, bonus: 
         lr=preset.lr,
         actor_lr=preset.actor_lr,
         critic_lr=preset.critic_lr,
-        hold=preset.hold,
+        freeze_updates=preset.freeze_updates,
     )
 
 

@@ -68,9 +68,9 @@ class Method:
     `pretrains`: whether it pre-trains at all. `encoder`: maker of its encoder; `decoder`: class of its
     decoder. `video_action`, `robot_action`: makers of the action part for pre-training and fine-tuning.
     `stacked`: whether an action-conditional RSSM is stacked on the loaded one. `loads`: which
-    pre-trained part fine-tuning loads into which submodule. `held`: submodules held at learning rate 0 in the
-    first updates. `bonus_source`: what the exploration bonus looks at, None: no bonus. `dual`: whether it has
-    a second reward head.
+    pre-trained part fine-tuning loads into which submodule. `frozen`: submodules whose learning rate is 0 in
+    the first updates. `bonus_source`: what the exploration bonus looks at, None: no bonus. `dual`: whether it
+    has a second reward head.
     """
 
     pretrains: bool
@@ -80,7 +80,7 @@ class Method:
     robot_action: Callable[[ModelSpec], ActionPart]
     stacked: bool = False
     loads: Mapping[str, str] = field(default_factory=lambda: MappingProxyType({}))
-    held: tuple[str, ...] = ()
+    frozen: tuple[str, ...] = ()
     bonus_source: str | None = None
     dual: bool = False
 
@@ -103,7 +103,7 @@ _APV = Method(
     robot_action=lambda spec: RawAction(robot_action_dim=spec.robot_action_dim, slot=SLOT),
     stacked=True,
     loads=_LOWER,
-    held=("encoder", "dynamics.lower"),
+    frozen=("encoder", "dynamics.lower"),
     bonus_source="lower",
     dual=True,
 )
@@ -114,13 +114,13 @@ _PRELAR = replace(
     robot_action=_mlp,
     stacked=False,
     loads=_ONE,
-    held=("encoder", "dynamics"),
+    frozen=("encoder", "dynamics"),
     bonus_source="embed",
 )
 _NAIVE_STACK: dict[str, Any] = {
     "stacked": False,
     "loads": _ONE,
-    "held": ("encoder", "dynamics"),
+    "frozen": ("encoder", "dynamics"),
     "bonus_source": None,
     "dual": False,
 }
@@ -171,7 +171,7 @@ def build_model(spec: ModelSpec) -> WorldModel:
         dynamics=dynamics,
         action=action,
         heads=heads,
-        held=row.held if finetunes else (),
+        frozen=row.frozen if finetunes else (),
         bonus_source=row.bonus_source if finetunes and spec.bonus else None,
         spec=spec,
     )

@@ -44,7 +44,7 @@ TINY: dict[str, Any] = {
                 "pretrain_updates": 2,
                 "batch": 2,
                 "length": 8,
-                "hold": 1,
+                "freeze_updates": 1,
                 "horizon": 3,
                 "units": 16,
                 "slow_every": 3,

@@ -110,6 +110,11 @@ def test_a_preset_belongs_to_one_stage_and_one_scale() -> None:
     [
         ("beta_a: 1.0", "beta_aa: 1.0", ["beta_aa", "unknown", "did you mean beta_a?"]),
         ("\ndemos:", "\nrlbench:", ["rlbench", "unknown", "it is called demos now"]),
+        (
+            "freeze_updates: 10,",
+            "hold: 10,",
+            ["scales.smoke.finetune.hold", "it is called scales.smoke.finetune.freeze_updates now"],
+        ),
         ("beta_a: 1.0", "beta_a: -1", ["beta_a = -1", "greater than or equal to 0"]),
         ("beta_a: 1.0", "beta_a: high", ["beta_a = 'high'", "number"]),
         ("beta_a: 1.0", "beta_a: .nan", ["beta_a", "finite"]),
@@ -167,6 +172,11 @@ def test_bad_values_are_named_with_a_remedy(
     message = refuse(tmp_path, params.replace(old, new, 1))
     assert all(text in message for text in told), message
     assert len(message) < 1000
+
+
+def test_a_key_by_its_former_name_is_not_missed_by_its_name_too(tmp_path: Path, params: str) -> None:
+    message = refuse(tmp_path, params.replace("freeze_updates: ", "hold: "))
+    assert message.count("it is called scales.") == 3 and "missing" not in message
 
 
 def test_files_that_are_no_params_end_in_one_line(tmp_path: Path) -> None:

@@ -22,12 +22,13 @@ from prelar.control.agent import load_agent
 from prelar.control.exploration import Bonus
 from prelar.control.rollout import RandomPolicy, play_episodes, summarise
 from prelar.envs.metaworld import Step
-from prelar.envs.pixels import PixelEnv, Purpose, episode_seed
+from prelar.envs.pixels import PixelEnv
 from prelar.methods import METHODS, build_model
 from prelar.model.spec import ModelSpec
 from prelar.train.checkpoint import load_config as load_description
 from prelar.train.checkpoint import load_parts, save_parts
 from prelar.utils.errors import UserError
+from prelar.utils.seeds import RngStream, episode_seed
 from tests.conftest import Spy
 from tests.control.toy import ACTIONS, DotWorld
 from tests.control.toy_run import TINY, run
@@ -164,7 +165,7 @@ def test_each_point_of_the_curve_has_episodes_of_its_own_the_same_in_every_run(
         class Watched(DotWorld):
             def reset(self, seed: int, episode: int) -> Step:
                 answer = super().reset(seed, episode)
-                if seed == episode_seed(0, Purpose.CURVE):
+                if seed == episode_seed(RngStream.CURVE_EPISODES, 0):
                     starts.append(answer.observation.tolist())
                 return answer
 
@@ -178,7 +179,7 @@ def test_each_point_of_the_curve_has_episodes_of_its_own_the_same_in_every_run(
 
 
 def test_held_parameters_wait(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """With the hold longer than the run encoder and dynamics keep their weights, and nothing else does."""
+    """With the freeze longer than the run encoder and dynamics keep their weights, and nothing else does."""
     from tests.control import toy_run
 
     born = {}
@@ -191,7 +192,7 @@ def test_held_parameters_wait(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
 
     original, kept = toy_run.build, []  # type: ignore[var-annotated]
     monkeypatch.setattr(toy_run, "build", build)
-    run(tmp_path, hold=1000, env_steps=30)
+    run(tmp_path, freeze_updates=1000, env_steps=30)
     moved = {
         name: any(
             not torch.equal(value, born[name][key]) for key, value in part.items() if "running" not in key
@@ -287,10 +288,10 @@ def test_it_learns_to_push_the_dot_to_the_right(
     root = in_folder(tmp_path / "learnt", monkeypatch)
     sizes = {"cnn_depth": 8, "hidden": 64, "deter": 64, "stoch": 8, "discrete": 8}
     changes = {"env_steps": 1200, "prefill": 400, "pretrain_updates": 50, "batch": 12, "length": 12}
-    changes |= {"hold": 0, "horizon": 8, "units": 64, "replay": 2000, "slow_every": 50, "envs": 1}
+    changes |= {"freeze_updates": 0, "horizon": 8, "units": 64, "replay": 2000, "slow_every": 50, "envs": 1}
     changes |= {"time_limit": 20, "eval_every": 200, "eval_episodes": 5, "checkpoint_every": 1200}
     run(root, method=method, bonus=0.1, sizes=sizes, actor_lr=3e-4, critic_lr=3e-4, **changes)
-    env = PixelEnv(DotWorld(20), seed=episode_seed(0, Purpose.CURVE))
+    env = PixelEnv(DotWorld(20), seed=episode_seed(RngStream.CURVE_EPISODES, 0))
     at_random = play_episodes(env, RandomPolicy(ACTIONS), episodes=20, seed=0)
     curve = column(root / "log/plots/metrics/eval/return.tsv")
     assert len(curve) == 6

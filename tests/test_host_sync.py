@@ -88,7 +88,7 @@ def learner(method: str) -> Learner:
         slow_every=2,
     )
     bonus = make_bonus(model, 1.0, seed=0, device=fabric.device)
-    return Learner(fabric, model, behaviour, bonus, lr=1e-3, actor_lr=1e-3, critic_lr=1e-3, hold=1)
+    return Learner(fabric, model, behaviour, bonus, lr=1e-3, actor_lr=1e-3, critic_lr=1e-3, freeze_updates=1)
 
 
 def experience() -> dict[str, Tensor]:

@@ -16,7 +16,7 @@ from prelar.train.loop import Stateful, adam, descend
 
 
 @contextlib.contextmanager
-def frozen(module: nn.Module) -> Iterator[None]:
+def without_parameter_gradients(module: nn.Module) -> Iterator[None]:
     """Let gradients pass through a module without computing those of its parameters."""
     learning = [parameter for parameter in module.parameters() if parameter.requires_grad]
     for parameter in learning:
@@ -31,7 +31,8 @@ def frozen(module: nn.Module) -> Iterator[None]:
 class Learner:
     """Model, behaviour and bonus with their optimisers.
 
-    lr, actor_lr, critic_lr: learning rates. hold: updates during which the model's held group has rate 0.
+    lr, actor_lr, critic_lr: learning rates. freeze_updates: updates during which the model's frozen group has
+    rate 0.
     """
 
     def __init__(
@@ -44,12 +45,12 @@ class Learner:
         lr: float,
         actor_lr: float,
         critic_lr: float,
-        hold: int,
+        freeze_updates: int,
     ) -> None:
         self.fabric, self.model, self.behaviour, self.bonus = fabric, model, behaviour, bonus
-        self.lr, self.hold = lr, hold
+        self.lr, self.freeze_updates = lr, freeze_updates
         groups = model.groups()
-        self._groups = [{"params": groups[name], "name": name} for name in ("held", "rest") if groups[name]]
+        self._groups = [{"params": groups[name], "name": name} for name in ("frozen", "rest") if groups[name]]
         self._wrapped_model, self._model_optimizer = fabric.setup(model, adam(self._groups, lr))
         self._wrapped_behaviour, self._actor_optimizer, self._critic_optimizer = fabric.setup(
             behaviour,
@@ -70,7 +71,7 @@ class Learner:
     ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
         """Fit the world model and its heads; returns the posterior states (B, T, …) and metrics."""
         for group in self._model_optimizer.param_groups:
-            group["lr"] = 0.0 if group["name"] == "held" and number < self.hold else self.lr
+            group["lr"] = 0.0 if group["name"] == "frozen" and number < self.freeze_updates else self.lr
         self._wrapped_model.train()
         images = normalise(data["image"])
         with self.fabric.autocast():
@@ -86,7 +87,7 @@ class Learner:
 
     def _update_behaviour(self, post: dict[str, Tensor], number: int) -> dict[str, Tensor]:
         """Improve the policy in imagination from every posterior state of the batch; returns metrics."""
-        with frozen(self.model):
+        with without_parameter_gradients(self.model):
             start = self.model.start(post)
             with self.fabric.autocast():
                 actor_loss, critic_loss, found = self._wrapped_behaviour.losses(self.model, start)

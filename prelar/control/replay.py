@@ -23,7 +23,7 @@ import torch
 from torch import Tensor
 
 from prelar.utils.errors import UserError
-from prelar.utils.seeds import Stream, generator
+from prelar.utils.seeds import RngStream, generator
 
 Records = npt.NDArray[np.void]
 
@@ -96,7 +96,7 @@ class Replay:
         spans = [span for span in self._spans if span.length >= length]
         if not spans:
             raise UserError(f"replay: no episode of {length} steps yet; raise prefill or lower length")
-        random = generator(Stream.REPLAY, seed, update)
+        random = generator(RngStream.REPLAY, seed, update)
         starts = []
         for choice in random.integers(len(spans), size=batch):
             start, total = spans[choice]

@@ -11,7 +11,7 @@ import numpy.typing as npt
 import torch
 
 from prelar.envs.pixels import Actions, Image, PixelEnv
-from prelar.utils.seeds import Stream, seed_torch
+from prelar.utils.seeds import RngStream, seed_torch
 
 
 class Policy(Protocol):
@@ -61,7 +61,7 @@ def play(env: PixelEnv, policy: Policy, *, episode: int, seed: int, keep_frames:
     were.
     """
     with torch.random.fork_rng(range(torch.cuda.device_count())):
-        seed_torch(Stream.EPISODE, seed, episode)
+        seed_torch(RngStream.EPISODE, seed, episode)
         image, _ = env.reset(options={"episode": episode})
         frames = [image]
         actions: list[Actions] = []

@@ -12,7 +12,6 @@ import os
 import signal
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from enum import IntEnum
 from typing import Any, NamedTuple, Protocol
 
 import gymnasium
@@ -55,26 +54,11 @@ class Simulator(Protocol):
         """Free what the simulator holds."""
 
 
-class Purpose(IntEnum):
-    """What episodes are for. Each purpose draws its goals from a stream of its own."""
-
-    TRAIN = 0
-    CURVE = 1
-    EVALUATE = 2
-    PROBE = 3
-    OFFLINE = 4
-
-
 class EpisodeState(NamedTuple):
     """The whole state of an environment: its episode's number, and the actions (n, A) taken in it so far."""
 
     episode: int
     actions: Actions
-
-
-def episode_seed(seed: int, purpose: Purpose) -> int:
-    """The simulator's seed for all episodes of one purpose in a run with `seed`."""
-    return int(np.random.SeedSequence([seed, int(purpose)]).generate_state(1)[0])
 
 
 class PixelEnv(gymnasium.Env[Image, Actions]):

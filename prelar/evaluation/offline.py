@@ -22,7 +22,7 @@ from prelar.envs.metaworld import Simulator
 from prelar.model.images import first_steps, normalise
 from prelar.model.world_model import WorldModel
 from prelar.train.loop import adam, descend, seed_step
-from prelar.utils.seeds import Stream, generator
+from prelar.utils.seeds import RngStream, generator
 from prelar.utils.tables import evenly_spaced_indices
 
 Floats = npt.NDArray[np.float32]
@@ -98,7 +98,7 @@ def segments(held_out: Experience, length: int) -> Experience:
 
 def draw(learnt: Experience, *, batch: int, length: int, seed: int, update: int) -> Experience:
     """A batch of random segments, a pure function of the arguments."""
-    random = generator(Stream.OFFLINE, seed, update)
+    random = generator(RngStream.OFFLINE, seed, update)
     rows = random.integers(len(learnt.reward), size=batch)[:, None]
     times = random.integers(learnt.reward.shape[1] - length + 1, size=batch)[:, None] + np.arange(length)
     return Experience(learnt.image[rows, times], learnt.action[rows, times], learnt.reward[rows, times])

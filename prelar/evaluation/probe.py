@@ -26,7 +26,7 @@ from prelar.model.images import denormalise, first_steps, normalise
 from prelar.model.world_model import WorldModel
 from prelar.store.store import Store
 from prelar.train.loop import adam, seed_step
-from prelar.utils.seeds import Stream, generator
+from prelar.utils.seeds import RngStream, generator
 
 Doubles = npt.NDArray[np.float64]
 Frames = npt.NDArray[np.uint8]
@@ -242,7 +242,7 @@ def _teach(
     is_first = first_steps(BATCH, action.window, device)
     for update in tqdm(range(updates), desc="evaluate: probe with labels", unit="update", disable=None):
         seed_step(seed, update)
-        random = generator(Stream.PROBE, seed, update)
+        random = generator(RngStream.PROBE, seed, update)
         rows, pairs = random.integers(len(numbers), size=BATCH), random.integers(labels.shape[1], size=BATCH)
         times = np.maximum(pairs[:, None] + np.arange(2 - action.window, 2), 0)
         frames = _shift(episodes.frames[numbers[rows][:, None], times], random)

@@ -45,7 +45,7 @@ class Observation:
 class WorldModel(nn.Module):
     """A world model of any method, for pre-training or for fine-tuning; `prelar.methods` puts it together.
 
-    `weights` holds the weight of each loss by name, from the part that has the loss. `held` names the
+    `weights` holds the weight of each loss by name, from the part that has the loss. `frozen` names the
     submodules whose learning rate is 0 in the first updates of fine-tuning. `bonus_source` names what the
     exploration bonus looks at: "embed", "lower" (the action-free feature) or None. `spec` is what the model
     was built from. Weights of convolutions lie channels-last, as frames do, which spares their copies.
@@ -59,7 +59,7 @@ class WorldModel(nn.Module):
         dynamics: RSSM | StackedRSSM,
         action: ActionPart,
         heads: Mapping[str, nn.Module],
-        held: tuple[str, ...] = (),
+        frozen: tuple[str, ...] = (),
         bonus_source: str | None = None,
         spec: ModelSpec,
     ) -> None:
@@ -71,7 +71,7 @@ class WorldModel(nn.Module):
         self.heads = nn.ModuleDict(heads)
         self.weights = {"image": 1.0} | dynamics.loss_weights(spec) | action.loss_weights(spec)
         self.weights |= dict.fromkeys(heads, 1.0)
-        self.held = held
+        self.frozen = frozen
         self.bonus_source = bonus_source
         self.spec = spec
         self.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
@@ -116,10 +116,10 @@ class WorldModel(nn.Module):
         load_weights(self.get_submodule(target), state[part], f"checkpoint part {part}")
 
     def groups(self) -> dict[str, list[nn.Parameter]]:
-        """Parameters for fine-tuning's two optimisers: `held` (encoder, pre-trained dynamics) and `rest`."""
-        held = [p for name in self.held for p in self.get_submodule(name).parameters()]
-        known = {id(p) for p in held}
-        return {"held": held, "rest": [p for p in self.parameters() if id(p) not in known]}
+        """Parameters for fine-tuning's two groups: `frozen` (encoder, pre-trained dynamics) and `rest`."""
+        frozen = [p for name in self.frozen for p in self.get_submodule(name).parameters()]
+        known = {id(p) for p in frozen}
+        return {"frozen": frozen, "rest": [p for p in self.parameters() if id(p) not in known]}
 
     def total(self, losses: Losses) -> Tensor:
         """The weighted sum. The names of the losses equal the names of the weights."""

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from prelar.store.store import Store
 from prelar.utils.errors import UserError
-from prelar.utils.seeds import Stream, generator
+from prelar.utils.seeds import RngStream, generator
 
 T = TypeVar("T")
 Batch = dict[str, Tensor]
@@ -98,7 +98,7 @@ class SegmentSampler:
         if epoch not in self._epochs:
             while len(self._epochs) >= _EPOCHS_KEPT:
                 del self._epochs[min(self._epochs)]
-            random = generator(Stream.CLIPS, self._seed, epoch)
+            random = generator(RngStream.CLIPS, self._seed, epoch)
             order = random.permutation(self._clips)
             choices = self._store.clip_length[order] - self._length + 1
             self._epochs[epoch] = order, random.integers(choices)

@@ -31,7 +31,7 @@ from prelar.train.checkpoint import Snapshots
 from prelar.utils.distributed import Processes, is_loss, launch
 from prelar.utils.errors import UserError, printable
 from prelar.utils.files import remove, write_text
-from prelar.utils.seeds import Stream, seed_torch
+from prelar.utils.seeds import RngStream, seed_torch
 
 ADAM_EPS = 1e-5
 WEIGHT_DECAY = 1e-6
@@ -133,7 +133,7 @@ def seed_step(seed: int, step: int, *, hook: bool = False) -> None:
 
     Processes that share a batch seed theirs alike; see `prelar.utils.distributed`.
     """
-    seed_torch(Stream.HOOK if hook else Stream.STEP, seed, step)
+    seed_torch(RngStream.HOOK if hook else RngStream.STEP, seed, step)
 
 
 class MetricLog:

@@ -11,7 +11,7 @@ import numpy as np
 import torch
 
 
-class Stream(IntEnum):
+class RngStream(IntEnum):
     """What numbers are drawn for, and the numbers that follow."""
 
     STEP = 1  # seed, step
@@ -21,14 +21,25 @@ class Stream(IntEnum):
     EPISODE = 5  # seed, episode
     PROBE = 6  # seed, update
     OFFLINE = 7  # seed, number of the fit, and the update within it
+    TRAINING_EPISODES = 16  # seed, as of the other kinds of episodes below
+    CURVE_EPISODES = 17
+    EVALUATION_EPISODES = 18
+    PROBE_EPISODES = 19
+    OFFLINE_EPISODES = 20
 
 
-def generator(stream: Stream, *numbers: int) -> np.random.Generator:
+def generator(stream: RngStream, *numbers: int) -> np.random.Generator:
     """A generator of numpy's for a purpose and its numbers, none negative."""
     return np.random.default_rng([int(stream), *numbers])
 
 
-def seed_torch(stream: Stream, *numbers: int) -> None:
+def seed_torch(stream: RngStream, *numbers: int) -> None:
     """Seed torch's global generators for a purpose and its numbers, none negative."""
     entropy = np.random.SeedSequence([int(stream), *numbers])
     torch.manual_seed(int(entropy.generate_state(1, np.uint64)[0]))
+
+
+def episode_seed(stream: RngStream, seed: int) -> int:
+    """The simulator's seed for all episodes of one kind in a run with `seed`."""
+    kind = stream - RngStream.TRAINING_EPISODES
+    return int(np.random.SeedSequence([seed, kind]).generate_state(1)[0])

@@ -29,7 +29,7 @@ from prelar import pretrain
 from prelar.config import Config, load_config
 from prelar.control.actor_critic import ActorCritic
 from prelar.control.exploration import Bonus
-from prelar.control.learner import Learner, frozen
+from prelar.control.learner import Learner, without_parameter_gradients
 from prelar.finetune import make_bonus
 from prelar.methods import build_model
 from prelar.model.images import first_steps, normalise
@@ -269,7 +269,7 @@ def finetuning(cfg: Config, fabric: Fabric, plain: bool) -> Step:
     if plain:
         return plain_update(fabric, model, behaviour, bonus, batch)
     speed_up(model, fabric)
-    learner = Learner(fabric, model, behaviour, bonus, hold=0, **rates)
+    learner = Learner(fabric, model, behaviour, bonus, freeze_updates=0, **rates)
     batch = {name: pinned(value, fabric) for name, value in batch.items()}
     return lambda: learner.update(batch, 1)
 
@@ -293,7 +293,7 @@ def plain_update(
     model.to(fabric.device).train()
     behaviour.to(fabric.device)
     published = (*model.groups().values(), behaviour.actor.parameters(), behaviour.critic.parameters())
-    held, rest, actor, critic = (plain_adam(part) for part in published)
+    frozen, rest, actor, critic = (plain_adam(part) for part in published)
 
     def as_written() -> object:
         data = {name: value.to(fabric.device) for name, value in batch.items()}
@@ -302,8 +302,8 @@ def plain_update(
             images, data["action"], data["reward"], data["is_first"], bonus=bonus
         )
         model_loss = model.total(losses)
-        plain_descent((held, rest), model_loss)
-        with frozen(model):
+        plain_descent((frozen, rest), model_loss)
+        with without_parameter_gradients(model):
             actor_loss, critic_loss, _ = behaviour.losses(model, model.start(outputs["post"]))
             plain_descent((actor,), actor_loss)
         plain_descent((critic,), critic_loss)

@@ -23,12 +23,12 @@ from ruamel.yaml import YAML
 from prelar import finetune, pretrain
 from prelar.config import PARAMS, Config, load_config
 from prelar.envs.metaworld import ACTION_DIM, Simulator
-from prelar.envs.pixels import Purpose, episode_seed
 from prelar.stages import code_digest
 from prelar.train.checkpoint import resume_key, save_parts
 from prelar.utils.errors import UserError, run_main
 from prelar.utils.files import remove, write_text
 from prelar.utils.processes import processors
+from prelar.utils.seeds import RngStream, episode_seed
 from prelar.utils.tables import read_tsv, write_tsv
 
 ROOT = Path(__file__).parents[2]
@@ -54,7 +54,7 @@ PRESET: dict[str, Any] = {
     "lr": 1e-3,
     "actor_lr": 5e-4,
     "critic_lr": 5e-4,
-    "hold": 0,
+    "freeze_updates": 0,
     "beta": 1.0,
     "horizon": 10,
     "discount": 0.95,
@@ -140,7 +140,7 @@ def play(seed: int, *, expert: bool) -> Doubles:
     totals = []
     with Simulator(SETTINGS["task"], time_limit=PRESET["time_limit"]) as simulator:
         for episode in range(CHANCE_EPISODES):
-            simulator.reset(episode_seed(seed, Purpose.CURVE), episode)
+            simulator.reset(episode_seed(RngStream.CURVE_EPISODES, seed), episode)
             total, done = 0.0, False
             while not done:
                 action = simulator.expert() if expert else draw.uniform(-1, 1, ACTION_DIM)

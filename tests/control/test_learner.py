@@ -39,7 +39,7 @@ def make(method: str, precision: str = "fp32") -> Learner:
     settings = {"horizon": 3, "discount": 0.99, "lam": 0.95, "entropy": 1e-4, "slow_every": 100}
     behaviour = ActorCritic(model.feature_dim, ACTIONS, units=16, layers=2, **settings)  # type: ignore[arg-type]
     bonus = make_bonus(model, 1.0, seed=0, device=fabric.device)
-    return Learner(fabric, model, behaviour, bonus, lr=1e-3, actor_lr=1e-3, critic_lr=1e-3, hold=0)
+    return Learner(fabric, model, behaviour, bonus, lr=1e-3, actor_lr=1e-3, critic_lr=1e-3, freeze_updates=0)
 
 
 def experience() -> dict[str, Tensor]:
@@ -59,7 +59,7 @@ def norm(parameters: Iterable[nn.Parameter]) -> float:
 
 @pytest.mark.parametrize("method", ["dreamerv2", "apv", "prelar"])
 def test_each_of_the_published_optimisers_is_clipped_by_itself(method: str) -> None:
-    """The held part of the model, the rest of it, actor and critic, all beyond the limit at once."""
+    """The frozen part of the model, the rest of it, actor and critic, all beyond the limit at once."""
     learner = make(method)
     model, behaviour = learner.model, learner.behaviour
     model.weights = {name: 1e4 * weight for name, weight in model.weights.items()}

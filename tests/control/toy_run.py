@@ -31,7 +31,7 @@ TINY: dict[str, Any] = {
     "lr": 1e-3,
     "actor_lr": 1e-3,
     "critic_lr": 1e-3,
-    "hold": 3,
+    "freeze_updates": 3,
     "beta": 1.0,
     "horizon": 4,
     "discount": 0.95,

@@ -13,7 +13,7 @@ import pytest
 from gymnasium.utils.env_checker import check_env
 
 from prelar.envs import make_env
-from prelar.envs.pixels import Answer, Envs, PixelEnv, Purpose, Simulator, episode_seed
+from prelar.envs.pixels import Answer, Envs, PixelEnv, Simulator
 from prelar.utils.errors import UserError
 from tests.control.toy import ACTIONS, DotWorld
 
@@ -49,10 +49,6 @@ def test_environments_share_no_episode() -> None:
     assert [one.reset()[0].tobytes() for _ in range(6)] == [
         x for pair in zip(*starts, strict=True) for x in pair
     ]
-
-
-def test_purposes_draw_from_streams_of_their_own() -> None:
-    assert len({episode_seed(seed, purpose) for seed in range(3) for purpose in Purpose}) == 3 * len(Purpose)
 
 
 def test_actions_are_clipped_before_they_are_kept() -> None:

@@ -303,8 +303,8 @@ def test_groups_split_all_parameters_once(method: str) -> None:
     groups = model.groups()
     numbers = [id(p) for group in groups.values() for p in group]
     assert len(numbers) == len(set(numbers)) == len(list(model.parameters()))
-    held = {id(p) for p in groups["held"]}
-    names = {name for name, p in model.named_parameters() if id(p) in held}
+    frozen = {id(p) for p in groups["frozen"]}
+    names = {name for name, p in model.named_parameters() if id(p) in frozen}
     prefixes = {"dreamerv2": (), "prelar": ("encoder.", "dynamics.")}.get(
         method, ("encoder.", "dynamics.lower.")
     )
