@@ -18,6 +18,7 @@ from prelar.config import Config, Ssv2, load_config
 from prelar.envs.names import checked_config
 from prelar.store.store import Store, StoreWriter
 from prelar.utils import disk, files
+from prelar.utils.frames import FRAME_BYTES
 from prelar.videos import download, ingest
 from prelar.videos.decode import Decoder
 from prelar.videos.ingest import Source
@@ -62,7 +63,7 @@ def build(config: Config, decoder: Decoder) -> str:
     built = folder / "built"
     if not built.is_file():
         with StoreWriter(folder / f"{NAME}.zarr") as writer:
-            needed = expected_bytes(source, known) - writer.frames * disk.FRAME_BYTES
+            needed = expected_bytes(source, known) - writer.frames * FRAME_BYTES
             disk.require(folder, needed, "the rest of the store")
             fill(writer, source, known, decoder, settings)
             ingest.append_missing(writer, known)
@@ -120,7 +121,7 @@ def find_archive(source: str | list[str], labels: str | None) -> Source:
 def expected_bytes(source: Source, known: Labels) -> int:
     """About how many bytes the frames of a source take, rather too few than too many."""
     if source.parts:
-        return sum(member.part.frames for member in source.parts if member.part) * disk.FRAME_BYTES
+        return sum(member.part.frames for member in source.parts if member.part) * FRAME_BYTES
     clips = min(len(source.clips), len(known.clips)) if source.clips else len(known.clips)
     return disk.archive_bytes(clips, source.size or None)
 

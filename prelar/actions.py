@@ -23,6 +23,7 @@ from prelar import api
 from prelar.store.store import Frames, Store
 from prelar.utils.errors import UserError, printable
 from prelar.utils.files import atomic_file, digest
+from prelar.utils.frames import FRAME
 from prelar.videos import own_videos
 from prelar.videos.decode import Decoder
 
@@ -131,7 +132,7 @@ def infer_pieces(model: api.Loaded, pieces: Iterable[Frames]) -> Iterator[api.Fl
     A piece is led by the frames before it that the model looks at.
     """
     lead = model.spec.action_window - 1
-    before = np.empty((0, 64, 64, 3), np.uint8)
+    before = np.empty((0, *FRAME), np.uint8)
     for piece in pieces:
         frames = np.concatenate([before, piece])
         if len(frames) > 1:

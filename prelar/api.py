@@ -24,6 +24,7 @@ from prelar.model.vision import Context
 from prelar.model.world_model import WorldModel
 from prelar.train.checkpoint import load_parts
 from prelar.utils.errors import UserError
+from prelar.utils.frames import FRAME
 
 Frames = npt.NDArray[np.uint8]
 Floats = npt.NDArray[np.float32]
@@ -160,7 +161,7 @@ class Loaded:
 
     def _images(self, frames: Frames) -> tuple[Tensor, bool]:
         array = np.asarray(frames)
-        if array.dtype != np.uint8 or array.ndim not in (4, 5) or array.shape[-3:] != (64, 64, 3):
+        if array.dtype != np.uint8 or array.ndim not in (4, 5) or array.shape[-3:] != FRAME:
             raise ValueError(
                 f"frames: {array.dtype} {array.shape}; give uint8 (T, 64, 64, 3) or (B, T, 64, 64, 3)"
             )

@@ -21,8 +21,9 @@ from prelar.config import Config, load_config
 from prelar.envs import gl
 from prelar.report.provenance import WRITTEN_BY_RUNS
 from prelar.utils import disk
-from prelar.utils.disk import FRAME_BYTES, require
+from prelar.utils.disk import require
 from prelar.utils.errors import UserError
+from prelar.utils.frames import FRAME_BYTES
 
 STEP_BYTES = FRAME_BYTES + 64
 WEIGHT_BYTES = 4

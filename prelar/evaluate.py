@@ -37,6 +37,7 @@ from prelar.train.checkpoint import load_config, load_parts
 from prelar.train.loop import set_up
 from prelar.utils.errors import UserError
 from prelar.utils.files import publish, remove, write_text
+from prelar.utils.frames import SIZE
 from prelar.utils.seeds import RngStream, episode_seed, generator
 from prelar.utils.tables import evenly_spaced_indices, write_tsv
 from prelar.utils.video_file import write_mp4
@@ -297,7 +298,7 @@ def evaluate_actions(config: Config, model: WorldModel, store: Store, folder: Pa
 def infers_actions(model: WorldModel) -> bool:
     """Whether the model infers latent actions from frames."""
     device = next(model.parameters()).device
-    images = torch.zeros(1, 2, 3, 64, 64, device=device)
+    images = torch.zeros(1, 2, 3, SIZE, SIZE, device=device)
     return model.infer_actions(images, torch.tensor([[True, False]], device=device)) is not None
 
 

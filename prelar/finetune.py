@@ -56,7 +56,7 @@ def run(cfg: Config) -> None:
     fingerprint = stage_fingerprint("finetune", cfg.model_dump(mode="json"))
     snapshots = Snapshots(resume_key("finetune", fingerprint, known={}, inputs=[PRETRAINED]))
 
-    behaviour = learn(
+    actor_critic = learn(
         fabric,
         model,
         functools.partial(make_env, cfg.task, time_limit=preset.time_limit),
@@ -66,7 +66,7 @@ def run(cfg: Config) -> None:
         snapshots=snapshots,
         log_folder=LOGS,
     )
-    agent = {name: getattr(behaviour, name) for name in ("actor", "critic", "slow_critic")}
+    agent = {name: getattr(actor_critic, name) for name in ("actor", "critic", "slow_critic")}
     config = {
         "stage": "finetune",
         "method": cfg.method,
@@ -132,11 +132,11 @@ def learn(
     bonus: float,
     snapshots: Snapshots,
     log_folder: Path,
-    tell: Callable[[Speed], object] = print,
+    on_end: Callable[[Speed], object] = print,
 ) -> ActorCritic:
-    """Fine-tune `model` in place in the simulators that `make_simulator` makes; returns the behaviour learnt.
+    """Fine-tune `model` in place in the simulators that `make_simulator` makes; returns actor and critic.
 
-    bonus: weight of the exploration bonus, for models that have one. tell: takes what this process did.
+    bonus: weight of the exploration bonus, for models that have one. on_end: takes what this process did.
     """
     learner = make_learner(fabric, model, preset, bonus=bonus, seed=seed)
     with contextlib.ExitStack() as stack:
@@ -175,13 +175,13 @@ def learn(
             hooks=[Hook(preset.eval_every, curve(watched, learner, preset.eval_episodes, seed))],
             fabric=fabric,
         )
-        tell(Speed(stepper.steps, time.perf_counter() - begin, stepper.seconds | envs.seconds()))
-    return learner.behaviour
+        on_end(Speed(stepper.steps, time.perf_counter() - begin, stepper.seconds | envs.seconds()))
+    return learner.actor_critic
 
 
 def make_learner(fabric: Fabric, model: WorldModel, preset: Finetune, *, bonus: float, seed: int) -> Learner:
-    """What updates the model, with a behaviour as it is born."""
-    behaviour = ActorCritic(
+    """What updates the model, with actor and critic as they are born."""
+    actor_critic = ActorCritic(
         **_actor_sizes(model, preset),
         horizon=preset.horizon,
         discount=preset.discount,
@@ -192,7 +192,7 @@ def make_learner(fabric: Fabric, model: WorldModel, preset: Finetune, *, bonus: 
     return Learner(
         fabric,
         model,
-        behaviour,
+        actor_critic,
         make_bonus(model, bonus, seed=seed, device=fabric.device),
         lr=preset.lr,
         actor_lr=preset.actor_lr,
@@ -227,8 +227,8 @@ class Stepper:
         self.steps = 0
         self.seconds = {"acting": 0.0, "learning": 0.0, "waiting for environments": 0.0}
         device = learner.fabric.device
-        self._agent = Agent(learner.model, learner.behaviour.actor, device=device, explore=True)
-        self._random = RandomPolicy(learner.behaviour.actor.actions)
+        self._agent = Agent(learner.model, learner.actor_critic.actor, device=device, explore=True)
+        self._random = RandomPolicy(learner.actor_critic.actor.actions)
 
     def __call__(self, index: int) -> Scalars:
         """Do environment step `index`, counted over all environments, which act together."""
@@ -261,7 +261,7 @@ def curve(env: PixelEnv, learner: Learner, episodes: int, seed: int) -> Callable
 
     Each point has episodes of its own, the same in every run of a task, whatever its method and `seed`.
     """
-    agent = Agent(learner.model, learner.behaviour.actor, device=learner.fabric.device, explore=False)
+    agent = Agent(learner.model, learner.actor_critic.actor, device=learner.fabric.device, explore=False)
 
     def evaluate(done: int) -> Scalars:
         played = play_episodes(env, agent, episodes=episodes, seed=seed, first=done * episodes)

@@ -78,8 +78,8 @@ def kept_steps() -> list[int]:
     [
         ("model.decoder.out", "loss/image = nan"),
         ("model.heads.reward.out", "loss/reward = nan"),
-        ("behaviour.actor.mlp.out", "loss/actor = nan"),
-        ("behaviour.critic.out", "loss/critic = nan"),
+        ("actor_critic.actor.mlp.out", "loss/actor = nan"),
+        ("actor_critic.critic.out", "loss/critic = nan"),
     ],
 )
 def test_a_loss_that_is_not_finite_is_named(

@@ -76,7 +76,7 @@ def learner(method: str) -> Learner:
             **SIZES,
         )
     )
-    behaviour = ActorCritic(
+    actor_critic = ActorCritic(
         model.feature_dim,
         4,
         units=6,
@@ -88,7 +88,9 @@ def learner(method: str) -> Learner:
         slow_every=2,
     )
     bonus = make_bonus(model, 1.0, seed=0, device=fabric.device)
-    return Learner(fabric, model, behaviour, bonus, lr=1e-3, actor_lr=1e-3, critic_lr=1e-3, freeze_updates=1)
+    return Learner(
+        fabric, model, actor_critic, bonus, lr=1e-3, actor_lr=1e-3, critic_lr=1e-3, freeze_updates=1
+    )
 
 
 def experience() -> dict[str, Tensor]:

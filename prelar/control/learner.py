@@ -29,7 +29,7 @@ def without_parameter_gradients(module: nn.Module) -> Iterator[None]:
 
 
 class Learner:
-    """Model, behaviour and bonus with their optimisers.
+    """Model, actor, critic and bonus with their optimisers.
 
     lr, actor_lr, critic_lr: learning rates. freeze_updates: updates during which the model's frozen group has
     rate 0.
@@ -39,7 +39,7 @@ class Learner:
         self,
         fabric: Fabric,
         model: WorldModel,
-        behaviour: ActorCritic,
+        actor_critic: ActorCritic,
         bonus: Bonus | None,
         *,
         lr: float,
@@ -47,24 +47,24 @@ class Learner:
         critic_lr: float,
         freeze_updates: int,
     ) -> None:
-        self.fabric, self.model, self.behaviour, self.bonus = fabric, model, behaviour, bonus
+        self.fabric, self.model, self.actor_critic, self.bonus = fabric, model, actor_critic, bonus
         self.lr, self.freeze_updates = lr, freeze_updates
         groups = model.groups()
         self._groups = [{"params": groups[name], "name": name} for name in ("frozen", "rest") if groups[name]]
         self._wrapped_model, self._model_optimizer = fabric.setup(model, adam(self._groups, lr))
-        self._wrapped_behaviour, self._actor_optimizer, self._critic_optimizer = fabric.setup(
-            behaviour,
-            adam(behaviour.actor.parameters(), actor_lr),
-            adam(behaviour.critic.parameters(), critic_lr),
+        self._wrapped_actor_critic, self._actor_optimizer, self._critic_optimizer = fabric.setup(
+            actor_critic,
+            adam(actor_critic.actor.parameters(), actor_lr),
+            adam(actor_critic.critic.parameters(), critic_lr),
         )
         self._wrapped_model.mark_forward_method("finetune_losses")
-        self._wrapped_behaviour.mark_forward_method("losses")
+        self._wrapped_actor_critic.mark_forward_method("losses")
 
     def update(self, batch: Mapping[str, Tensor], number: int) -> dict[str, Tensor]:
         """Do update `number` (from 0) on a batch of `BatchPrefetcher.take`; returns scalars by name."""
         data = {name: value.to(self.fabric.device, non_blocking=True) for name, value in batch.items()}
         post, metrics = self._update_model(data, number)
-        return metrics | self._update_behaviour(post, number)
+        return metrics | self._update_actor_critic(post, number)
 
     def _update_model(
         self, data: Mapping[str, Tensor], number: int
@@ -85,15 +85,15 @@ class Learner:
             metrics["bonus/mean"] = outputs["bonus"].mean()
         return outputs["post"], metrics | {"norm/model": norm}
 
-    def _update_behaviour(self, post: dict[str, Tensor], number: int) -> dict[str, Tensor]:
+    def _update_actor_critic(self, post: dict[str, Tensor], number: int) -> dict[str, Tensor]:
         """Improve the policy in imagination from every posterior state of the batch; returns metrics."""
         with without_parameter_gradients(self.model):
             start = self.model.start(post)
             with self.fabric.autocast():
-                actor_loss, critic_loss, found = self._wrapped_behaviour.losses(self.model, start)
+                actor_loss, critic_loss, found = self._wrapped_actor_critic.losses(self.model, start)
             actor_norm = descend(self.fabric, self._actor_optimizer, actor_loss)
         critic_norm = descend(self.fabric, self._critic_optimizer, critic_loss)
-        self.behaviour.refresh(number)
+        self.actor_critic.refresh(number)
         losses = {"loss/actor": actor_loss.detach(), "loss/critic": critic_loss.detach()}
         metrics = {f"behaviour/{name}": value for name, value in found.items()}
         return losses | metrics | {"norm/actor": actor_norm, "norm/critic": critic_norm}
@@ -102,7 +102,7 @@ class Learner:
         """Everything that updates change, by name, for the loop's snapshots."""
         parts: dict[str, Stateful] = {
             "model": self.model,
-            "behaviour": self.behaviour,
+            "actor_critic": self.actor_critic,
             "model_optimizer": self._model_optimizer,
             "actor_optimizer": self._actor_optimizer,
             "critic_optimizer": self._critic_optimizer,

@@ -23,6 +23,7 @@ import torch
 from torch import Tensor
 
 from prelar.utils.errors import UserError
+from prelar.utils.frames import SIZE
 from prelar.utils.seeds import RngStream, generator
 
 Records = npt.NDArray[np.void]
@@ -35,7 +36,7 @@ class Span(NamedTuple):
     length: int
 
 
-def record_type(action_dim: int, size: int = 64) -> np.dtype[np.void]:
+def record_type(action_dim: int, size: int = SIZE) -> np.dtype[np.void]:
     """One step: the image, the action that led to it and the reward that came with it (both 0 at a start)."""
     fields = [("image", "u1", (size, size, 3)), ("action", "<f4", (action_dim,)), ("reward", "<f4")]
     return np.dtype(fields)
@@ -49,7 +50,7 @@ class Replay:
     be taken up again as long as no more than `margin` steps were added after it.
     """
 
-    def __init__(self, path: Path, *, capacity: int, margin: int, action_dim: int, size: int = 64) -> None:
+    def __init__(self, path: Path, *, capacity: int, margin: int, action_dim: int, size: int = SIZE) -> None:
         self.records = record_type(action_dim, size)
         self.capacity = capacity
         self._slots = capacity + margin

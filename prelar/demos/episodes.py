@@ -29,9 +29,10 @@ from PIL import Image
 
 from prelar.envs import gl, metaworld
 from prelar.store import store
-from prelar.store.store import FRAME, SIZE, Frames, Row
+from prelar.store.store import Frames, Row
 from prelar.utils import files
 from prelar.utils.errors import UserError
+from prelar.utils.frames import FRAME, SIZE
 
 RESIZE = f"brought to {SIZE}x{SIZE} by means of whole blocks of pixels, or else by Pillow's bicubic"
 ALIGNMENT = "actions[t] is taken after frame t and leads to frame t + 1; zero at the last frame of a clip"

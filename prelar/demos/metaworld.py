@@ -14,8 +14,8 @@ import numpy.typing as npt
 from prelar.demos.episodes import ALIGNMENT, FIRST_EPISODE, TAIL, Array, Episode, Job
 from prelar.envs.metaworld import ACTION_DIM, GRIPPER_DIM, MAX_STEPS, SUPERSAMPLING, Simulator
 from prelar.envs.names import check_camera, check_task
-from prelar.store.store import FRAME, SIZE
 from prelar.utils.errors import UserError
+from prelar.utils.frames import FRAME, SIZE
 
 FPS = 80.0
 

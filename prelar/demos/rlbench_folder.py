@@ -31,9 +31,10 @@ from PIL import Image
 
 from prelar.demos.episodes import RESIZE, Array, Episode, Job, at_size, same_episode
 from prelar.envs.names import RLBENCH_CAMERAS, among
-from prelar.store.store import SIZE, Frames
+from prelar.store.store import Frames
 from prelar.utils import files
 from prelar.utils.errors import UserError, one_line, printable
+from prelar.utils.frames import SIZE
 
 WIDTH = 7
 FPS = 20.0

@@ -28,8 +28,8 @@ from prelar.demos.episodes import RESIZE, Episode, Job
 from prelar.demos.rlbench_folder import ALIGNMENT, RlbenchDemonstrations
 from prelar.demos.rlbench_pool import ROOT, SimulatorPool, count_variations, given_display, simulator_env
 from prelar.envs.names import RLBENCH_CAMERAS, check_name
-from prelar.store.store import SIZE
 from prelar.utils.errors import UserError, run_main
+from prelar.utils.frames import SIZE
 
 LIBRARY = "libcoppeliaSim.so.1"
 PLUGINS = {"libsimExtOMPL.so": ("",), "libqxcb.so": ("", "platforms")}  # and the folders where they may lie

@@ -25,6 +25,7 @@ from PIL import Image as Picture
 from prelar.envs import gl
 from prelar.envs.names import VERSION, check_camera, check_task
 from prelar.utils.errors import UserError
+from prelar.utils.frames import SIZE
 
 if TYPE_CHECKING:
     import mujoco
@@ -77,8 +78,8 @@ class Simulator:
         task: str,
         *,
         camera: str = "corner",
-        width: int = 64,
-        height: int = 64,
+        width: int = SIZE,
+        height: int = SIZE,
         time_limit: int = MAX_STEPS,
     ) -> None:
         self.task = check_task(task)

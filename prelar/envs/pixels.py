@@ -21,9 +21,8 @@ from gymnasium.vector import AsyncVectorEnv, AutoresetMode, SyncVectorEnv
 
 from prelar.envs.metaworld import Step
 from prelar.utils.errors import UserError
+from prelar.utils.frames import FRAME
 from prelar.utils.processes import follow_parent
-
-SIZE = 64
 
 Image = npt.NDArray[np.uint8]
 Actions = npt.NDArray[np.float32]
@@ -74,7 +73,7 @@ class PixelEnv(gymnasium.Env[Image, Actions]):
 
     def __init__(self, simulator: Simulator, *, seed: int, first: int = 0, stride: int = 1) -> None:
         self.render_mode = "rgb_array"
-        self.observation_space = gymnasium.spaces.Box(0, 255, (SIZE, SIZE, 3), np.uint8)
+        self.observation_space = gymnasium.spaces.Box(0, 255, FRAME, np.uint8)
         self.action_space = gymnasium.spaces.Box(-1.0, 1.0, (simulator.action_dim,), np.float32)
         self._simulator = simulator
         self._seed = seed

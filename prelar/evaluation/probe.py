@@ -26,6 +26,7 @@ from prelar.model.images import denormalise, first_steps, normalise
 from prelar.model.world_model import WorldModel
 from prelar.store.store import Store
 from prelar.train.loop import adam, seed_step
+from prelar.utils.frames import FRAME
 from prelar.utils.seeds import RngStream, generator
 
 Doubles = npt.NDArray[np.float64]
@@ -286,7 +287,7 @@ def swap_actions(model: WorldModel, frames: Frames, *, observed: int, device: to
     rows = np.arange(len(frames))[:SWAP_ROWS]
     seen = model.observe(images[rows, :observed], is_first[rows, :observed], sample=False)
     start = {key: value[:, -1] for key, value in seen.post.items()}
-    blank = np.full((64, 64, 3), 128, np.uint8)
+    blank = np.full(FRAME, 128, np.uint8)
     columns = [[blank, blank, *_decode(model, start, seen.context)]]
     for donor in donors:
         action = latent[donor, moments[donor]].expand(len(rows), -1)

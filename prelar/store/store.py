@@ -38,10 +38,9 @@ from prelar.store.parquet import read_parquet
 from prelar.store.remote import Piece, Published, follow
 from prelar.utils import files
 from prelar.utils.errors import UserError, printable, shown
+from prelar.utils.frames import FRAME
 
 SCHEMA = 1
-SIZE = 64
-FRAME = (SIZE, SIZE, 3)
 ABSENT = 2**64 - 1
 JSON_BYTES, INDEX_BYTES = 4 << 20, 1 << 30
 LONGEST, WIDEST = 1 << 40, 1 << 16

@@ -9,8 +9,8 @@ import shutil
 from pathlib import Path
 
 from prelar.utils.errors import UserError
+from prelar.utils.frames import FRAME_BYTES
 
-FRAME_BYTES = 64 * 64 * 3
 CLIP_FRAMES = 45
 """Frames of a clip of Something-Something V2 in the mean."""
 EXPANSION = 6

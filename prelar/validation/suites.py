@@ -22,9 +22,10 @@ import pandas as pd
 import pyarrow.compute as pc
 import zarr
 
-from prelar.store.store import FRAME, Store
+from prelar.store.store import Store
 from prelar.utils import files
 from prelar.utils.errors import UserError
+from prelar.utils.frames import FRAME
 from prelar.utils.tables import evenly_spaced_indices
 
 REPORTS = Path("reports/validation")

@@ -29,12 +29,13 @@ import ffmpeg
 import numpy as np
 import numpy.typing as npt
 
-from prelar.store.store import FRAME, SIZE, Frames
+from prelar.store.store import Frames
 from prelar.utils.errors import UserError
+from prelar.utils.frames import FRAME, FRAME_BYTES, SIZE
 from prelar.utils.video_file import ffmpeg_binary
 from prelar.videos import straight, webm
 from prelar.videos.ffmpeg_log import NO_VIDEO, check_not_killed, reason, stream, troubles
-from prelar.videos.straight import FRAME_BYTES, MAX_SECONDS, Clip, Part, Readers, Straight, Times
+from prelar.videos.straight import MAX_SECONDS, Clip, Part, Readers, Straight, Times
 
 SCALE = f"scale={SIZE}:{SIZE}:flags=bicubic+accurate_rnd+bitexact"
 MAX_FRAMES = 10_000

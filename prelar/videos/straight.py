@@ -26,13 +26,13 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 
-from prelar.store.store import FRAME, Frames
+from prelar.store.store import Frames
+from prelar.utils.frames import FRAME, FRAME_BYTES
 from prelar.videos.ffmpeg_log import Log, check_not_killed, reason, stream
 
 MAX_SECONDS = 600
 BLOCK = 64
 PIPE = 1 << 20
-FRAME_BYTES = FRAME[0] * FRAME[1] * FRAME[2]
 STEADY = 0.01
 NO_TIME, DISCARD = -(1 << 63), 4
 """Of a packet: that it has no time, and the flag of one that is not shown."""

@@ -76,7 +76,7 @@ def reading(envs: int) -> float:
             bonus=config.bonus,
             snapshots=Snapshots("bench", root=Path(folder)),
             log_folder=Path(folder) / "log",
-            tell=speeds.append,
+            on_end=speeds.append,
         )
     print(f"{envs} environments: {speeds[0]}", flush=True)
     return speeds[0].rate

@@ -35,7 +35,8 @@ from prefect.task_runners import ThreadPoolTaskRunner
 from flows import runtime, ssv2
 from prelar.config import load_config
 from prelar.store.sampler import SegmentSampler
-from prelar.store.store import FRAME, Store, StoreWriter
+from prelar.store.store import Store, StoreWriter
+from prelar.utils.frames import FRAME
 from prelar.videos import ingest
 from prelar.videos.decode import SCALE, Decoder
 from prelar.videos.labels import Labels, read_labels

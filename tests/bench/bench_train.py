@@ -248,7 +248,7 @@ def finetuning(cfg: Config, fabric: Fabric, plain: bool) -> Step:
             **{name: getattr(small, name) for name in ("cnn_depth", "hidden", "deter", "stoch", "discrete")},
         )
     )
-    behaviour = ActorCritic(
+    actor_critic = ActorCritic(
         model.feature_dim,
         ROBOT,
         **{name: getattr(sizes, name) for name in ("units", "layers", "horizon", "discount", "lam")},
@@ -267,9 +267,9 @@ def finetuning(cfg: Config, fabric: Fabric, plain: bool) -> Step:
     }
     batch = {name: torch.from_numpy(value) for name, value in arrays.items()}
     if plain:
-        return plain_update(fabric, model, behaviour, bonus, batch)
+        return plain_update(fabric, model, actor_critic, bonus, batch)
     speed_up(model, fabric)
-    learner = Learner(fabric, model, behaviour, bonus, freeze_updates=0, **rates)
+    learner = Learner(fabric, model, actor_critic, bonus, freeze_updates=0, **rates)
     batch = {name: pinned(value, fabric) for name, value in batch.items()}
     return lambda: learner.update(batch, 1)
 
@@ -286,13 +286,17 @@ def speed_up(model: WorldModel, fabric: Fabric) -> None:
 
 
 def plain_update(
-    fabric: Fabric, model: WorldModel, behaviour: ActorCritic, bonus: Bonus | None, batch: dict[str, Tensor]
+    fabric: Fabric,
+    model: WorldModel,
+    actor_critic: ActorCritic,
+    bonus: Bonus | None,
+    batch: dict[str, Tensor],
 ) -> Step:
     """A fine-tuning update as the papers write it."""
     spell_out(model)
     model.to(fabric.device).train()
-    behaviour.to(fabric.device)
-    published = (*model.groups().values(), behaviour.actor.parameters(), behaviour.critic.parameters())
+    actor_critic.to(fabric.device)
+    published = (*model.groups().values(), actor_critic.actor.parameters(), actor_critic.critic.parameters())
     frozen, rest, actor, critic = (plain_adam(part) for part in published)
 
     def as_written() -> object:
@@ -304,7 +308,7 @@ def plain_update(
         model_loss = model.total(losses)
         plain_descent((frozen, rest), model_loss)
         with without_parameter_gradients(model):
-            actor_loss, critic_loss, _ = behaviour.losses(model, model.start(outputs["post"]))
+            actor_loss, critic_loss, _ = actor_critic.losses(model, model.start(outputs["post"]))
             plain_descent((actor,), actor_loss)
         plain_descent((critic,), critic_loss)
         return [value.item() for value in (*losses.values(), actor_loss, critic_loss)]

@@ -12,9 +12,9 @@ import argparse
 import numpy as np
 
 from prelar.envs.metaworld import Image, Simulator
-from prelar.envs.pixels import SIZE
 from prelar.evaluation.probe import POSITION, Doubles, Episodes, collect, ridge_r2
 from prelar.utils.errors import run_main
+from prelar.utils.frames import SIZE
 
 GAPS = (1, 2, 4, 6, 8)
 SPLITS = 3

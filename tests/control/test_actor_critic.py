@@ -99,9 +99,12 @@ def test_targets_of_the_critic_get_no_gradient() -> None:
 
 
 def test_each_loss_reaches_its_own_network_only() -> None:
-    behaviour = make()
-    actor, critic, _ = behaviour.losses(Line(), {"x": torch.randn(4, 3)})
-    groups = {"actor": list(behaviour.actor.parameters()), "critic": list(behaviour.critic.parameters())}
+    actor_critic = make()
+    actor, critic, _ = actor_critic.losses(Line(), {"x": torch.randn(4, 3)})
+    groups = {
+        "actor": list(actor_critic.actor.parameters()),
+        "critic": list(actor_critic.critic.parameters()),
+    }
     for loss, own, other in ((actor, "actor", "critic"), (critic, "critic", "actor")):
         found = torch.autograd.grad(loss, groups[own] + groups[other], allow_unused=True, retain_graph=True)
         own_part, other_part = found[: len(groups[own])], found[len(groups[own]) :]
@@ -111,44 +114,44 @@ def test_each_loss_reaches_its_own_network_only() -> None:
 
 def test_the_gradient_flows_through_the_dynamics() -> None:
     """Without entropy and future, the actor's gradient is that of the reward one step later."""
-    behaviour = make(horizon=2, discount=1e-9, entropy=0.0)
+    actor_critic = make(horizon=2, discount=1e-9, entropy=0.0)
     start = {"x": torch.zeros(1, 3)}
     torch.manual_seed(0)
-    loss, _, _ = behaviour.losses(Line(), start)
-    got = torch.autograd.grad(loss, list(behaviour.actor.parameters()))
+    loss, _, _ = actor_critic.losses(Line(), start)
+    got = torch.autograd.grad(loss, list(actor_critic.actor.parameters()))
     torch.manual_seed(0)
-    wanted = (behaviour.actor(start["x"]).sample() - 0.5).square().sum()
+    wanted = (actor_critic.actor(start["x"]).sample() - 0.5).square().sum()
     for ours, theirs in zip(
-        got, torch.autograd.grad(wanted, list(behaviour.actor.parameters())), strict=True
+        got, torch.autograd.grad(wanted, list(actor_critic.actor.parameters())), strict=True
     ):
         torch.testing.assert_close(ours, theirs)
 
 
 def test_the_slow_critic_is_copied_when_due() -> None:
-    behaviour = make()
+    actor_critic = make()
     same = []
     for update in range(9):
         with torch.no_grad():
-            behaviour.critic.out.bias += 1
-        behaviour.refresh(update)
-        same.append(torch.equal(behaviour.critic.out.bias, behaviour.slow_critic.out.bias))
+            actor_critic.critic.out.bias += 1
+        actor_critic.refresh(update)
+        same.append(torch.equal(actor_critic.critic.out.bias, actor_critic.slow_critic.out.bias))
     assert [n for n, equal in enumerate(same) if equal] == [0, 4, 8]
 
 
 def test_it_learns_where_the_best_action_is_known() -> None:
     torch.manual_seed(0)
-    behaviour, world = make(horizon=3), Line(goal=0.2)
-    actor_optimizer = torch.optim.Adam(behaviour.actor.parameters(), lr=3e-3)
-    critic_optimizer = torch.optim.Adam(behaviour.critic.parameters(), lr=3e-3)
+    actor_critic, world = make(horizon=3), Line(goal=0.2)
+    actor_optimizer = torch.optim.Adam(actor_critic.actor.parameters(), lr=3e-3)
+    critic_optimizer = torch.optim.Adam(actor_critic.critic.parameters(), lr=3e-3)
     for update in range(400):
-        actor, critic, _ = behaviour.losses(world, {"x": torch.rand(64, 3) * 2 - 1})
+        actor, critic, _ = actor_critic.losses(world, {"x": torch.rand(64, 3) * 2 - 1})
         for optimizer, loss in ((actor_optimizer, actor), (critic_optimizer, critic)):
             optimizer.zero_grad()
             loss.backward()
             optimizer.step()
-        behaviour.refresh(update)
+        actor_critic.refresh(update)
     with torch.no_grad():
         x = torch.rand(256, 3) * 2 - 1
-        policy = behaviour.actor(x)
+        policy = actor_critic.actor(x)
         assert (policy.mode() - (0.2 - 0.5 * x)).abs().mean() < 0.1
         assert policy.std.mean() < 0.2

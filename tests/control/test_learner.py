@@ -37,9 +37,11 @@ def make(method: str, precision: str = "fp32") -> Learner:
         ModelSpec(stage="finetune", method=method, robot_action_dim=ACTIONS, units=16, layers=2, **SIZES)
     )
     settings = {"horizon": 3, "discount": 0.99, "lam": 0.95, "entropy": 1e-4, "slow_every": 100}
-    behaviour = ActorCritic(model.feature_dim, ACTIONS, units=16, layers=2, **settings)  # type: ignore[arg-type]
+    actor_critic = ActorCritic(model.feature_dim, ACTIONS, units=16, layers=2, **settings)  # type: ignore[arg-type]
     bonus = make_bonus(model, 1.0, seed=0, device=fabric.device)
-    return Learner(fabric, model, behaviour, bonus, lr=1e-3, actor_lr=1e-3, critic_lr=1e-3, freeze_updates=0)
+    return Learner(
+        fabric, model, actor_critic, bonus, lr=1e-3, actor_lr=1e-3, critic_lr=1e-3, freeze_updates=0
+    )
 
 
 def experience() -> dict[str, Tensor]:
@@ -61,14 +63,14 @@ def norm(parameters: Iterable[nn.Parameter]) -> float:
 def test_each_of_the_published_optimisers_is_clipped_by_itself(method: str) -> None:
     """The frozen part of the model, the rest of it, actor and critic, all beyond the limit at once."""
     learner = make(method)
-    model, behaviour = learner.model, learner.behaviour
+    model, actor_critic = learner.model, learner.actor_critic
     model.weights = {name: 1e4 * weight for name, weight in model.weights.items()}
     with torch.no_grad():
         model.heads["reward"].out.weight.mul_(1e4)  # type: ignore[union-attr,operator]
     found = learner.update(experience(), 0)
     clipped = [group for group in model.groups().values() if group]
     assert len(clipped) == (1 if method == "dreamerv2" else 2)
-    clipped += [list(behaviour.actor.parameters()), list(behaviour.critic.parameters())]
+    clipped += [list(actor_critic.actor.parameters()), list(actor_critic.critic.parameters())]
     assert [norm(group) for group in clipped] == pytest.approx([CLIP_NORM] * len(clipped), rel=1e-4)
     assert min(found[f"norm/{name}"].item() for name in ("model", "actor", "critic")) > 2 * CLIP_NORM
 
@@ -78,7 +80,7 @@ def test_last_layers_are_in_float32_under_mixed_precision() -> None:
     learner = make("prelar", "bf16")
     seen: dict[str, set[torch.dtype]] = {"hidden": set(), "last": set()}
     count = 0
-    for part in (learner.model.heads, learner.behaviour):
+    for part in (learner.model.heads, learner.actor_critic):
         for mlp in part.modules():
             if isinstance(mlp, MLP):
                 count += 1
@@ -107,5 +109,5 @@ def test_losses_are_computed_in_float32_under_mixed_precision() -> None:
         losses, outputs = learner.model.train().finetune_losses(
             normalise(batch["image"]), batch["action"], batch["reward"], batch["is_first"]
         )
-        actor, critic, _ = learner.behaviour.losses(learner.model, learner.model.start(outputs["post"]))
+        actor, critic, _ = learner.actor_critic.losses(learner.model, learner.model.start(outputs["post"]))
     assert {loss.dtype for loss in (*losses.values(), actor, critic)} == {torch.float32}

@@ -73,7 +73,7 @@ def run(
     torch.manual_seed(0)
     model = build(method, preset, SIZES if sizes is None else sizes)
     snapshots = Snapshots(resume_key("toy", "", known=changes, inputs=[]), root=root / "resume")
-    behaviour = learn(
+    actor_critic = learn(
         fabric,
         model,
         lambda: DotWorld(preset.time_limit),
@@ -83,7 +83,7 @@ def run(
         snapshots=snapshots,
         log_folder=root / "log",
     )
-    save_parts(root / "out", model.state() | {"behaviour": behaviour.state_dict()}, {})
+    save_parts(root / "out", model.state() | {"actor_critic": actor_critic.state_dict()}, {})
     snapshots.remove()
 
 

@@ -16,9 +16,10 @@ import pytest
 
 from flows import decoding, staging
 from flows.staging import Parcel
-from prelar.store.store import FRAME, Store, StoreWriter
+from prelar.store.store import Store, StoreWriter
 from prelar.utils import files
 from prelar.utils.errors import UserError
+from prelar.utils.frames import FRAME
 from prelar.videos.decode import Decoder
 from tests.bucket import bucket
 

@@ -18,7 +18,6 @@ from hypothesis import strategies as st
 
 from prelar.store import store as module
 from prelar.store.store import (
-    FRAME,
     INDEX_SCHEMA,
     Layout,
     Store,
@@ -28,6 +27,7 @@ from prelar.store.store import (
     read_index,
 )
 from prelar.utils.errors import UserError
+from prelar.utils.frames import FRAME
 
 ATTRS = {"source": {"clips": 3}, "resize": "rule", "ffmpeg": "7"}
 slow = settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
