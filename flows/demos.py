@@ -79,10 +79,10 @@ def demos() -> str:
     staging.clear_leftovers(NAME)
     plan = planned(settings)
     source, rate = plan.source, ""
-    if not plan.built.is_file() and not adopted(plan):
+    if not plan.built.is_file() and not (settings.fps is None and adopted(plan)):
         with StoreWriter(plan.store, arrays=source.arrays) as writer:
             begin = time.monotonic()
-            count = fill(writer, source, plan.jobs, settings.workers)
+            count = fill(writer, source, plan.jobs, settings.workers, settings.fps)
             seconds = time.monotonic() - begin
             rate = f"; {count} episodes stored in {seconds:.0f} s, {60 * count / seconds:.1f} a minute"
             writer.finish(source.attributes())
@@ -101,7 +101,7 @@ def planned(settings: Demos) -> CollectionPlan:
     """What params.yaml asks for. Raises `UserError` where that is impossible."""
     source = find(settings)
     jobs = source.jobs()
-    return CollectionPlan(source, jobs, files.STAGING / f"{NAME}-{staging_key(source, jobs)}")
+    return CollectionPlan(source, jobs, files.STAGING / f"{NAME}-{staging_key(source, jobs, settings.fps)}")
 
 
 def adopted(plan: CollectionPlan) -> bool:
@@ -174,10 +174,11 @@ def find(settings: Demos) -> Source:
     return rlbench_folder.open_folder(folder, settings.action_mode, tasks, cameras)
 
 
-def fill(writer: StoreWriter, source: Source, jobs: list[Job], workers: int) -> int:
+def fill(writer: StoreWriter, source: Source, jobs: list[Job], workers: int, fps: float | None = None) -> int:
     """Collect the episodes that the writer lacks, in worker processes, and append them in the jobs' order.
 
-    Returns how many of them were stored; one with a fault has only its row in the index.
+    `fps` is told of them in place of the source's rate, if given. Returns how many of them were stored; one
+    with a fault has only its row in the index.
     """
     done = writer.count // len(source.cameras)
     labels = {name: number for number, name in enumerate(sorted({job.task for job in jobs}))}
@@ -191,7 +192,8 @@ def fill(writer: StoreWriter, source: Source, jobs: list[Job], workers: int) -> 
         stored.update(job.task for job in jobs[:done])
         for episodes in collected(jobs[done:], collect_job, workers):
             for episode in episodes:
-                for frames, row, arrays in clips(episode, source, labels[episode.job.task], splits):
+                label = labels[episode.job.task]
+                for frames, row, arrays in clips(episode, source, label, splits, fps):
                     writer.append(frames, row, **arrays)
                 sound += row["reason"] is None
                 stored[task := episode.job.task] += 1

@@ -143,6 +143,9 @@ class Demos(_Frozen):
     )
     keep_failures: bool = Field(description="metaworld: true keeps episodes in which the expert fails")
     seed: Seed = Field(description="seed of the scenes and the noise")
+    fps: Annotated[float, Field(gt=0, le=1e6)] | None = Field(
+        description="frames a second, for frame_gap; null: the source's own, which apv_npz lacks"
+    )
     max_bad: Share = Field(description="share of bad episodes above which validation fails")
     workers: Workers = Field(description="processes that make or read episodes; rlbench: simulators")
 
@@ -311,6 +314,9 @@ class Config(_Frozen):
     dual_reward: bool = Field(
         description="second reward head for the plain reward; false: without dual reward"
     )
+    frame_gap: Annotated[float, Field(gt=0, le=5)] | None = Field(
+        description="seconds between the frames of a pre-training segment; null: neighbouring frames"
+    )
     context_frame: Literal["random", "first", "last"] = Field(
         description="contextwm: random | first | last frame of the segment"
     )
@@ -348,6 +354,16 @@ class Config(_Frozen):
         if kind == "discrete" and size % CLASSES:
             raise ValueError(f"discrete needs an action_dim that is a multiple of {CLASSES}; it is {size}")
         return kind
+
+    @field_validator("demos")
+    @classmethod
+    def _has_rate(cls, demos: Demos, given: ValidationInfo) -> Demos:
+        gap, silent = given.data.get("frame_gap"), demos.source == "apv_npz" and demos.fps is None
+        if silent and gap is not None and given.data.get("dataset") == "demos":
+            raise ValueError(
+                f"fps is null; frame_gap {gap:g} needs the rate that source apv_npz does not tell"
+            )
+        return demos
 
     @field_validator("naive")
     @classmethod

@@ -42,7 +42,8 @@ def run(cfg: Config) -> None:
     """Pre-train as `cfg` says, to `data/pretrain` and `reports/pretrain`.
 
     Goes on from the newest snapshot of the very same run where there is one. Raises `UserError` where the
-    store is missing or its clips are too short, and where a loss is not finite.
+    store is missing, its clips are too short or one tells no rate that `frame_gap` needs, and where a loss is
+    not finite.
     """
     store = Store.open(cfg.store)
     fabric = set_up(
@@ -98,6 +99,7 @@ def build(cfg: Config) -> WorldModel:
         beta=cfg.beta,
         beta_a=cfg.beta_a,
         beta_c=cfg.beta_c,
+        frame_gap=cfg.frame_gap,
     )
     return build_model(spec)
 
@@ -118,8 +120,9 @@ def _train(cfg: Config, store: Store, snapshots: Snapshots, fabric: Fabric) -> W
         seed=cfg.seed,
         rank=fabric.global_rank,
         world=fabric.world_size,
+        gap=cfg.frame_gap,
     )
-    split, frames = watched_clips(store, preset.length)
+    split, frames = watched_clips(store, preset.length, cfg.frame_gap)
     watched = frames.to(fabric.device)
     processes = Processes(fabric)
 
@@ -165,15 +168,17 @@ def _train(cfg: Config, store: Store, snapshots: Snapshots, fabric: Fabric) -> W
     return model
 
 
-def watched_clips(store: Store, length: int) -> tuple[str, Tensor]:
+def watched_clips(store: Store, length: int, gap: float | None = None) -> tuple[str, Tensor]:
     """The clips of the video: their split and their first `length` frames, uint8 (N, length, 64, 64, 3).
 
-    They are the first validation clips that are long enough; where there is none, training clips.
+    The frames are neighbours, or `gap` seconds apart. The clips are the first validation clips that are long
+    enough; where there is none, training clips.
     """
     for split in ("validation", "train"):
-        clips = store.clips(split=split, min_length=length)[:VIDEO_CLIPS]
+        clips = store.clips(split=split, min_length=length, gap=gap)[:VIDEO_CLIPS]
         if len(clips) > 0:
-            return split, torch.from_numpy(store.read_many(store.clip_start[clips], length))
+            strides = store.strides(gap)[clips]
+            return split, torch.from_numpy(store.read_many(store.clip_start[clips], length, strides=strides))
     raise UserError(f"{store.path}: no clip has {length} frames; lower length to that of its clips")
 
 

@@ -120,6 +120,8 @@ def test_a_preset_belongs_to_one_stage_and_one_scale() -> None:
         ("beta_a: 1.0", "beta_a: .nan", ["beta_a", "finite"]),
         ("method: prelar", "method: prlar", ["method = 'prlar'", "'contextwm' or 'prelar'"]),
         ("seed: 0", "seed: 1.5", ["seed = 1.5", "integer"]),
+        ("frame_gap: null", "frame_gap: 0", ["frame_gap = 0", "greater than 0"]),
+        ("  fps: null", "  fps: -20", ["demos.fps = -20", "greater than 0"]),
         ("prefill: 500", "prefill: 5", ["scales.smoke.finetune", "prefill is 5", "time_limit * envs (250)"]),
         (
             "replay: 10000",
@@ -213,6 +215,15 @@ def test_places_that_stay_where_they_are_are_taken(tmp_path: Path, params: str, 
         (
             {"action_dim: 64": "action_dim: 60", "action_kind: gaussian": "action_kind: discrete"},
             "action_kind: discrete needs an action_dim that is a multiple of 8; it is 60",
+        ),
+        (
+            {
+                "dataset: ssv2": "dataset: demos",
+                "source: metaworld": "source: apv_npz",
+                "path: null": "path: episodes",
+                "frame_gap: null": "frame_gap: 0.25",
+            },
+            "demos: fps is null; frame_gap 0.25 needs the rate that source apv_npz does not tell",
         ),
     ],
 )

@@ -61,7 +61,8 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
     with StoreWriter(folder / "ssv2.zarr") as writer:
         for number in range(12):
             split = "validation" if number % 3 == 0 else "train"
-            writer.append(disc(number, 5 + number), {"id": str(number), "split": split})
+            row = {"id": str(number), "split": split, "fps": 12.0 if number % 2 else 24.0}
+            writer.append(disc(number, 5 + number), row)
         writer.finish({"source": {}, "resize": "rule", "ffmpeg": "7"})
     return folder
 
@@ -171,6 +172,19 @@ def test_a_killed_run_ends_as_it_would_have(
     assert outputs(folder) == undisturbed
 
 
+def test_a_killed_run_with_a_gap_ends_as_it_would_have(
+    tmp_path: Path, data: Path, undisturbed: dict[str, bytes]
+) -> None:
+    """Its frames are 0.08 s apart: one or two frames by the clip. The checkpoint says so."""
+    folder, cfg = tmp_path / "run", config(frame_gap=0.08)
+    assert run(tmp_path / "whole", data, cfg) == 0
+    assert run(folder, data, cfg, kill_at=3) == -signal.SIGKILL
+    assert run(folder, data, cfg, kill_at=2) == 0, "it went on from step 2, of 4"
+    whole, weights = outputs(tmp_path / "whole"), "data/pretrain/encoder.safetensors"
+    assert outputs(folder) == whole and whole[weights] != undisturbed[weights]
+    assert load_parts(folder / "data/pretrain")[1]["model"]["frame_gap"] == 0.08
+
+
 def test_the_video_is_there_while_training_goes_on(tmp_path: Path, data: Path) -> None:
     folder = tmp_path / "run"
     cfg = config(scales={"smoke": {"pretrain": {"video_every": 1}}})
@@ -240,10 +254,15 @@ def test_many_kills_end_as_without_them(tmp_path: Path, data: Path) -> None:
 
 def test_short_clips_are_named_before_training(tmp_path: Path, data: Path) -> None:
     shutil.copytree(data, tmp_path / "data")
-    cfg = config(scales={"smoke": {"pretrain": {"length": 40}}})
-    with pytest.MonkeyPatch.context() as patch, pytest.raises(UserError, match="no clip has 40 frames"):
+    with pytest.MonkeyPatch.context() as patch:
         patch.chdir(tmp_path)
-        pretrain.run(cfg)
+        with pytest.raises(UserError, match="no clip has 40 frames"):
+            pretrain.run(config(scales={"smoke": {"pretrain": {"length": 40}}}))
+        told = (
+            r"no clip has 6 frames 0\.5 s apart; \d of 8 clips have 6 frames at a gap of .* lower frame_gap"
+        )
+        with pytest.raises(UserError, match=told):
+            pretrain.run(config(frame_gap=0.5))
     assert not (tmp_path / "reports").exists()
 
 

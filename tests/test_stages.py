@@ -115,3 +115,16 @@ def test_the_project_s_own(monkeypatch: pytest.MonkeyPatch) -> None:
     after = pipeline.fingerprints(values | {"task": "reach"})
     assert {name for name in before if before[name] != after[name]} == {"finetune", "evaluate", "report"}
     assert code_digest(["prelar/model"]) != code_digest(["prelar/train"])
+
+
+def test_another_frame_gap_trains_anew_and_makes_no_data_anew(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(stages, "PROJECT", ROOT)
+    values = load_config(ROOT / "params.yaml").model_dump(mode="json")
+    pipeline = Stages(ROOT / "dvc.yaml")
+    before, after = pipeline.fingerprints(values), pipeline.fingerprints(values | {"frame_gap": 0.25})
+    changed = {name for name in before if before[name] != after[name]}
+    assert changed == {"pretrain", "finetune", "evaluate", "report"}
+    made = {name for name in before if name not in changed}
+    assert made == {"sample", "ssv2", "demos"}
+    own = {name for name in before if "frame_gap" in pipeline.stages[name].get("params", [])}
+    assert own == {"pretrain"}

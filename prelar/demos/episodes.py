@@ -118,7 +118,7 @@ class Source(Protocol):
         """What the store's attributes tell about the source."""
 
 
-def staging_key(source: Source, jobs: Sequence[Job]) -> str:
+def staging_key(source: Source, jobs: Sequence[Job], fps: float | None = None) -> str:
     """A name for all that decides the result, so that only work towards the same result is continued."""
     kinds = [kind.__module__ for kind in type(source).__mro__ if kind.__module__.startswith("prelar.")]
     code = (gl.__name__, metaworld.__name__, store.__name__, __name__, *kinds)
@@ -126,6 +126,7 @@ def staging_key(source: Source, jobs: Sequence[Job]) -> str:
     decides = {
         "schema": store.SCHEMA,
         "source": repr(source),
+        "fps": fps,
         "jobs": [dataclasses.astuple(job) for job in jobs],
         "files": [(str(path), path.stat().st_size, path.stat().st_mtime_ns) for path in found],
         "versions": {name: importlib.metadata.version(name) for name in VERSIONS},
@@ -210,10 +211,13 @@ class Splits:
 ClipRecord = tuple[Frames | None, dict[str, Any], dict[str, Array]]
 
 
-def clips(episode: Episode, source: Source, label_id: int, splits: Splits) -> Iterator[ClipRecord]:
+def clips(
+    episode: Episode, source: Source, label_id: int, splits: Splits, fps: float | None = None
+) -> Iterator[ClipRecord]:
     """An episode as what `StoreWriter.append` takes: one clip per camera, with its row and its arrays.
 
-    A clip's sha256 is that of its file, or of the bytes of its frames where no file of its own holds them.
+    `fps` is told of it in place of its own rate, if given. A clip's sha256 is that of its file, or of the
+    bytes of its frames where no file of its own holds them.
     """
     job = episode.job
     beyond = store.misfit({"variation": job.variation, "episode": job.episode})
@@ -227,7 +231,7 @@ def clips(episode: Episode, source: Source, label_id: int, splits: Splits) -> It
             "label_id": label_id,
             "width": SIZE,
             "height": SIZE,
-            "fps": episode.fps,
+            "fps": fps or episode.fps,
             "task": job.task,
             "variation": job.variation,
             "camera": camera,

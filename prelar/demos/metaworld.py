@@ -17,8 +17,6 @@ from prelar.envs.names import check_camera, check_task
 from prelar.utils.errors import UserError
 from prelar.utils.frames import FRAME, SIZE
 
-FPS = 80.0
-
 
 @dataclasses.dataclass(frozen=True)
 class Metaworld:
@@ -69,7 +67,7 @@ class Metaworld:
         actions, success = self._act(simulator, job)
         if not success and not self.keep_failures:
             reason = f"the expert did not solve the task in {len(actions)} steps"
-            return Episode(job, success=False, fps=FPS, reason=reason)
+            return Episode(job, success=False, fps=simulator.fps, reason=reason)
         frames = {camera: np.empty((len(actions) + 1, *FRAME), dtype=np.uint8) for camera in self.cameras}
         gripper = np.empty((len(actions) + 1, GRIPPER_DIM), dtype=np.float32)
         simulator.reset(self.seed, FIRST_EPISODE + job.episode)
@@ -80,7 +78,9 @@ class Metaworld:
             for camera in self.cameras:
                 frames[camera][moment] = simulator.render(camera, SIZE, SIZE)
         taken = np.concatenate([actions, np.zeros((1, ACTION_DIM), dtype=np.float32)])
-        return Episode(job, frames, {"actions": taken, "gripper": gripper}, success=success, fps=FPS)
+        return Episode(
+            job, frames, {"actions": taken, "gripper": gripper}, success=success, fps=simulator.fps
+        )
 
     def _act(self, simulator: Simulator, job: Job) -> tuple[Array, bool]:
         """Actions of an episode, float32 (T - 1, 4), and whether they solve the task."""

@@ -139,6 +139,11 @@ class Simulator:
         return np.clip(np.asarray(action, dtype=np.float32), -1, 1)
 
     @property
+    def fps(self) -> float:
+        """Steps in a second of simulated time."""
+        return 1 / float(self._env.dt)
+
+    @property
     def gripper(self) -> npt.NDArray[np.float32]:
         """The hand: float32 (8,) position x, y, z (m), quaternion x, y, z, w, opening 0 to 1."""
         hand = self._env.data.body("hand")

@@ -17,7 +17,8 @@ class ModelSpec:
     `discrete` are the RSSM's sizes. `robot_action_dim` only sizes the unused action slot of DreamerV2 where
     the stage is pretrain. `beta`, `beta_a` and `beta_c` weight the KL of the dynamics, the KL of the action
     and the consistency. `naive`, `dual_reward`, `bonus`, `context_augment` and the reward heads' `units` and
-    `layers` belong to fine-tuning; a `bonus` of 0 means no exploration bonus.
+    `layers` belong to fine-tuning; a `bonus` of 0 means no exploration bonus. `frame_gap` is the time in
+    seconds between the frames that it was pre-trained on, None: neighbours, whatever their rate.
     """
 
     method: str
@@ -42,6 +43,7 @@ class ModelSpec:
     bonus: float = 1.0
     units: int = 400
     layers: int = 4
+    frame_gap: float | None = None
 
     @classmethod
     def read(cls, values: Mapping[str, Any], *, stage: str, source: str) -> ModelSpec:

@@ -21,6 +21,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import hashlib
+import itertools
 import json
 import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -534,14 +535,15 @@ class _Folder:
         return path.stat().st_size if path.is_file() else None
 
     def fill(self, pieces: Sequence[Piece]) -> None:
-        for name, offset, view in pieces:
+        for name, of_file in itertools.groupby(pieces, lambda piece: piece[0]):
             handle = os.open(f"{self._path}/{name}", os.O_RDONLY | os.O_CLOEXEC)
             try:
-                while len(view):
-                    count = os.preadv(handle, [view], offset)
-                    if count == 0:
-                        raise UserError(f"{self._path}/{name}: cut short; build the store again")
-                    view, offset = view[count:], offset + count
+                for _, offset, view in of_file:
+                    while len(view):
+                        count = os.preadv(handle, [view], offset)
+                        if count == 0:
+                            raise UserError(f"{self._path}/{name}: cut short; build the store again")
+                        view, offset = view[count:], offset + count
             finally:
                 os.close(handle)
 
@@ -653,15 +655,29 @@ class Store:
         """Frames `start` to `start + length` as uint8 (length, 64, 64, 3)."""
         return self._readers["frames"].read(start, length)
 
-    def read_many(self, starts: npt.ArrayLike, length: int, out: Frames | None = None) -> Frames:
-        """Segments of `length` frames from `starts`, uint8 (n, length, 64, 64, 3), in `out` if given."""
+    def read_many(
+        self,
+        starts: npt.ArrayLike,
+        length: int,
+        out: Frames | None = None,
+        *,
+        strides: npt.NDArray[np.int64] | None = None,
+    ) -> Frames:
+        """Segments of `length` frames from `starts`, uint8 (n, length, 64, 64, 3), in `out` if given.
+
+        A segment's frames are neighbours, or `strides` (n,) frames apart; only they are read.
+        """
         begins = np.asarray(starts, dtype=np.int64)
         shape = (len(begins), length, *FRAME)
         if out is None:
             out = np.empty(shape, dtype=np.uint8)
         elif out.shape != shape or out.dtype != np.uint8 or not out.flags.c_contiguous:
             raise ValueError(f"out: {out.dtype} {out.shape}, expected contiguous uint8 {shape}")
-        self._readers["frames"].read_many(begins.tolist(), out)
+        if strides is None or (strides == 1).all():
+            self._readers["frames"].read_many(begins.tolist(), out)
+        else:
+            apart = begins[:, None] + strides[:, None] * np.arange(length)
+            self._readers["frames"].read_many(apart.ravel().tolist(), out.reshape(-1, 1, *FRAME))
         return out
 
     def has(self, name: str) -> bool:
@@ -678,11 +694,37 @@ class Store:
         """dtype and shape of every array, by name."""
         return {name: (r.layout.dtype, (r.items, *r.layout.item)) for name, r in self._readers.items()}
 
+    def strides(self, gap: float | None) -> npt.NDArray[np.int64]:
+        """Frames from one to the next that lies `gap` seconds later, by each clip's own rate: int64 (C,).
+
+        At least 1; 1 for all where `gap` is None. A clip too short for its stride has its own length. Raises
+        `UserError` where the index does not tell a clip's rate.
+        """
+        if gap is None:
+            return np.ones(self.num_clips, dtype=np.int64)
+        rates = self.clip_index["fps"].to_numpy()
+        silent = np.flatnonzero(~(np.isfinite(rates) & (rates > 0)))
+        if len(silent):
+            example = printable(self.clip_index["id"][int(silent[0])].as_py(), 100)
+            raise UserError(
+                f"{self.path}: {len(silent)} of {self.num_clips} clips tell no rate (fps), {example} is one, "
+                f"which frame_gap = {gap:g} needs; set demos.fps, or give those videos a rate, and make the "
+                "store again, or set frame_gap to null"
+            )
+        return np.minimum(np.maximum(np.rint(gap * rates), 1), self.clip_length).astype(np.int64)
+
     def clips(
-        self, split: str | None = None, label: str | None = None, min_length: int = 1
+        self,
+        split: str | None = None,
+        label: str | None = None,
+        min_length: int = 1,
+        gap: float | None = None,
     ) -> npt.NDArray[np.int64]:
-        """Ascending numbers of the clips of a split and a label with at least `min_length` frames, int64."""
-        chosen = self.clip_length >= min_length
+        """Ascending numbers of the clips of a split and a label with at least `min_length` frames, int64.
+
+        The frames are neighbours, or `gap` seconds apart as `strides` says.
+        """
+        chosen = self.clip_length > (min_length - 1) * self.strides(gap)
         for column, value in (("split", split), ("label", label)):
             if value is not None:
                 equal = pc.fill_null(pc.equal(self.clip_index[column], value), False)

@@ -100,7 +100,7 @@ def test_frames_are_means_of_what_is_drawn_twice_as_large(episode: Episode) -> N
 
 def test_episode_is_whole_and_sound(episode: Episode) -> None:
     length = len(episode.frames["corner"])
-    assert episode.success and episode.reason is None
+    assert episode.success and episode.reason is None and episode.fps == 80
     assert fault(episode, SOURCE.cameras, SOURCE.arrays) is None
     assert {camera: frames.shape for camera, frames in episode.frames.items()} == {
         "corner": (length, SIZE, SIZE, 3),

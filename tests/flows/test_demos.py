@@ -71,10 +71,10 @@ def threads(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(demos.collect, "submit", lambda *given: pool.submit(demos.collect.fn, *given))
 
 
-def fill(path: Path, source: Source, workers: int) -> None:
+def fill(path: Path, source: Source, workers: int, fps: float | None = None) -> None:
     """What the flow does with a store in staging."""
     with StoreWriter(path, arrays=source.arrays) as writer:
-        demos.fill(writer, source, source.jobs(), workers)
+        demos.fill(writer, source, source.jobs(), workers, fps)
         writer.finish(source.attributes())
 
 
@@ -107,6 +107,17 @@ def test_store_is_the_source_in_order(tmp_path: Path, recorded: apv_npz.ApvNpz, 
     assert (validated(0.1)["clips"], validated(0.1)["bad"]) == (26, 2)
     with pytest.raises(UserError, match=r"at most 1\.00% of the clips are bad"):
         validated(0.01)
+
+
+def test_the_rate_of_a_source_that_tells_none_is_that_of_params(
+    tmp_path: Path, recorded: apv_npz.ApvNpz, threads: None
+) -> None:
+    fill(tmp_path / "x.zarr", recorded, 1)
+    with pytest.raises(UserError, match="26 of 26 clips tell no rate"):
+        Store.open(tmp_path / "x.zarr").strides(0.1)
+    fill(tmp_path / "y.zarr", recorded, 1, fps=20.0)
+    assert set(Store.open(tmp_path / "y.zarr").strides(0.1)) == {2}
+    assert staging_key(recorded, recorded.jobs(), 20.0) != staging_key(recorded, recorded.jobs())
 
 
 def test_bytes_do_not_depend_on_workers_batches_or_interruption(

@@ -209,6 +209,10 @@ def test_read_many_and_optional_arrays(tmp_path: Path, small: None) -> None:
         store.read(-1, 2)
     with pytest.raises(ValueError, match="out"):
         store.read_many([0], 3, np.zeros((1, 2, 64, 64, 3), dtype=np.uint8))
+    begins, strides = [0, 3, 40, 2], np.array([1, 9, 5, 13])
+    apart = store.read_many(begins, 4, strides=strides)
+    for begin, stride, segment in zip(begins, strides, apart, strict=True):
+        assert np.array_equal(segment, store.read(begin, 3 * stride + 1)[::stride])
 
 
 def test_clips_are_chosen_by_split_label_and_length(tmp_path: Path, small: None) -> None:
