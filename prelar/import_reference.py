@@ -13,18 +13,19 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
-from zipfile import ZipFile
 
 import torch
 from torch import Tensor
 
-from prelar import pretrain
+from prelar import pretrain, torch_file
 from prelar.config import Config, Scales, misfits
 from prelar.methods import build_model, find_method, loads
 from prelar.model.spec import ModelSpec
 from prelar.model.world_model import WorldModel
+from prelar.torch_file import Told
 from prelar.train.checkpoint import check_finite, load_config, load_parts, save_parts
-from prelar.utils.errors import UserError, printable
+from prelar.utils import zips
+from prelar.utils.errors import UserError, one_line, printable
 
 PREFIXES = {
     "encoder.": "encoder",
@@ -142,6 +143,7 @@ SIZES = ("cnn_depth", "hidden", "deter", "stoch", "discrete", "action_dim", "act
 FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 LINES_SHOWN, MANY = 6, 40
 MOST, WHOLE = 10_000, 32  # tensors, and how many times as large as one of its parts a model may be
+SHARED = 4  # how many times a file's numbers may stand under several names
 
 Spec = dict[str, Any]
 Parts = dict[str, dict[str, Tensor]]
@@ -216,25 +218,19 @@ def read_weights(file: Path) -> dict[str, Tensor]:
     """
     try:
         size = file.stat().st_size
-        _check_records(file, size)
-        content = torch.load(file, map_location="cpu", weights_only=True)
+        content, storages = torch_file.read(file)
+        told = max(_state_dicts(content), key=len, default={})
+        _check_claims(file, told, size)
+        weights = {name: value.tensor(storages) for name, value in told.items()}
     except FileNotFoundError:
         raise UserError(f"{file}: no such file; name a published checkpoint") from None
-    except OSError as error:
+    except PermissionError as error:
         raise UserError(f"{file}: unreadable ({error.strerror}); mend its permissions") from None
-    except Exception as error:  # torch.load raises many kinds for a damaged or foreign file
+    except (*zips.ERRORS, MemoryError) as error:
         raise UserError(
-            f"{file}: not a file of tensors alone, or damaged ({type(error).__name__}); nothing in it was "
+            f"{file}: not a file of tensors alone, or damaged ({one_line(error)}); nothing in it was "
             "run; download it again, or save its state dict with torch.save"
         ) from None
-    weights = max(_state_dicts(content), key=len, default={})
-    if not weights:
-        raise UserError(f"{file}: holds no state dict; name a published checkpoint")
-    if len(weights) > MOST:
-        raise UserError(f"{file}: {len(weights)} tensors in a state dict, more than {MOST}; take another")
-    for name, value in weights.items():
-        if value.is_meta or value.numel() * value.element_size() > size:
-            raise UserError(f"{file}: {name} claims more numbers than the file holds; download it again")
     try:
         check_finite(weights)
     except ValueError as error:
@@ -242,16 +238,21 @@ def read_weights(file: Path) -> dict[str, Tensor]:
     return weights
 
 
-def _check_records(file: Path, size: int) -> None:
-    """Raise `ValueError` where a file is no regular one, or its records are larger unpacked than it is."""
-    if not file.is_file():
-        raise ValueError("not a regular file")
-    with file.open("rb") as handle:
-        if handle.read(4) == b"PK\3\4" and sum(one.file_size for one in ZipFile(handle).infolist()) > size:
-            raise ValueError("more than the file holds")
+def _check_claims(file: Path, told: Mapping[str, Told], size: int) -> None:
+    """Raise `UserError` where a file holds no state dict, too many tensors, or fewer bytes than they claim.
+
+    Several names may stand for the same numbers.
+    """
+    if not told:
+        raise UserError(f"{file}: holds no state dict; name a published checkpoint")
+    if len(told) > MOST:
+        raise UserError(f"{file}: {len(told)} tensors in a state dict, more than {MOST}; take another")
+    largest = max(told, key=lambda name: told[name].nbytes)
+    if told[largest].nbytes > size or sum(one.nbytes for one in told.values()) > SHARED * size:
+        raise UserError(f"{file}: {largest} claims more numbers than the file holds; download it again")
 
 
-def _state_dicts(content: Any) -> list[dict[str, Tensor]]:
+def _state_dicts(content: Any) -> list[dict[str, Told]]:
     """Every mapping in nested mappings that holds weights: names with dense tensors of floats.
 
     Each is looked at once, wherever it stands.
@@ -264,10 +265,7 @@ def _state_dicts(content: Any) -> list[dict[str, Tensor]]:
         weights = {
             name.removeprefix("module."): value
             for name, value in mapping.items()
-            if isinstance(name, str)
-            and isinstance(value, Tensor)
-            and value.layout == torch.strided
-            and value.dtype in FLOATS
+            if isinstance(name, str) and isinstance(value, Told) and value.storage.dtype in FLOATS
         }
         if weights:
             found.append(weights)

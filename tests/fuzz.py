@@ -355,15 +355,37 @@ def safetensors(place: Path) -> Format:
     return Format(form.wrap(form.good), form.read)
 
 
-def published(place: Path) -> Format:
+def published(place: Path, zipped: bool = True) -> Format:
     """A published checkpoint."""
     import torch
 
     from prelar.import_reference import read_weights
 
     path = place / "a.pt"
-    torch.save({"step": 1, "model": {"w": torch.ones(3, 4), "b": torch.ones(3)}}, path)
+    held = {"step": 1, "model": {"w": torch.ones(3, 4), "b": torch.ones(3)}}
+    torch.save(held, path, _use_new_zipfile_serialization=zipped)
     return Format(path.read_bytes(), to_file(path, lambda: read_weights(path)))
+
+
+def published_old(place: Path) -> Format:
+    """A published checkpoint as torch saved it before 1.6."""
+    return published(place, zipped=False)
+
+
+def published_pickle(place: Path) -> Format:
+    """The pickle in a published checkpoint, packed after it is changed."""
+    form = published(place)
+    with zipfile.ZipFile(io.BytesIO(form.good)) as good:
+        records = {name: good.read(name) for name in good.namelist()}
+
+    def packed(content: bytes) -> bytes:
+        held = io.BytesIO()
+        with zipfile.ZipFile(held, "w") as made:
+            for name, record in {**records, "a/data.pkl": content}.items():
+                made.writestr(name, record)
+        return held.getvalue()
+
+    return Format(records["a/data.pkl"], form.read, wrap=packed)
 
 
 def params(place: Path) -> Format:
@@ -379,6 +401,7 @@ FORMATS: dict[str, Callable[[Path], Format]] = {
     for make in (
         *(archive, archive_head, labels, labels_zip, webm, npz, demonstration, png, index, metadata),
         *(attributes, numbers, pointer, manifest, description, weights, safetensors, published, params),
+        *(published_old, published_pickle),
     )
 }
 

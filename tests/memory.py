@@ -1,10 +1,27 @@
-"""What a flow's processes hold in memory, as the kernel counts it."""
+"""What this process, or those of a flow, hold in memory, as the kernel counts it."""
 
 from __future__ import annotations
 
+import re
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import psutil
+
+
+@contextmanager
+def growth() -> Iterator[Callable[[], float]]:
+    """Yield what tells by how many MB this process was larger, at most, than it is at the beginning."""
+
+    def counted(name: str) -> int:
+        found = re.search(rf"{name}:\s*(\d+) kB", Path("/proc/self/status").read_text(encoding="ascii"))
+        assert found
+        return int(found[1])
+
+    Path("/proc/self/clear_refs").write_text("5", encoding="ascii")
+    before = counted("VmRSS")
+    yield lambda: (counted("VmHWM") - before) / 1024
 
 
 def held(pid: int) -> tuple[float, float]:

@@ -310,7 +310,7 @@ def nested() -> Any:
         (doubled(), "no weight in it fits"),
         (endless(), "no weight in it fits"),
         (nested(), "no weight in it fits"),
-        ({"w": torch.zeros(2, device="meta")}, "claims more numbers than the file holds"),
+        ({"w": torch.zeros(2, device="meta")}, "holds no state dict"),
         ({f"x{number}": torch.zeros(1) for number in range(10_001)}, "10001 tensors in a state dict"),
         ({"w": torch.zeros(2, dtype=torch.complex64)}, "holds no state dict"),
         ({"rssm._img_in.0.weight": torch.zeros(10**9, 0)}, "no weight in it fits"),

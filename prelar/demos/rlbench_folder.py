@@ -8,8 +8,8 @@ Other data sets hold all variations of a task together, and name each episode's 
     <task>/all_variations/episodes/episode<j>/…                     pictures and pickle as above
     <task>/all_variations/episodes/episode<j>/variation_number.pkl  a pickle of a number
 
-The pickles are anybody's: they are read here, not by `pickle`, step by step and so far as such files need it.
-The few names that they need are inert stand-ins, and all others are refused. RLBench is not needed.
+The pickles are anybody's: `prelar.utils.pickles` reads them, so far as such files need it. The few names that
+they need are inert stand-ins, and all others are refused. RLBench is not needed.
 
 Data sets are recorded with all five cameras or with some of them: those that any episode has are expected of
 every episode. Actions are those of `prelar.demos.rlbench_folder`.
@@ -19,9 +19,8 @@ from __future__ import annotations
 
 import dataclasses
 import io
-import pickletools
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -32,7 +31,7 @@ from PIL import Image
 from prelar.demos.episodes import RESIZE, Array, Episode, Job, at_size, same_episode
 from prelar.envs.names import RLBENCH_CAMERAS, among
 from prelar.store.store import Frames
-from prelar.utils import files
+from prelar.utils import files, pickles
 from prelar.utils.errors import UserError, one_line, printable
 from prelar.utils.frames import SIZE
 
@@ -96,7 +95,7 @@ MAX_PIXELS = 2048 * 2048
 MAX_PICTURE = 64 << 20
 MAX_BYTES = 256 << 20
 MAX_VARIATION = 4 << 10
-MAX_STEPS = 2_000_000  # of a pickle: some 700 a step of a demonstration
+MAX_STEPS = 20_000
 EPISODE = re.compile(
     r"(?P<task>[^/]+)/(?:variation(?P<variation>\d+)|all_variations)/episodes/episode(?P<episode>\d+)"
 )
@@ -224,12 +223,12 @@ def read_low_dim(path: Path, action_mode: str = "joint_velocity") -> dict[str, A
     The pickle is a Demo, or a list of its observations.
     """
     try:
-        held = load_pickle(files.read_bytes(path, MAX_BYTES))
+        held = _load(path, MAX_BYTES)
         steps = held.state.get("_observations") if isinstance(held, _Record) else held
         if not isinstance(steps, (list, tuple)):
             raise ValueError("holds no Demo")
-        if not steps:
-            raise ValueError("no step")
+        if not 0 < len(steps) <= MAX_STEPS:
+            raise ValueError(f"{len(steps)} steps, more than {MAX_STEPS}" if steps else "no step")
         rows = [_row(number, step, MOTIONS[action_mode]) for number, step in enumerate(steps)]
     except ValueError as error:
         raise ValueError(f"{path.name}: {error}") from None
@@ -240,9 +239,13 @@ def read_low_dim(path: Path, action_mode: str = "joint_velocity") -> dict[str, A
 def read_variation(path: Path) -> int:
     """The number of an episode's variation. Raises `ValueError` where the pickle holds none."""
     try:
-        return _whole(load_pickle(files.read_bytes(path, MAX_VARIATION)))
+        return _whole(_load(path, MAX_VARIATION))
     except ValueError as error:
         raise ValueError(f"{path.name}: {error}") from None
+
+
+def _load(path: Path, most: int) -> Any:
+    return pickles.load(io.BytesIO(files.read_bytes(path, most)), _KNOWN, kind="demonstration")
 
 
 def _whole(value: Any) -> int:
@@ -292,7 +295,7 @@ def _vector(value: Any, name: str) -> Numbers:
     return value.vector(name)
 
 
-# --- The reader of pickles ----------------------------------------------------------------------------------
+# --- What stands in for the names of a pickle -------------------------------------------------------------
 
 
 class _Record:
@@ -329,8 +332,10 @@ class _Kind:
         if not isinstance(self._order, str) or self._order not in {"<", ">", "|", "="}:
             raise ValueError("a dtype's state is refused")
         dtype = np.dtype(self._order.replace("=", "<") + self._code)
-        if not isinstance(content, (bytes, bytearray)) or len(content) != count * dtype.itemsize:
+        if not isinstance(content, (bytes, bytearray, str)) or len(content) != count * dtype.itemsize:
             raise ValueError("numbers that do not fit their bytes")
+        if isinstance(content, str):
+            content = content.encode("latin1")
         return np.frombuffer(content, dtype=dtype).astype(np.float64)
 
 
@@ -342,7 +347,7 @@ class _Numbers:
 
     def build(self, state: Any) -> None:
         """Take version, shape, kind, order and bytes."""
-        self._told = state[1:] if isinstance(state, tuple) else ()
+        self._told = state[1:6] if isinstance(state, tuple) else ()
 
     @classmethod
     def of(cls, content: Any, kind: Any, shape: Any, *order: Any) -> _Numbers:
@@ -375,15 +380,15 @@ class _Scalar:
         return float(self._kind.numbers(self._content, 1)[0])
 
 
-def _bytes_of(text: Any = None, encoding: Any = None) -> bytes:
-    """Stands in for the encoder by which pickles before protocol 3 hold bytes."""
+def _bytes_of(text: Any = None, encoding: Any = None) -> str:
+    """Stands in for the encoder by which pickles before protocol 3 hold bytes: they are made at their use."""
     if not isinstance(text, str) or encoding != "latin1":
         raise ValueError("an encoding that is refused")
-    return text.encode("latin1")
+    return text
 
 
 _CORES = ("numpy.core", "numpy._core")
-_KNOWN: dict[str, Callable[..., Any]] = {
+_KNOWN: pickles.Known = {
     "rlbench.demo Demo": _Record,
     "rlbench.backend.observation Observation": _Record,
     "rlbench.backend.observation UnimanualObservation": _Record,
@@ -394,113 +399,3 @@ _KNOWN: dict[str, Callable[..., Any]] = {
     **{f"{core}.multiarray scalar": _Scalar for core in _CORES},
     **{f"{core}.numeric _frombuffer": _Numbers.of for core in _CORES},
 }
-
-
-@dataclasses.dataclass(frozen=True, slots=True)
-class _Name:
-    """A known name in a pickle. It can be called, and nothing can be changed by it."""
-
-    name: str
-
-    def __post_init__(self) -> None:
-        if self.name not in _KNOWN:
-            shown = printable(self.name.replace(" ", "."), 100)
-            raise ValueError(f"names {shown}, which no demonstration needs: refused")
-
-    def call(self, arguments: Any) -> Any:
-        """What the stand-in makes of the arguments."""
-        if not isinstance(arguments, tuple):
-            raise ValueError("damaged (a call without arguments)")
-        return _KNOWN[self.name](*arguments)
-
-
-_CONSTANTS = {"NONE": None, "NEWTRUE": True, "NEWFALSE": False}
-_EMPTY: dict[str, Callable[[], Any]] = {
-    "EMPTY_DICT": dict,
-    "EMPTY_LIST": list,
-    "EMPTY_TUPLE": tuple,
-    "EMPTY_SET": list,  # nobody asks what is in it, and nothing is compared
-}
-_TUPLES = {"TUPLE1": 1, "TUPLE2": 2, "TUPLE3": 3}
-_GETS = {"GET", "BINGET", "LONG_BINGET"}
-_PUTS = {"PUT", "BINPUT", "LONG_BINPUT"}
-_PASSED = {"PROTO", "FRAME", "STOP"}
-_VALUES = {
-    *("BININT", "BININT1", "BININT2", "INT", "LONG", "LONG1", "LONG4", "FLOAT", "BINFLOAT"),
-    *("UNICODE", "SHORT_BINUNICODE", "BINUNICODE", "BINUNICODE8"),
-    *("SHORT_BINBYTES", "BINBYTES", "BINBYTES8", "BYTEARRAY8"),
-}
-
-
-class _Reader:
-    """The stack and the memo of a pickle in reading."""
-
-    def __init__(self) -> None:
-        self.stack: list[Any] = []
-        self.marks: list[int] = []
-        self.memo: dict[int, Any] = {}
-
-    def do(self, name: str, value: Any) -> None:
-        """One step of the pickle: an opcode of `pickletools` and its argument."""
-        stack = self.stack
-        if name in _VALUES:
-            stack.append(value)
-        elif name == "MEMOIZE" or name in _PUTS:
-            self.memo[len(self.memo) if value is None else value] = stack[-1]
-        elif name in _GETS:
-            stack.append(self.memo[value])
-        elif name in _TUPLES:
-            stack[-_TUPLES[name] :] = [tuple(stack[-_TUPLES[name] :])]
-        elif name == "MARK":
-            self.marks.append(len(stack))
-        elif name in {"TUPLE", "FROZENSET"}:
-            stack.append(tuple(self._marked()))
-        elif name in _CONSTANTS:
-            stack.append(_CONSTANTS[name])
-        elif name in _EMPTY:
-            stack.append(_EMPTY[name]())
-        elif name == "BUILD":
-            state = stack.pop()
-            stack[-1].build(state)
-        elif name in {"REDUCE", "NEWOBJ"}:
-            arguments = stack.pop()
-            stack.append(stack.pop().call(arguments))
-        elif name in {"APPEND", "APPENDS", "ADDITEMS"}:
-            items = [stack.pop()] if name == "APPEND" else self._marked()
-            stack[-1].extend(items)
-        elif name in {"SETITEM", "SETITEMS"}:
-            items = [stack.pop(-2), stack.pop()] if name == "SETITEM" else self._marked()
-            pairs = zip(items[::2], items[1::2], strict=True)
-            stack[-1].update({key: item for key, item in pairs if isinstance(key, str)})
-        elif name == "GLOBAL":
-            stack.append(_Name(value))
-        elif name == "STACK_GLOBAL":
-            stack[-2:] = [_Name(" ".join(stack[-2:]))]
-        elif name not in _PASSED:
-            raise ValueError(f"holds {name}, which no demonstration needs: refused")
-
-    def _marked(self) -> list[Any]:
-        """What was laid on the stack since the last mark."""
-        mark = self.marks.pop()
-        items = self.stack[mark:]
-        del self.stack[mark:]
-        return items
-
-
-def load_pickle(content: bytes) -> Any:
-    """What a pickle holds: plain values and stand-ins. Raises `ValueError` where it is damaged or refused.
-
-    Its steps are taken one by one and their number is limited; nothing that it names is imported, and what
-    it calls or changes are stand-ins of its own. Of a dict only what has a text as its key is kept.
-    """
-    reader = _Reader()
-    try:
-        for count, (opcode, value, _) in enumerate(pickletools.genops(content)):
-            if count >= MAX_STEPS:
-                raise ValueError(f"takes more than {MAX_STEPS} steps")
-            reader.do(opcode.name, value)
-        return reader.stack.pop()
-    except (AttributeError, IndexError, KeyError, TypeError, MemoryError, OverflowError):
-        raise ValueError("damaged: not a pickle of a demonstration") from None
-    except ValueError as error:
-        raise ValueError(one_line(error)) from None
