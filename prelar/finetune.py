@@ -24,7 +24,7 @@ from prelar.control.agent import Agent
 from prelar.control.collector import Collector
 from prelar.control.exploration import Bonus
 from prelar.control.learner import Learner
-from prelar.control.replay import BatchPrefetcher, Replay
+from prelar.control.replay import Replay
 from prelar.control.rollout import RandomPolicy, play_episodes, summarise
 from prelar.envs import gl, make_env, suite
 from prelar.envs.pixels import Envs, PixelEnv, Simulator
@@ -34,6 +34,7 @@ from prelar.model.world_model import WorldModel
 from prelar.stages import stage_fingerprint
 from prelar.train.checkpoint import Snapshots, load_parts, resume_key, save_parts
 from prelar.train.loop import Hook, Scalars, compiles, set_up, summary, train
+from prelar.train.prefetch import BatchPrefetcher
 from prelar.utils.errors import UserError
 from prelar.utils.seeds import RngStream, episode_seed
 
@@ -147,9 +148,14 @@ def learn(
             action_dim=model.spec.robot_action_dim,
         )
         stack.callback(replay.close)
-        pinned = fabric.device.type == "cuda"
-        feed = BatchPrefetcher(replay, batch=preset.batch, length=preset.length, seed=seed, pinned=pinned)
-        stack.callback(feed.close)
+        batches = BatchPrefetcher(
+            lambda starts: replay.read(starts, preset.length),
+            choose=lambda update: replay.choose(
+                batch=preset.batch, length=preset.length, seed=seed, update=update
+            ),
+            device=fabric.device,
+        )
+        stack.callback(batches.close)
         envs = Envs(
             make_simulator,
             count=preset.envs,
@@ -160,14 +166,14 @@ def learn(
         watched = PixelEnv(make_simulator(), seed=episode_seed(RngStream.CURVE_EPISODES, 0))
         stack.callback(watched.close)
         collector = Collector(envs, replay)
-        stepper = Stepper(preset, learner, collector, feed)
+        stepper = Stepper(preset, learner, collector, batches)
         begin = time.perf_counter()
         train(
             stepper,
             name="finetune",
             steps=preset.env_steps,
             seed=seed,
-            state=learner.stateful() | {"collector": collector, "replay": replay, "feed": feed},
+            state=learner.stateful() | {"collector": collector, "replay": replay, "batches": batches},
             snapshots=snapshots,
             snapshot_every=preset.checkpoint_every,
             log_folder=log_folder,
@@ -221,9 +227,9 @@ class Stepper:
     """
 
     def __init__(
-        self, preset: Finetune, learner: Learner, collector: Collector, feed: BatchPrefetcher
+        self, preset: Finetune, learner: Learner, collector: Collector, batches: BatchPrefetcher[list[int]]
     ) -> None:
-        self.preset, self.learner, self.collector, self.feed = preset, learner, collector, feed
+        self.preset, self.learner, self.collector, self.batches = preset, learner, collector, batches
         self.steps = 0
         self.seconds = {"acting": 0.0, "learning": 0.0, "waiting for environments": 0.0}
         device = learner.fabric.device
@@ -245,7 +251,7 @@ class Stepper:
                 metrics |= self.collector.settle()
         with self._timed("learning"):
             for number in range(updates_after(index, self.preset), updates_after(index + 1, self.preset)):
-                metrics |= self.learner.update(self.feed.take(number), number)
+                metrics |= self.learner.update(self.batches.take(number), number)
         self.steps += 1
         return metrics
 

@@ -20,10 +20,11 @@ from prelar.model.images import denormalise, first_steps, normalise
 from prelar.model.spec import ModelSpec
 from prelar.model.world_model import WorldModel
 from prelar.stages import stage_fingerprint
-from prelar.store.sampler import Batch, Prefetch, SegmentSampler
+from prelar.store.sampler import SegmentSampler
 from prelar.store.store import Store
 from prelar.train.checkpoint import Snapshots, resume_key, save_parts
 from prelar.train.loop import Hook, Scalars, adam, compiles, descend, set_up, summary, train
+from prelar.train.prefetch import BatchPrefetcher
 from prelar.utils.distributed import Processes
 from prelar.utils.errors import UserError
 from prelar.utils.video_file import side_by_side, write_mp4
@@ -126,18 +127,10 @@ def _train(cfg: Config, store: Store, snapshots: Snapshots, fabric: Fabric) -> W
     watched = frames.to(fabric.device)
     processes = Processes(fabric)
 
-    def fetch(index: int) -> Batch:
-        batch = sampler.at(index)
-        return (
-            batch
-            if fabric.device.type == "cpu"
-            else {name: part.pin_memory() for name, part in batch.items()}
-        )
-
-    with Prefetch(fetch) as batches:
+    with BatchPrefetcher(sampler.at, choose=int, device=fabric.device, depth=2) as batches:
 
         def step(index: int) -> Scalars:
-            batch = batches.at(index)
+            batch = batches.take(index)
             images = normalise(batch["image"].to(fabric.device, non_blocking=True))
             is_first = batch["is_first"].to(fabric.device, non_blocking=True)
             with fabric.autocast():

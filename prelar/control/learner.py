@@ -61,7 +61,7 @@ class Learner:
         self._wrapped_actor_critic.mark_forward_method("losses")
 
     def update(self, batch: Mapping[str, Tensor], number: int) -> dict[str, Tensor]:
-        """Do update `number` (from 0) on a batch of `BatchPrefetcher.take`; returns scalars by name."""
+        """Do update `number` (from 0) on a batch of `Replay.read`; returns scalars by name."""
         data = {name: value.to(self.fabric.device, non_blocking=True) for name, value in batch.items()}
         post, metrics = self._update_model(data, number)
         return metrics | self._update_actor_critic(post, number)

@@ -13,7 +13,6 @@ import errno
 import os
 from collections import deque
 from collections.abc import Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -83,10 +82,6 @@ class Replay:
         while len(self) > self.capacity:
             self._spans.popleft()
 
-    def sample(self, *, batch: int, length: int, seed: int, update: int) -> dict[str, npt.NDArray[Any]]:
-        """Draw `batch` sequences of `length` steps: `read` of what `choose` chooses."""
-        return self.read(self.choose(batch=batch, length=length, seed=seed, update=update), length)
-
     def choose(self, *, batch: int, length: int, seed: int, update: int) -> list[int]:
         """Where to read `batch` sequences of `length` steps, each from one episode.
 
@@ -104,7 +99,7 @@ class Replay:
             starts.append(start + min(int(random.integers(total + 1)), total - length))
         return starts
 
-    def read(self, starts: Sequence[int], length: int) -> dict[str, npt.NDArray[Any]]:
+    def read(self, starts: Sequence[int], length: int) -> dict[str, Tensor]:
         """The sequences that begin at the steps `starts`, which may no longer be held, within the margin.
 
         Returns image uint8 (B, T, 64, 64, 3), action float32 (B, T, A), reward float32 (B, T) and is_first
@@ -116,7 +111,8 @@ class Replay:
         is_first = np.zeros(data.shape, np.bool_)
         is_first[:, 0] = True
         fields = {name: np.ascontiguousarray(data[name]) for name in ("image", "action", "reward")}
-        return fields | {"is_first": is_first}
+        fields["is_first"] = is_first
+        return {name: torch.from_numpy(value) for name, value in fields.items()}
 
     def state_dict(self) -> dict[str, Any]:
         """Which episodes are held, once their steps are safely on the disk."""
@@ -162,57 +158,3 @@ class Replay:
                 size = self._slots * self.records.itemsize / 1e9
                 raise UserError(f"{self._path}: disk full; the replay needs {size:.1f} GB") from None
             raise
-
-
-Batch = dict[str, Tensor]
-
-
-class BatchPrefetcher:
-    """The batch of each update, read one update ahead by a thread of its own.
-
-    Which sequences a batch holds is settled when the batch before it is taken, so that it is a function of
-    the run's steps and not of time, and goes into the state; only reading them is left to the thread. pinned:
-    whether batches lie in memory from which a GPU copies by itself.
-    """
-
-    def __init__(self, replay: Replay, *, batch: int, length: int, seed: int, pinned: bool) -> None:
-        self.replay, self.batch, self.length, self.seed = replay, batch, length, seed
-        self._pinned = pinned
-        self._starts: list[int] = []
-        self._pending: Future[Batch] | None = None
-        self._reader = ThreadPoolExecutor(1, thread_name_prefix="feed")
-
-    def take(self, update: int) -> Batch:
-        """The batch of update `update`: image, action, reward and is_first of `Replay.read`, as tensors."""
-        if self._pending is None:
-            self._request(self._choose(update))
-        assert self._pending is not None
-        ready = self._pending.result()
-        self._request(self._choose(update + 1))
-        return ready
-
-    def close(self) -> None:
-        """Wait for the reading under way, and drop what it read."""
-        self._reader.shutdown()
-
-    def state_dict(self) -> dict[str, Any]:
-        """Where the next batch is read."""
-        return {"starts": list(self._starts)}
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Take over what `state_dict` gave; the replay's file holds the steps."""
-        if state["starts"]:
-            self._request(list(state["starts"]))
-
-    def _choose(self, update: int) -> list[int]:
-        return self.replay.choose(batch=self.batch, length=self.length, seed=self.seed, update=update)
-
-    def _request(self, starts: list[int]) -> None:
-        self._starts = starts
-        self._pending = self._reader.submit(self._read, starts)
-
-    def _read(self, starts: list[int]) -> Batch:
-        found = {
-            name: torch.from_numpy(value) for name, value in self.replay.read(starts, self.length).items()
-        }
-        return {name: value.pin_memory() for name, value in found.items()} if self._pinned else found

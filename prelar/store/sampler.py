@@ -2,11 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from concurrent.futures import Future, ThreadPoolExecutor
-from types import TracebackType
-from typing import Generic, TypeVar
-
 import numpy as np
 import numpy.typing as npt
 import torch
@@ -16,7 +11,6 @@ from prelar.store.store import Store
 from prelar.utils.errors import UserError
 from prelar.utils.seeds import RngStream, generator
 
-T = TypeVar("T")
 Batch = dict[str, Tensor]
 
 _EPOCHS_KEPT = 2
@@ -131,37 +125,3 @@ def _too_short(store: Store, split: str | None, label: str | None, length: int, 
         f"{where}no clip has {length} frames {gap:g} s apart; {remain} of {len(clips)} clips have "
         f"{length} frames at a gap of {lower} s or less; lower frame_gap or length"
     )
-
-
-class Prefetch(Generic[T]):
-    """`fetch(step)` for rising steps, made ready in a background thread `depth` steps ahead of its use.
-
-    The results are those of `fetch`, whatever the order of the steps; only in order do they come early.
-    """
-
-    def __init__(self, fetch: Callable[[int], T], *, depth: int = 2) -> None:
-        self._fetch = fetch
-        self._depth = depth
-        self._pool = ThreadPoolExecutor(1, thread_name_prefix="prefetch")
-        self._ahead: dict[int, Future[T]] = {}
-
-    def at(self, step: int) -> T:
-        """The result for `step`. An error of `fetch` is raised here."""
-        for stale in [number for number in self._ahead if number < step or number > step + self._depth]:
-            self._ahead.pop(stale).cancel()
-        for number in range(step, step + self._depth + 1):
-            if number not in self._ahead:
-                self._ahead[number] = self._pool.submit(self._fetch, number)
-        return self._ahead.pop(step).result()
-
-    def close(self) -> None:
-        """Drop what is not fetched yet and end the thread."""
-        self._pool.shutdown(wait=True, cancel_futures=True)
-
-    def __enter__(self) -> Prefetch[T]:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self.close()

@@ -93,7 +93,7 @@ def replay() -> dict[str, float]:
         before = psutil.Process().memory_info().rss
         begin = time.perf_counter()
         for update in range(BATCHES):
-            held.sample(batch=50, length=50, seed=0, update=update)
+            held.read(held.choose(batch=50, length=50, seed=0, update=update), 50)
         seconds = time.perf_counter() - begin
         grown = psutil.Process().memory_info().rss - before
         size = path.stat().st_size

@@ -15,6 +15,7 @@ from prelar.control.replay import Replay
 from prelar.control.rollout import RandomPolicy
 from prelar.envs.pixels import Envs
 from prelar.train.loop import seed_step
+from tests.control.test_replay import sample
 from tests.control.toy import ACTIONS, DotWorld
 
 
@@ -42,7 +43,7 @@ def test_episodes_reach_the_replay_whole(tmp_path: Path) -> None:
     assert [n for n, found in enumerate(metrics) if found] == [4, 8], "when the next action is chosen"
     assert policy.starts == [[n % 4 == 0] * 2 for n in range(9)]
     assert collector.replay.episodes == 4 and len(collector.replay) == 20
-    got = collector.replay.sample(batch=30, length=5, seed=0, update=0)
+    got = sample(collector.replay, batch=30, length=5, seed=0, update=0)
     assert (got["reward"][:, 0] == 0).all() and (got["action"][:, 0] == 0).all()
     returns = {round(float(total), 4) for total in got["reward"].sum(1)}
     assert len(returns) == 4
@@ -55,7 +56,7 @@ def test_images_and_rewards_belong_to_the_action_that_led_there(tmp_path: Path) 
         collector.step(Steps())
     assert len(collector.replay) == 0, "the answer to the last action is still to come"
     assert set(collector.settle()) == {"train/success", "train/return"} and collector.settle() == {}
-    got = collector.replay.sample(batch=1, length=5, seed=0, update=0)
+    got = sample(collector.replay, batch=1, length=5, seed=0, update=0)
     column = got["image"][0, :, :, :, 0].max(1).argmax(1)
     np.testing.assert_allclose(column[1:], 4 + 52 * got["reward"][0, 1:], atol=0.51)
     moved = np.diff(got["reward"][0, 1:])
@@ -84,7 +85,7 @@ def test_a_restored_collector_goes_on_bit_for_bit(tmp_path: Path, before: int) -
             seed_step(0, number)
             metrics.append(one.step(policy))
         assert metrics[0] == metrics[1]
-    draws = [one.replay.sample(batch=9, length=5, seed=0, update=1) for one in (straight, second)]
+    draws = [sample(one.replay, batch=9, length=5, seed=0, update=1) for one in (straight, second)]
     for name, value in draws[0].items():
         np.testing.assert_array_equal(value, draws[1][name])
 
@@ -104,7 +105,7 @@ def test_processes_of_their_own_change_nothing(tmp_path: Path) -> None:
             seed_step(0, number)
             metrics.append(collector.step(RandomPolicy(ACTIONS)))
         state = collector.state_dict()
-        drawn = collector.replay.sample(batch=5, length=5, seed=0, update=0)
+        drawn = sample(collector.replay, batch=5, length=5, seed=0, update=0)
         found.append((metrics, state, drawn))
         assert set(collector.envs.seconds()) == {"simulation", "rendering"}
         collector.envs.close()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import psutil
@@ -28,6 +29,12 @@ def make(path: Path, capacity: int = 100, margin: int = 30) -> Replay:
     return Replay(path / "replay.bin", capacity=capacity, margin=margin, action_dim=2, size=4)
 
 
+def sample(replay: Replay, *, batch: int, length: int, seed: int, update: int) -> dict[str, Any]:
+    """The sequences of an update, as arrays."""
+    starts = replay.choose(batch=batch, length=length, seed=seed, update=update)
+    return {name: value.numpy() for name, value in replay.read(starts, length).items()}
+
+
 @settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(
     lengths=st.lists(st.integers(3, 40), min_size=1, max_size=12),
@@ -42,20 +49,27 @@ def test_sequences_lie_within_one_episode_held(
         replay.add(episode(number, steps))
     held = len(lengths) - replay.episodes
     assert len(replay) == sum(lengths[held:]) <= 100
-    got = replay.sample(batch=8, length=length, seed=seed, update=1)
+    got = sample(replay, batch=8, length=length, seed=seed, update=1)
     number, step = np.divmod(got["reward"].astype(int), 1000)
     assert (np.diff(number, axis=1) == 0).all() and (np.diff(step, axis=1) == 1).all()
     assert (number >= held).all() and (step < np.array(lengths)[number]).all()
     np.testing.assert_array_equal(got["action"][..., 1], got["reward"] + 0.5)
     np.testing.assert_array_equal(got["image"][..., 3, 3, 2], (number + step) % 256)
     assert got["is_first"][:, 0].all() and not got["is_first"][:, 1:].any()
+    assert {name: value.dtype.name for name, value in got.items()} == {
+        "image": "uint8",
+        "action": "float32",
+        "reward": "float32",
+        "is_first": "bool",
+    }
+    assert all(value.flags.c_contiguous and value.shape[:2] == (8, length) for value in got.values())
     replay.close()
 
 
 def test_ends_are_favoured_as_in_the_reference(tmp_path: Path) -> None:
     replay = make(tmp_path)
     replay.add(episode(0, 20))
-    starts = replay.sample(batch=4000, length=5, seed=0, update=0)["reward"][:, 0].astype(int)
+    starts = sample(replay, batch=4000, length=5, seed=0, update=0)["reward"][:, 0].astype(int)
     shares = np.bincount(starts, minlength=16) / 4000
     assert len(shares) == 16
     np.testing.assert_allclose(shares[:15], 1 / 21, atol=0.02)
@@ -68,7 +82,7 @@ def test_sampling_is_a_pure_function_of_seed_and_update(tmp_path: Path) -> None:
         replay.add(episode(number, 30))
 
     def draw(seed: int, update: int) -> bytes:
-        return replay.sample(batch=6, length=4, seed=seed, update=update)["reward"].tobytes()
+        return sample(replay, batch=6, length=4, seed=seed, update=update)["reward"].tobytes()
 
     first = draw(1, 2)
     assert draw(1, 3) != first and draw(2, 2) != first
@@ -80,13 +94,13 @@ def test_a_state_is_taken_up_after_later_steps_overwrote_old_ones(tmp_path: Path
     for number in range(9):
         replay.add(episode(number, 20))
     state = replay.state_dict()
-    wanted = replay.sample(batch=50, length=6, seed=0, update=7)
+    wanted = sample(replay, batch=50, length=6, seed=0, update=7)
     for number in (90, 91):
         replay.add(episode(number, 20))
     replay.close()
     again = make(tmp_path, capacity=60, margin=40)
     again.load_state_dict(state)
-    got = again.sample(batch=50, length=6, seed=0, update=7)
+    got = sample(again, batch=50, length=6, seed=0, update=7)
     for name, value in wanted.items():
         np.testing.assert_array_equal(got[name], value)
     assert (wanted["reward"] >= 6000).all()
@@ -105,7 +119,7 @@ def test_short_episodes_cannot_be_drawn_from(tmp_path: Path) -> None:
     replay = make(tmp_path)
     replay.add(episode(0, 5))
     with pytest.raises(UserError, match="no episode of 6 steps"):
-        replay.sample(batch=1, length=6, seed=0, update=0)
+        sample(replay, batch=1, length=6, seed=0, update=0)
 
 
 def test_a_full_disk_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -128,7 +142,7 @@ def test_the_resident_set_does_not_grow_with_the_file(tmp_path: Path) -> None:
     for _ in range(15):
         replay.add(block)
     for update in range(20):
-        replay.sample(batch=8, length=50, seed=0, update=update)
+        sample(replay, batch=8, length=50, seed=0, update=update)
     assert (tmp_path / "replay.bin").stat().st_size == 8000 * replay.records.itemsize
     assert psutil.Process().memory_info().rss - before < 30e6
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import re
-import threading
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +13,7 @@ import torch
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
-from prelar.store.sampler import Prefetch, SegmentSampler
+from prelar.store.sampler import SegmentSampler
 from prelar.store.store import Store, StoreWriter
 from prelar.utils.errors import UserError
 
@@ -196,35 +195,3 @@ def test_what_cannot_be_sampled_is_refused_in_one_line(store: Store) -> None:
         SegmentSampler(store, length=3, batch=1, seed=0, split="test")
     with pytest.raises(UserError, match="batch = 4: not divisible among 3 processes"):
         sampler(store, world=3)
-
-
-def test_prefetch_gives_what_fetch_gives_in_any_order() -> None:
-    with Prefetch(lambda step: step * 10, depth=3) as ahead:
-        assert [ahead.at(step) for step in (0, 1, 2, 7, 8, 3, 3, 100)] == [0, 10, 20, 70, 80, 30, 30, 1000]
-
-
-def test_prefetch_works_ahead_of_its_use_but_not_beyond_its_depth() -> None:
-    fetched = threading.Semaphore(0)
-    seen: list[int] = []
-
-    def fetch(step: int) -> int:
-        seen.append(step)
-        fetched.release()
-        return step
-
-    with Prefetch(fetch, depth=2) as ahead:
-        ahead.at(0)
-        assert all(fetched.acquire(timeout=30) for _ in range(3))
-    assert seen == [0, 1, 2]
-
-
-def test_an_error_of_fetch_is_raised_at_its_step() -> None:
-    def fetch(step: int) -> int:
-        if step == 2:
-            raise UserError("step 2")
-        return step
-
-    with Prefetch(fetch) as ahead:
-        assert [ahead.at(0), ahead.at(1)] == [0, 1]
-        with pytest.raises(UserError, match="step 2"):
-            ahead.at(2)
