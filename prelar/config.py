@@ -36,6 +36,7 @@ RENAMED = {"rlbench": "demos"} | {
 }
 """Keys of params.yaml by the names that they had before."""
 YAML_BYTES, YAML_DEPTH, YAML_NODES = 1 << 17, 64, 100_000
+EPISODE = 500  # steps of Meta-World's episodes
 CLASSES = 8  # of a group of a discrete latent action, as in prelar.model.actions
 MOST = 10**9  # of what a run counts
 WIDEST = 2**16  # of what lies in memory at once: a layer's units, a batch, a segment
@@ -73,11 +74,36 @@ class _Frozen(BaseModel):
 
 
 class Sample(_Frozen):
-    """Size of the embedded stand-in archive."""
+    """Size and scenes of the embedded stand-in archive."""
 
     clips: int = Field(ge=8, le=MOST, description="clips of the archive")
+    longest: int = Field(ge=25, le=500, description="frames of the longest clip; the shortest has 8")
+    tasks: Annotated[list[Text], Field(min_length=1)] | None = Field(
+        description="Meta-World tasks to show, [reach, …]; null: all twenty-one"
+    )
+    cameras: Annotated[list[Text], Field(min_length=1)] | None = Field(
+        description="Meta-World cameras, [corner, …]; null: all five"
+    )
+    width: int | None = Field(
+        ge=64, le=427, multiple_of=2, description="pixels of a clip's width; null: several, as in SSv2"
+    )
+    pace: Annotated[int, Field(ge=1, le=MOST)] | None = Field(
+        description="simulator steps from frame to frame; null: an expert's whole episode in each clip"
+    )
+    free: Share = Field(
+        description="share of clips in which the arm moves at random; the others show experts"
+    )
     parts: int = Field(ge=1, le=99, description="parts that the archive is split into")
     seed: Seed = Field(description="seed of the scenes and labels")
+
+    @model_validator(mode="after")
+    def _fits(self) -> Sample:
+        if self.pace is not None and self.pace * (self.longest - 1) > EPISODE:
+            raise ValueError(
+                f"pace is {self.pace}, at which {self.longest} frames outlast an episode of {EPISODE} steps; "
+                "lower pace or longest"
+            )
+        return self
 
 
 class Ssv2(_Frozen):
@@ -171,10 +197,19 @@ class Pretrain(_Frozen):
         multiple_of=2,
         description="channels of the encoder's first layer; deeper layers have multiples of it",
     )
+    decoder_channels: int = Field(
+        ge=0,
+        le=WIDEST,
+        description="channels of the ResNet decoder's last maps, at least, and its first pictures are nearly "
+        "grey: what a small cnn_depth needs; 0: as published",
+    )
     hidden: Width = Field(description="units of the dense layers")
     deter: Width = Field(description="size of the deterministic state, the GRU's")
     stoch: Width = Field(description="categorical variables of the stochastic state")
     discrete: int = Field(ge=2, le=WIDEST, description="classes of each of these variables")
+    beta: Weight = Field(description="weight of the dynamics KL while pre-training")
+    beta_a: Weight = Field(description="weight of the action KL against N(0, I)")
+    beta_c: Weight = Field(description="weight of the action-state consistency")
     log_every: Count = Field(description="updates between two lines of the log")
     video_every: Count = Field(description="updates between two videos of open-loop prediction")
     checkpoint_every: Count = Field(description="updates between two snapshots to resume from")
@@ -207,7 +242,7 @@ class Finetune(_Frozen):
     )
     eval_every: Count = Field(description="environment steps between two evaluations")
     eval_episodes: Count = Field(description="episodes of such an evaluation")
-    time_limit: int = Field(ge=1, le=500, description="steps after which an episode ends")
+    time_limit: int = Field(ge=1, le=EPISODE, description="steps after which an episode ends")
     log_every: Count = Field(description="environment steps between two lines of the log")
     checkpoint_every: Count = Field(description="environment steps between two snapshots to resume from")
 
@@ -238,7 +273,7 @@ class Evaluate(_Frozen):
     """One scale's evaluation: the policy, clips to predict, the latent action's probe, fits to episodes."""
 
     episodes: Count = Field(description="episodes of the agent, and of random actions")
-    time_limit: int = Field(ge=1, le=500, description="steps after which an episode ends")
+    time_limit: int = Field(ge=1, le=EPISODE, description="steps after which an episode ends")
     clips: Count = Field(description="segments to predict, of held-out clips and of the agent's episodes")
     observed: Width = Field(description="frames seen before open-loop prediction")
     length: Width = Field(description="frames of a segment, those seen included")
@@ -290,12 +325,14 @@ class Config(_Frozen):
     scale: Literal["smoke", "lite", "paper"] = Field(
         description="presets: smoke (minutes on 2 cores) | lite (a GPU-hour) | paper"
     )
-    beta: Weight = Field(description="weight of the dynamics KL while pre-training")
-    beta_a: Weight = Field(
-        description="weight of the action KL against N(0, I); 0.1: the action means more, see docs/methods.md"
+    beta: Weight | None = Field(
+        description="weight of the dynamics KL while pre-training; null: the scale's own"
     )
-    beta_c: Weight = Field(
-        description="weight of the action-state consistency; 0: PreLAR without consistency"
+    beta_a: Weight | None = Field(
+        description="weight of the action KL against N(0, I); null: the scale's own; see docs/methods.md"
+    )
+    beta_c: Weight | None = Field(
+        description="weight of the action-state consistency; null: the scale's own; 0: without consistency"
     )
     consistency: Literal["order", "sign"] = Field(
         description="order (smooth pairwise) | sign (as published: no gradient reaches the encoder)"

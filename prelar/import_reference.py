@@ -302,11 +302,12 @@ def translate(weights: Mapping[str, Tensor], part: str | None, spec: Spec) -> tu
 
 
 def preset_specs(cfg: Config, method: str) -> list[Spec]:
-    """The keywords that would build the method at each scale of the params, the chosen one first."""
+    """The keywords that would build the published method at each scale of the params, the chosen first."""
     scales = [cfg.scale, *(scale for scale in Scales.model_fields if scale != cfg.scale)]
     with torch.device("meta"):
         return [
             asdict(pretrain.build(cfg.model_copy(update={"method": method, "scale": scale})).spec)
+            | {"decoder_channels": 0}
             for scale in scales
         ]
 

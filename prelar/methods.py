@@ -50,6 +50,12 @@ def _context_encoder(spec: ModelSpec) -> nn.Module:
     return ContextEncoder(cnn_depth=spec.cnn_depth, frame=spec.context_frame, augment=spec.context_augment)
 
 
+def _decoder(kind: type[ResNetDecoder]) -> Callable[[ModelSpec], nn.Module]:
+    return lambda spec: kind(
+        cnn_depth=spec.cnn_depth, feature_dim=spec.feature_dim, least_channels=spec.decoder_channels
+    )
+
+
 def _rssm(spec: ModelSpec, *, embed_dim: int, action_dim: int) -> RSSM:
     return RSSM(
         embed_dim=embed_dim,
@@ -65,8 +71,8 @@ def _rssm(spec: ModelSpec, *, embed_dim: int, action_dim: int) -> RSSM:
 class Method:
     """What sets one method apart.
 
-    `pretrains`: whether it pre-trains at all. `encoder`: maker of its encoder; `decoder`: class of its
-    decoder. `video_action`, `robot_action`: makers of the action part for pre-training and fine-tuning.
+    `pretrains`: whether it pre-trains at all. `encoder`, `decoder`: makers of its vision. `video_action`,
+    `robot_action`: makers of the action part for pre-training and fine-tuning.
     `stacked`: whether an action-conditional RSSM is stacked on the loaded one. `loads`: which
     pre-trained part fine-tuning loads into which submodule. `frozen`: submodules whose learning rate is 0 in
     the first updates. `bonus_source`: what the exploration bonus looks at, None: no bonus. `dual`: whether it
@@ -75,7 +81,7 @@ class Method:
 
     pretrains: bool
     encoder: Callable[[ModelSpec], Any]
-    decoder: Callable[..., nn.Module]
+    decoder: Callable[[ModelSpec], nn.Module]
     video_action: Callable[[ModelSpec], ActionPart]
     robot_action: Callable[[ModelSpec], ActionPart]
     stacked: bool = False
@@ -91,14 +97,14 @@ _LOWER = MappingProxyType({"encoder": "encoder", "decoder": "decoder", "dynamics
 _DREAMERV2 = Method(
     pretrains=False,
     encoder=lambda spec: PlainEncoder(cnn_depth=spec.cnn_depth),
-    decoder=PlainDecoder,
+    decoder=lambda spec: PlainDecoder(cnn_depth=spec.cnn_depth, feature_dim=spec.feature_dim),
     video_action=lambda spec: NoAction(slot=spec.robot_action_dim),
     robot_action=lambda spec: RawAction(robot_action_dim=spec.robot_action_dim, slot=spec.robot_action_dim),
 )
 _APV = Method(
     pretrains=True,
     encoder=lambda spec: ResNetEncoder(cnn_depth=spec.cnn_depth),
-    decoder=ResNetDecoder,
+    decoder=_decoder(ResNetDecoder),
     video_action=lambda spec: NoAction(slot=SLOT),
     robot_action=lambda spec: RawAction(robot_action_dim=spec.robot_action_dim, slot=SLOT),
     stacked=True,
@@ -107,7 +113,7 @@ _APV = Method(
     bonus_source="lower",
     dual=True,
 )
-_CONTEXTWM = replace(_APV, encoder=_context_encoder, decoder=ContextDecoder)
+_CONTEXTWM = replace(_APV, encoder=_context_encoder, decoder=_decoder(ContextDecoder))
 _PRELAR = replace(
     _APV,
     video_action=_video,
@@ -155,7 +161,7 @@ def build_model(spec: ModelSpec) -> WorldModel:
     row = find_method(spec.method, finetunes and spec.naive)
     action = (row.robot_action if finetunes else row.video_action)(spec)
     encoder = row.encoder(spec)
-    decoder = row.decoder(cnn_depth=spec.cnn_depth, feature_dim=spec.feature_dim)
+    decoder = row.decoder(spec)
     dynamics: RSSM | StackedRSSM
     lower = dynamics = _rssm(spec, embed_dim=encoder.embed_dim, action_dim=action.action_dim)
     heads = {}

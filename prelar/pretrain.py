@@ -88,6 +88,7 @@ def build(cfg: Config) -> WorldModel:
         stage="pretrain",
         method=cfg.method,
         cnn_depth=preset.cnn_depth,
+        decoder_channels=preset.decoder_channels,
         hidden=preset.hidden,
         deter=preset.deter,
         stoch=preset.stoch,
@@ -97,9 +98,9 @@ def build(cfg: Config) -> WorldModel:
         action_window=cfg.action_window,
         consistency=cfg.consistency,
         context_frame=cfg.context_frame,
-        beta=cfg.beta,
-        beta_a=cfg.beta_a,
-        beta_c=cfg.beta_c,
+        beta=preset.beta if cfg.beta is None else cfg.beta,
+        beta_a=preset.beta_a if cfg.beta_a is None else cfg.beta_a,
+        beta_c=preset.beta_c if cfg.beta_c is None else cfg.beta_c,
         frame_gap=cfg.frame_gap,
     )
     return build_model(spec)

@@ -1,7 +1,7 @@
 """The embedded sample: an archive in the shape of Something-Something V2, for people without it.
 
-Scripted Meta-World experts act under varied goals, cameras, speeds and widths; their clips are encoded and
-packed exactly as the published archive is:
+Scripted Meta-World experts act under varied goals, cameras, speeds and widths, and arms move at random; their
+clips are encoded and packed exactly as the published archive is:
 
     20bn-something-something-download-package-labels.zip
         labels/labels.json, train.json, validation.json, test.json, test-answers.csv
@@ -32,9 +32,11 @@ import numpy as np
 import numpy.typing as npt
 from tqdm import tqdm
 
-from prelar.config import Config
+from prelar.config import Config, Sample
 from prelar.envs import gl
 from prelar.envs.metaworld import ACTION_DIM, MAX_STEPS, Simulator
+from prelar.envs.names import check_camera
+from prelar.utils.errors import UserError
 from prelar.utils.files import STAGING, publish, remove
 from prelar.utils.processes import processors, worker_pool
 from prelar.utils.video_file import ffmpeg_binary
@@ -46,11 +48,12 @@ LABELS = "20bn-something-something-download-package-labels.zip"
 HEIGHT = 240
 WIDTHS = (427, 320, 426, 352, 240)
 FPS = 12
-SHORTEST, LONGEST, USEFUL = 8, 80, 25
+SHORTEST, USEFUL = 8, 25
 SHORT_SHARE = 0.125
 CAMERAS = ("corner", "corner2", "corner3", "corner4", "topview")
 NOISE = 0.15
 TAIL = 12
+PACE, HELD = 4, 8
 ATTEMPTS = 20
 IDS = 220_847
 
@@ -76,12 +79,18 @@ SCENES: dict[str, tuple[str, tuple[str, ...]]] = {
     "basketball": ("Dropping [something] into [something]", ("a ball", "a basket")),
     "sweep": ("Pushing [something] across [something]", ("a cube", "a table")),
     "handle-press": ("Pressing [something] from above", ("a handle",)),
+    "reach": ("Moving [something] closer to [something]", ("a gripper", "a ball")),
 }
+FREE = ("Moving part of [something]", ("a robot",))
 
 
 @dataclasses.dataclass(frozen=True)
 class ClipPlan:
-    """What one clip of the sample shows. `frames` frames are spread over the expert's episode."""
+    """What one clip of the sample shows.
+
+    Its `frames` frames are `pace` steps apart, or spread over the expert's episode where that is None. Where
+    it is `free`, no expert is at work: the arm moves at random.
+    """
 
     id: str
     split: str
@@ -91,16 +100,18 @@ class ClipPlan:
     frames: int
     seed: int
     episode: int
+    pace: int | None = None
+    free: bool = False
 
     @property
     def template(self) -> str:
         """The label with its brackets."""
-        return SCENES[self.task][0]
+        return (FREE if self.free else SCENES[self.task])[0]
 
     @property
     def placeholders(self) -> list[str]:
         """What stands in the brackets."""
-        return list(SCENES[self.task][1])
+        return list((FREE if self.free else SCENES[self.task])[1])
 
     @property
     def label(self) -> str:
@@ -111,14 +122,23 @@ class ClipPlan:
         return text
 
 
-def plan(clips: int, seed: int) -> list[ClipPlan]:
-    """What every clip shows, a pure function of the two numbers. Seven of eight have 25 frames or more."""
+def plan(sizes: Sample) -> list[ClipPlan]:
+    """What every clip shows, a pure function of the settings. Seven of eight have 25 frames or more.
+
+    Raises `UserError` for a task that has no scene, and for an unknown camera.
+    """
+    clips, seed = sizes.clips, sizes.seed
+    tasks = sizes.tasks or list(SCENES)
+    cameras = [check_camera(name) for name in sizes.cameras or CAMERAS]
+    for name in tasks:
+        if name not in SCENES:
+            raise UserError(f"sample.tasks: {name} has no scene; choose of {', '.join(SCENES)}")
     random = np.random.Generator(np.random.PCG64([seed, clips]))
     short = int(clips * SHORT_SHARE)
     lengths = np.concatenate(
         [
             np.linspace(SHORTEST, USEFUL - 1, max(short, 1)).round()[:short],
-            (USEFUL + (LONGEST - USEFUL) * np.linspace(0, 1, clips - short) ** 2).round(),
+            (USEFUL + (sizes.longest - USEFUL) * np.linspace(0, 1, clips - short) ** 2).round(),
         ]
     )
     lengths = random.permutation(lengths).astype(int)
@@ -126,17 +146,19 @@ def plan(clips: int, seed: int) -> list[ClipPlan]:
     splits = ["test"] * test + ["validation"] * validation + ["train"] * (clips - test - validation)
     order = random.permutation(clips)
     ids = random.choice(np.arange(1, IDS + 1), size=clips, replace=False)
-    tasks = list(SCENES)
+    free = random.permutation(clips) < round(clips * sizes.free)
     return [
         ClipPlan(
             id=str(ids[number]),
             split=splits[order[number]],
             task=tasks[number % len(tasks)],
-            camera=CAMERAS[(number + number // len(tasks)) % len(CAMERAS)],
-            width=WIDTHS[int(random.integers(len(WIDTHS)))],
+            camera=cameras[(number + number // len(tasks)) % len(cameras)],
+            width=sizes.width or WIDTHS[int(random.integers(len(WIDTHS)))],
             frames=int(lengths[number]),
             seed=seed,
             episode=number,
+            pace=sizes.pace or (PACE if free[number] else None),
+            free=bool(free[number]),
         )
         for number in range(clips)
     ]
@@ -154,7 +176,7 @@ def play(simulator: Simulator, clip: ClipPlan) -> tuple[int, list[npt.NDArray[np
         simulator.reset(clip.seed, episode)
         actions: list[npt.NDArray[np.float64]] = []
         solved = MAX_STEPS
-        while len(actions) < min(max(solved + TAIL, clip.frames), MAX_STEPS):
+        while len(actions) < min(max(solved + TAIL, clip.frames * (clip.pace or 1)), MAX_STEPS):
             actions.append(simulator.expert() + noise[len(actions)])
             if simulator.step(actions[-1]).success:
                 solved = min(solved, len(actions))
@@ -163,20 +185,26 @@ def play(simulator: Simulator, clip: ClipPlan) -> tuple[int, list[npt.NDArray[np
     raise RuntimeError(f"{clip.task}: the expert failed in {ATTEMPTS} episodes from {clip.episode}")
 
 
-def film(simulator: Simulator, clip: ClipPlan) -> Iterator[npt.NDArray[np.uint8]]:
-    """Draw a clip: its frames, uint8 (240, width, 3), evenly spread over an episode of the noisy expert.
+def move_freely(clip: ClipPlan) -> tuple[int, list[npt.NDArray[np.float64]]]:
+    """An episode of random actions, each held for some steps: its number, and its actions."""
+    random = np.random.Generator(np.random.PCG64([clip.seed, clip.episode]))
+    drawn = random.uniform(-1, 1, size=(-(-MAX_STEPS // HELD), ACTION_DIM))
+    return clip.episode, list(drawn.repeat(HELD, axis=0)[:MAX_STEPS])
 
-    The episode is played once to find where the task is solved, and a second time to draw the frames.
+
+def film(simulator: Simulator, clip: ClipPlan) -> Iterator[npt.NDArray[np.uint8]]:
+    """Draw a clip: its frames, uint8 (240, width, 3).
+
+    An expert's episode is played once to find where the task is solved, and a second time to draw the frames.
     """
-    episode, actions = play(simulator, clip)
-    moments = np.linspace(0, len(actions), clip.frames).round().astype(int)
+    episode, actions = move_freely(clip) if clip.free else play(simulator, clip)
+    last = len(actions) if clip.pace is None else clip.pace * (clip.frames - 1)
+    moments = np.linspace(0, min(last, len(actions)), clip.frames).round().astype(int)
     simulator.reset(clip.seed, episode)
-    margin = (max(WIDTHS) - clip.width) // 2
     for before, moment in itertools.pairwise([0, *moments.tolist()]):
         for action in actions[before:moment]:
             simulator.step(action)
-        picture = simulator.render(clip.camera, max(WIDTHS), HEIGHT)
-        yield np.ascontiguousarray(picture[:, margin : margin + clip.width])
+        yield simulator.render(clip.camera, clip.width, HEIGHT)
 
 
 def encode(frames: Iterable[npt.NDArray[np.uint8]], width: int, path: Path) -> None:
@@ -224,7 +252,7 @@ def make_clips(clips: Sequence[ClipPlan], folder: Path) -> int:
 
 def write_labels(clips: Sequence[ClipPlan], path: Path) -> None:
     """Write the labels package of SSv2's shape."""
-    templates = sorted({template for template, _ in SCENES.values()})
+    templates = sorted({template for template, _ in (*SCENES.values(), FREE)})
     numbers = {_plain(template): str(number) for number, template in enumerate(templates)}
     described = {
         split: [
@@ -279,18 +307,18 @@ def pack(webms: Sequence[Path], folder: Path, parts: int) -> None:
         (folder / f"{NAME}-{part:02d}").write_bytes(whole[part * step : (part + 1) * step])
 
 
-def make_sample(folder: Path, *, clips: int, parts: int, seed: int, workers: int) -> None:
-    """Make the whole sample in an empty `folder`. The bytes do not depend on `workers`."""
+def make_sample(folder: Path, planned: Sequence[ClipPlan], *, parts: int, workers: int) -> None:
+    """Make the sample of the planned clips in an empty `folder`. The bytes do not depend on `workers`."""
     gl.ensure()
-    planned = plan(clips, seed)
     by_task = [[clip for clip in planned if clip.task == task] for task in SCENES]
+    shares = [group[first::workers] for group in by_task for first in range(workers)]
     scratch = folder / ".clips"
     scratch.mkdir(parents=True)
     with (
         worker_pool(workers) as pool,
-        tqdm(total=clips, desc="sample", unit="clip", disable=None) as progress,
+        tqdm(total=len(planned), desc="sample", unit="clip", disable=None) as progress,
     ):
-        jobs = [pool.submit(make_clips, group, scratch) for group in by_task if group]
+        jobs = [pool.submit(make_clips, group, scratch) for group in shares if group]
         for job in concurrent.futures.as_completed(jobs):
             progress.update(job.result())
     webms = [scratch / f"{clip.id}.webm" for clip in sorted(planned, key=lambda clip: int(clip.id))]
@@ -304,6 +332,6 @@ def run(config: Config) -> None:
     sizes = config.sample
     staged = STAGING / "sample"
     remove(staged)
-    make_sample(staged, clips=sizes.clips, parts=sizes.parts, seed=sizes.seed, workers=processors())
+    make_sample(staged, plan(sizes), parts=sizes.parts, workers=processors())
     publish(staged, OUTPUT)
     print(f"sample: {sizes.clips} clips in {sizes.parts} parts -> {OUTPUT}", flush=True)

@@ -20,7 +20,7 @@ import torch
 from ruamel.yaml import YAML
 
 from prelar import pretrain
-from prelar.config import Config, read_yaml
+from prelar.config import Config, load_config, read_yaml
 from prelar.demos.episodes import Episode, Splits, clips
 from prelar.demos.metaworld import Metaworld
 from prelar.methods import build_model
@@ -290,6 +290,20 @@ def test_a_run_is_not_continued_on_other_frames(tmp_path: Path, monkeypatch: pyt
     assert key("b", 5, 0) == first
     assert key("c", 5, 1) != first, "another frame"
     assert key("d", 0, 0, "of a file") != key("e", 0, 1, "of a file"), "the same file, read otherwise"
+
+
+def test_weights_are_the_scale_s_own_unless_the_file_says_otherwise() -> None:
+    changed = {"method": "prelar", "beta": None, "beta_a": 0.25, "beta_c": None}
+    cfg = load_config(ROOT / "params.yaml").model_copy(update=changed)
+    for scale in ("smoke", "paper"):
+        chosen = cfg.model_copy(update={"scale": scale})
+        with torch.device("meta"):
+            found = pretrain.build(chosen).weights
+        assert (found["kl"], found["action_kl"], found["consistency"]) == (
+            chosen.pretrain.beta,
+            0.25,
+            chosen.pretrain.beta_c,
+        )
 
 
 def test_the_stage_reads_the_params_that_its_key_and_dvc_track(

@@ -109,7 +109,9 @@ def test_a_command_builds_both_models(name: str, dataset: str) -> None:
     assert bool(after.bonus_dim) == (cfg.bonus > 0 and row.bonus_source is not None)
     assert ("dual_reward" in after.heads) == (cfg.dual_reward and row.dual)
     if cfg.method == "prelar":
-        assert (before.weights["consistency"], before.weights["action_kl"]) == (cfg.beta_c, cfg.beta_a)
+        for loss, key in (("consistency", "beta_c"), ("action_kl", "beta_a")):
+            given = getattr(cfg, key)
+            assert before.weights[loss] == (getattr(cfg.pretrain, key) if given is None else given)
         assert type(before.action.kind).__name__.lower() == cfg.action_kind
         assert before.action.trunk.stem.in_channels == 3 * cfg.action_window
     if cfg.method == "contextwm":
@@ -120,7 +122,7 @@ def test_a_command_builds_both_models(name: str, dataset: str) -> None:
 @pytest.mark.parametrize(
     ("name", "expected"),
     [
-        ("PreLAR without consistency", {"beta_c": 0.0, "beta_a": 1.0, "action_kind": "gaussian"}),
+        ("PreLAR without consistency", {"beta_c": 0.0, "beta_a": None, "action_kind": "gaussian"}),
         (
             "PreLAR without consistency and action KL",
             {"beta_c": 0.0, "beta_a": 0.0, "action_kind": "deterministic"},

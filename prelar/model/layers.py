@@ -19,10 +19,13 @@ from prelar.utils.errors import UserError
 
 
 def initialise(module: nn.Module) -> None:
-    """Give every layer Xavier-uniform weights and zero biases; normalisation layers are left alone."""
+    """Give every layer Xavier-uniform weights, times its `gain` if it has one, and zero biases.
+
+    Normalisation layers are left alone.
+    """
     for layer in module.modules():
         if isinstance(layer, nn.Linear | nn.Conv2d | nn.ConvTranspose2d):
-            nn.init.xavier_uniform_(layer.weight)
+            nn.init.xavier_uniform_(layer.weight, gain=getattr(layer, "gain", 1.0))
             if layer.bias is not None:
                 nn.init.zeros_(layer.bias)
 

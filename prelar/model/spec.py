@@ -13,12 +13,13 @@ from prelar.utils.errors import UserError
 class ModelSpec:
     """Method, sizes, action part, context and weights of a world model.
 
-    `stage` is pretrain or finetune. `cnn_depth` counts channels of the vision; `hidden`, `deter`, `stoch` and
-    `discrete` are the RSSM's sizes. `robot_action_dim` only sizes the unused action slot of DreamerV2 where
-    the stage is pretrain. `beta`, `beta_a` and `beta_c` weight the KL of the dynamics, the KL of the action
-    and the consistency. `naive`, `dual_reward`, `bonus`, `context_augment` and the reward heads' `units` and
-    `layers` belong to fine-tuning; a `bonus` of 0 means no exploration bonus. `frame_gap` is the time in
-    seconds between the frames that it was pre-trained on, None: neighbours, whatever their rate.
+    `stage` is pretrain or finetune. `cnn_depth` counts channels of the vision, of which the last maps of a
+    ResNet decoder have at least `decoder_channels`; `hidden`, `deter`, `stoch` and `discrete` are the RSSM's
+    sizes. `robot_action_dim` only sizes the unused action slot of DreamerV2 where the stage is pretrain.
+    `beta`, `beta_a` and `beta_c` weight the KL of the dynamics, the KL of the action and the consistency.
+    `naive`, `dual_reward`, `bonus`, `context_augment` and the reward heads' `units` and `layers` belong to
+    fine-tuning; a `bonus` of 0 means no exploration bonus. `frame_gap` is the time in seconds between the
+    frames that it was pre-trained on, None: neighbours, whatever their rate.
     """
 
     method: str
@@ -28,6 +29,7 @@ class ModelSpec:
     stoch: int
     discrete: int
     stage: str = "pretrain"
+    decoder_channels: int = 0
     action_dim: int = 64
     action_kind: str = "gaussian"
     action_window: int = 2

@@ -16,6 +16,9 @@ from prelar.utils.distributed import sample_global
 Context = tuple[Tensor, ...]
 """Maps of the context frame, 8×8 then 16×16, each (B, C, H, W); empty for encoders without a context."""
 
+NEARLY_GREY = 0.05
+"""Gain of the first weights of a decoder's last layer, whose pictures are nearly grey, 0, then."""
+
 
 class ResNetEncoder(nn.Module):
     """The ResNet encoder: 64×64 images to a vector of 64·cnn_depth."""
@@ -43,19 +46,27 @@ class ResNetEncoder(nn.Module):
 class ResNetDecoder(nn.Module):
     """The ResNet decoder: a linear layer to 4·cnn_depth×4×4, three stages, a transposed conv.
 
-    A stage is nearest ×2 and two residual layers, of which the second halves the width.
+    A stage is nearest ×2 and two residual layers, of which the second halves the width. A decoder of small
+    depth finds the picture only where the last two stages leave it some channels, at least `least_channels`,
+    and where its first pictures are nearly grey.
     """
 
-    def __init__(self, *, cnn_depth: int, feature_dim: int) -> None:
+    def __init__(self, *, cnn_depth: int, feature_dim: int, least_channels: int = 0) -> None:
         super().__init__()
-        self.width = 4 * cnn_depth
+        widths = [4 * cnn_depth, 2 * cnn_depth, max(cnn_depth, least_channels)]
+        widths.append(max(widths[2] // 2, least_channels))
+        self.width = widths[0]
         self.stem = nn.Linear(feature_dim, self.width * 4 * 4)
-        self.stages = nn.ModuleList(self._stage(self.width >> i, 8 << i) for i in range(3))
-        self.out = nn.ConvTranspose2d(self.width // 8, 3, 3, stride=2, padding=1, output_padding=1)
+        self.stages = nn.ModuleList(
+            self._stage(width, following, 8 << i) for i, (width, following) in enumerate(pairwise(widths))
+        )
+        self.out = nn.ConvTranspose2d(widths[-1], 3, 3, stride=2, padding=1, output_padding=1)
+        if least_channels:
+            self.out.gain = NEARLY_GREY  # type: ignore[assignment]
 
-    def _stage(self, width: int, size: int) -> nn.ModuleList:
-        """The two layers at `size`×`size` pixels, from `width` channels to half of them."""
-        return nn.ModuleList([ResidualLayer(width, width), ResidualLayer(width, width // 2)])
+    def _stage(self, width: int, following: int, size: int) -> nn.ModuleList:
+        """The two layers at `size`×`size` pixels, from `width` channels to those of the following stage."""
+        return nn.ModuleList([ResidualLayer(width, width), ResidualLayer(width, following)])
 
     def _layers(self, x: Tensor, stage: int, context: Context, training: bool) -> Tensor:
         for layer in self.stages[stage]:  # type: ignore[attr-defined]
@@ -104,10 +115,10 @@ class ContextEncoder(ResNetEncoder):
 class ContextDecoder(ResNetDecoder):
     """The ResNet decoder whose stages below 32×32 attend to the context maps in their first layer."""
 
-    def _stage(self, width: int, size: int) -> nn.ModuleList:
+    def _stage(self, width: int, following: int, size: int) -> nn.ModuleList:
         if size >= 32:
-            return super()._stage(width, size)
-        return nn.ModuleList([AttentiveLayer(width, width, size), ResidualLayer(width, width // 2)])
+            return super()._stage(width, following, size)
+        return nn.ModuleList([AttentiveLayer(width, width, size), ResidualLayer(width, following)])
 
     def _layers(self, x: Tensor, stage: int, context: Context, training: bool) -> Tensor:
         if stage >= len(context):

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import pytest
 import torch
 from torch import Tensor
 
+from prelar.methods import build_model
 from prelar.model.layers import BatchNorm, initialise
+from prelar.model.spec import ModelSpec
 from prelar.model.vision import (
     ContextDecoder,
     ContextEncoder,
@@ -143,3 +147,29 @@ def test_erase_greys_one_rectangle_of_about_half_the_images() -> None:
 def test_unchanged_is_the_identity() -> None:
     images = clip()
     assert unchanged(images) is images
+
+
+@pytest.mark.parametrize(
+    ("depth", "least", "widths"),
+    [(8, 0, [32, 16, 8, 4]), (8, 16, [32, 16, 16, 16]), (48, 16, [192, 96, 48, 24])],
+)
+@pytest.mark.parametrize("kind", [ResNetDecoder, ContextDecoder])
+def test_the_last_maps_have_channels_to_draw_with(
+    kind: type[ResNetDecoder], depth: int, least: int, widths: list[int]
+) -> None:
+    with torch.device("meta"):
+        net = kind(cnn_depth=depth, feature_dim=FEATURE, least_channels=least)
+    found = [net.stem.out_features // 16, *(stage[1].norm2.weight.shape[0] for stage in net.stages)]
+    assert found == widths and net.out.in_channels == widths[-1]
+
+
+def test_the_first_pictures_of_a_small_decoder_are_nearly_grey() -> None:
+    spec = ModelSpec(
+        method="prelar", cnn_depth=8, hidden=16, deter=16, stoch=4, discrete=4, decoder_channels=16
+    )
+    torch.manual_seed(0)
+    grey = build_model(spec)
+    torch.manual_seed(0)
+    wide = build_model(dataclasses.replace(spec, decoder_channels=0))
+    state = torch.randn(2, 3, spec.feature_dim)
+    assert grey.decode(state, ()).std() < 0.2 * wide.decode(state, ()).std()

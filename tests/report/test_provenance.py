@@ -24,7 +24,7 @@ stages:
   demos:
     outs: [{{path: data/demos.zarr, hash: md5, md5: bb.dir}}]
   pretrain:
-    params: {{params.yaml: {{beta_a: 1.0, scales.smoke.pretrain: {{steps: {STEPS}}}}}}}
+    params: {{params.yaml: {{beta_a: null, scales.smoke.pretrain: {{steps: {STEPS}}}}}}}
     outs: [{{path: data/pretrain, hash: md5, md5: cc.dir}}]
 """
 
@@ -69,7 +69,7 @@ def test_a_clean_tree(project: Path) -> None:
 
 
 def test_changed_params_become_settings_and_stale_stages_are_named(project: Path) -> None:
-    edit(project / "params.yaml", "beta_a: 1.0 ", "beta_a: 0.1 ")
+    edit(project / "params.yaml", "beta_a: null ", "beta_a: 0.1 ")
     edit(project / "params.yaml", "tasks: null", "tasks: [reach]")
     (project / "dvc.lock").write_text(LOCK + "# a run writes this\n")
     found = read_project(project)
