@@ -1,4 +1,8 @@
-"""How well a world model foresees video: open-loop prediction against copying the last frame it saw."""
+"""How well a world model foresees video: open-loop prediction, and what predicts without a model.
+
+Copying the last frame seen is hard to beat for a frame or two; the per-pixel median of the training frames is
+the picture without what moves, which a model that paints the arm out would match.
+"""
 
 from __future__ import annotations
 
@@ -23,6 +27,7 @@ Frames = npt.NDArray[np.uint8]
 Predict = Callable[[Tensor, Tensor, int, Tensor | None], Tensor]
 
 BATCH = 16
+LATE = 3
 SHOWN = 3
 FPS = 8
 LEAST_ERROR = 1e-10
@@ -34,6 +39,7 @@ class Prediction:
 
     truth, predicted: uint8 (N, T, 64, 64, 3). model, copy: mean squared error of each predicted frame, pixels
     in [0, 1], averaged over segments: float64 (T - observed,), of the model and of the last frame seen.
+    median: of the per-pixel median of training frames, None where there is none.
     """
 
     truth: Frames
@@ -41,6 +47,16 @@ class Prediction:
     observed: int
     model: npt.NDArray[np.float64]
     copy: npt.NDArray[np.float64]
+    median: npt.NDArray[np.float64] | None = None
+
+    def late(self) -> dict[str, float]:
+        """Mean errors from the third frame ahead on, by whose they are; none of a shorter prediction."""
+        rows = {"model": self.model, "copy": self.copy, "median": self.median}
+        return {
+            name: float(errors[LATE - 1 :].mean())
+            for name, errors in rows.items()
+            if errors is not None and len(errors) >= LATE
+        }
 
 
 def measure(
@@ -50,6 +66,7 @@ def measure(
     observed: int,
     device: torch.device,
     actions: npt.NDArray[np.float32] | None = None,
+    medians: Frames | None = None,
     seed: int = 0,
 ) -> Prediction:
     """Let a model predict segments and measure its error.
@@ -61,6 +78,7 @@ def measure(
         observed: frames that the model sees, 1 to T - 1.
         device: where the model lives.
         actions: (N, T, A), the action that led to each frame; zeros at the start of a segment.
+        medians: uint8 (N, 64, 64, 3), the median picture of each segment's camera.
         seed: of what the model draws.
 
     Raises:
@@ -84,7 +102,11 @@ def measure(
             errors[row, chosen] = (images - other).square().mean((-3, -2, -1)).double().cpu().numpy()
         predicted[chosen] = denormalise(guess).cpu().numpy()
     model, copy = errors[:, :, observed:].mean(1)
-    return Prediction(truth, predicted, observed, model, copy)
+    median = None
+    if medians is not None:
+        still = (truth[:, observed:].astype(np.float64) - medians[:, None]) / 255
+        median = np.square(still).mean((0, 2, 3, 4))
+    return Prediction(truth, predicted, observed, model, copy, median)
 
 
 def psnr(error: float) -> float:
@@ -94,15 +116,12 @@ def psnr(error: float) -> float:
 
 def write_prediction(folder: Path, name: str, video: str, prediction: Prediction) -> None:
     """Write `<name>.tsv` (error by frames ahead), `<video>.mp4` with poster, and the strip `<video>.png`."""
-    model, copy = prediction.model.tolist(), prediction.copy.tolist()
-    columns = {
-        "step": list(range(1, len(model) + 1)),
-        "model": model,
-        "copy": copy,
-        "model_psnr": [psnr(error) for error in model],
-        "copy_psnr": [psnr(error) for error in copy],
-    }
-    write_tsv(folder / f"{name}.tsv", columns)
+    errors = {"model": prediction.model.tolist(), "copy": prediction.copy.tolist()}
+    if prediction.median is not None:
+        errors["median"] = prediction.median.tolist()
+    steps = {"step": list(range(1, len(prediction.model) + 1))}
+    decibels = {f"{row}_psnr": [psnr(error) for error in values] for row, values in errors.items()}
+    write_tsv(folder / f"{name}.tsv", steps | errors | decibels)
     shown = slice(0, SHOWN)
     frames = side_by_side(
         prediction.truth[shown], prediction.predicted[shown], observed=prediction.observed, factor=2
