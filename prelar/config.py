@@ -223,14 +223,14 @@ class Finetune(_Frozen):
     pretrain_updates: Natural = Field(description="updates right after prefill")
     train_every: Count = Field(description="environment steps between two updates")
     batch: Width = Field(description="segments in a batch")
-    length: int = Field(ge=6, le=WIDEST, description="steps of a segment")
+    length: int = Field(ge=6, le=WIDEST, description="frames of a segment, with an action between two")
     lr: Rate = Field(description="learning rate of the world model")
     actor_lr: Rate = Field(description="learning rate of the actor")
     critic_lr: Rate = Field(description="learning rate of the critic")
     freeze_updates: Natural = Field(description="updates during which pre-trained parts keep their weights")
     beta: Weight = Field(description="weight of the dynamics KL while fine-tuning")
-    horizon: int = Field(ge=2, le=WIDEST, description="steps imagined from each state")
-    discount: Rate = Field(description="discount of the reward a step")
+    horizon: int = Field(ge=2, le=WIDEST, description="actions imagined from each state")
+    discount: Rate = Field(description="discount of the reward an action")
     lam: Share = Field(description="lambda of the lambda-returns: 0: one step, 1: the whole horizon")
     entropy: Weight = Field(description="weight of the policy's entropy")
     units: Width = Field(description="units of a hidden layer of actor and critic")
@@ -242,38 +242,58 @@ class Finetune(_Frozen):
     )
     eval_every: Count = Field(description="environment steps between two evaluations")
     eval_episodes: Count = Field(description="episodes of such an evaluation")
-    time_limit: int = Field(ge=1, le=EPISODE, description="steps after which an episode ends")
+    time_limit: int = Field(ge=1, le=EPISODE, description="environment steps after which an episode ends")
     log_every: Count = Field(description="environment steps between two lines of the log")
     checkpoint_every: Count = Field(description="environment steps between two snapshots to resume from")
 
     @model_validator(mode="after")
     def _fits(self) -> Finetune:
-        if self.time_limit + 1 < self.length:
+        self.check(action_repeat=1)
+        return self
+
+    def actions(self, action_repeat: int) -> int:
+        """Actions of an episode; the last is applied for fewer steps where the time limit is no multiple."""
+        return -(-self.time_limit // action_repeat)
+
+    def acts(self, step: int, action_repeat: int) -> bool:
+        """Whether the environments, which act together, choose their actions at `step`, counted over all."""
+        return step % (self.time_limit * self.envs) % (action_repeat * self.envs) == 0
+
+    def check(self, action_repeat: int) -> None:
+        """Raise `ValueError` where nothing can be learnt with actions of so many environment steps."""
+        actions = self.actions(action_repeat)
+        if actions + 1 < self.length:
             raise ValueError(
-                f"time_limit is {self.time_limit}; make it at least length - 1 ({self.length - 1})"
+                f"time_limit is {self.time_limit}, which leaves an episode {actions} actions; "
+                f"make it at least {(self.length - 2) * action_repeat + 1}, for length {self.length}"
             )
         if self.prefill < self.time_limit * self.envs:
             raise ValueError(
                 f"prefill is {self.prefill}, which ends before an episode does; "
                 f"make it at least time_limit * envs ({self.time_limit * self.envs})"
             )
-        if self.train_every % self.envs:
-            raise ValueError(f"envs is {self.envs}; choose a divisor of train_every ({self.train_every})")
-        if self.replay <= self.time_limit:
-            raise ValueError(f"replay is {self.replay}; make it larger than time_limit ({self.time_limit})")
+        if self.train_every % (self.envs * action_repeat):
+            raise ValueError(
+                f"train_every is {self.train_every}; "
+                f"make it a multiple of envs * action_repeat ({self.envs * action_repeat})"
+            )
+        if self.replay // action_repeat <= actions:
+            raise ValueError(
+                f"replay is {self.replay}, too small for an episode; "
+                f"make it at least {(actions + 1) * action_repeat}"
+            )
         if self.env_steps <= self.prefill:
             raise ValueError(
                 f"env_steps is {self.env_steps}, so that nothing is learnt; "
                 f"make it larger than prefill ({self.prefill})"
             )
-        return self
 
 
 class Evaluate(_Frozen):
     """One scale's evaluation: the policy, clips to predict, the latent action's probe, fits to episodes."""
 
     episodes: Count = Field(description="episodes of the agent, and of random actions")
-    time_limit: int = Field(ge=1, le=EPISODE, description="steps after which an episode ends")
+    time_limit: int = Field(ge=1, le=EPISODE, description="environment steps after which an episode ends")
     clips: Count = Field(description="segments to predict, of held-out clips and of the agent's episodes")
     observed: Width = Field(description="frames seen before open-loop prediction")
     length: Width = Field(description="frames of a segment, those seen included")
@@ -295,6 +315,14 @@ class Evaluate(_Frozen):
         if self.observed >= self.length:
             raise ValueError(f"observed is {self.observed}; make it less than length ({self.length})")
         return self
+
+    def check(self, action_repeat: int) -> None:
+        """Raise `ValueError` where episodes with actions of so many environment steps have no segment."""
+        frames = -(-self.time_limit // action_repeat) + 1
+        if frames < self.length:
+            raise ValueError(
+                f"evaluate.length is {self.length}; make it at most {frames}, frames of an episode"
+            )
 
 
 class Scale(_Frozen):
@@ -343,6 +371,10 @@ class Config(_Frozen):
     )
     action_window: int = Field(
         ge=2, le=WIDEST, description="frames that infer one latent action; 2: the paper"
+    )
+    action_repeat: Annotated[int, Field(ge=1, le=EPISODE)] | None = Field(
+        default=None,
+        description="environment steps that an action of the agent is applied for; null: Meta-World's own, 1",
     )
     naive: bool = Field(
         description="true: naive fine-tuning (apv, contextwm: one RSSM; all: no bonus, no dual reward)"
@@ -408,6 +440,20 @@ class Config(_Frozen):
         if naive and given.data.get("method") == "dreamerv2":
             raise ValueError("true does not fit method dreamerv2, which is not pre-trained; set it to false")
         return naive
+
+    @field_validator("scales")
+    @classmethod
+    def _paced(cls, scales: Scales, given: ValidationInfo) -> Scales:
+        repeat, scale = given.data.get("action_repeat"), given.data.get("scale")
+        if repeat is None or scale is None:
+            return scales
+        preset: Scale = getattr(scales, scale)
+        try:
+            preset.finetune.check(repeat)
+            preset.evaluate.check(repeat)
+        except ValueError as error:
+            raise ValueError(f"{scale}, action_repeat {repeat}: {error}") from None
+        return scales
 
     @property
     def preset(self) -> Scale:

@@ -47,7 +47,8 @@ def estimates(config: Config) -> Mapping[str, int]:
     """
     model = weights(config) * WEIGHT_BYTES
     preset = config.finetune
-    steps = min(preset.replay, preset.env_steps) + 3 * (preset.checkpoint_every + preset.time_limit)
+    steps = min(preset.replay, preset.env_steps) // (config.action_repeat or 1)
+    steps += 3 * (preset.checkpoint_every + preset.time_limit)
     return {
         "pretrain": SNAPSHOTS * ADAM * model + model,
         "finetune": SNAPSHOTS * ADAM * 2 * model + steps * STEP_BYTES,

@@ -22,7 +22,7 @@ from tqdm import tqdm
 from prelar.config import Config
 from prelar.control.agent import load_agent
 from prelar.control.rollout import Episode, Policy, RandomPolicy, play, summarise
-from prelar.envs import gl, make_env
+from prelar.envs import gl, make_env, suite
 from prelar.envs.metaworld import Simulator
 from prelar.envs.pixels import PixelEnv
 from prelar.evaluation import offline
@@ -76,7 +76,9 @@ def run(config: Config) -> None:
         UserError: a checkpoint or the store is missing, or was made with another method or task.
     """
     check_origin(PRETRAIN, load_config(PRETRAIN).get("model", {}), method=config.method)
-    check_origin(FINETUNE, load_config(FINETUNE), method=config.method, task=config.task)
+    repeat = config.action_repeat or suite(config.task).action_repeat
+    described = {"action_repeat": 1} | load_config(FINETUNE)  # checkpoints of before do not say it
+    check_origin(FINETUNE, described, method=config.method, task=config.task, action_repeat=repeat)
     gl.ensure()
     fabric = set_up(
         device=config.device,
@@ -91,7 +93,7 @@ def run(config: Config) -> None:
 
     agent, _ = load_agent(FINETUNE, device=fabric.device)
     with fabric.autocast():
-        found = evaluate_agent(config, agent, folder)
+        found = evaluate_agent(config, agent, repeat, folder)
     if METHODS[config.method].pretrains:
         model = load_pretrained_model(fabric.device)
         with fabric.autocast():
@@ -100,7 +102,7 @@ def run(config: Config) -> None:
     else:
         missing = f"{config.method} does not pre-train, so there is nothing to measure."
         found |= EvalResult(summary={"prediction_missing": missing, "probe_missing": missing})
-    found |= evaluate_offline(config, fabric, folder)
+    found |= evaluate_offline(config, fabric, repeat, folder)
     _write_json(
         folder / "dataset.json", describe(store) | {"previews": write_previews(store, folder / "previews")}
     )
@@ -125,7 +127,7 @@ def told(metrics: Mapping[str, float]) -> str:
     return ", ".join(words)
 
 
-def check_origin(folder: Path, described: Mapping[str, Any], **expected: str) -> None:
+def check_origin(folder: Path, described: Mapping[str, Any], **expected: str | int) -> None:
     """Raise `UserError` where a checkpoint's description says something else than params.yaml."""
     for key, value in expected.items():
         if described.get(key) != value:
@@ -146,11 +148,14 @@ def load_pretrained_model(device: torch.device) -> WorldModel:
 # --- The agent --------------------------------------------------------------------------------------------
 
 
-def evaluate_agent(config: Config, agent: Any, folder: Path) -> EvalResult:
-    """Play the evaluation episodes; write their table and video, and how well the model foresees them."""
+def evaluate_agent(config: Config, agent: Any, repeat: int, folder: Path) -> EvalResult:
+    """Play the evaluation episodes; write their table and video, and how well the model foresees them.
+
+    repeat: environment steps that an action is applied for.
+    """
     settings = config.evaluate
     seed = episode_seed(RngStream.EVALUATION_EPISODES, config.seed)
-    with make_env(config.task, time_limit=settings.time_limit) as simulator:
+    with make_env(config.task, time_limit=settings.time_limit, action_repeat=repeat) as simulator:
         env = PixelEnv(simulator, seed=seed)
         count, chances = settings.episodes, RandomPolicy(simulator.action_dim)
         played = play_visibly(
@@ -160,9 +165,10 @@ def evaluate_agent(config: Config, agent: Any, folder: Path) -> EvalResult:
         shown = played[:SHOWN_EPISODES]
         views = [film(simulator, seed, number, episode.actions) for number, episode in enumerate(shown)]
     video = tile_horizontally(views, [episode.success for episode in shown])
-    write_mp4(folder / "policy.mp4", video, VIDEO_FPS)
+    write_mp4(folder / "policy.mp4", video, VIDEO_FPS / repeat)
     write_png(folder / "policy_poster.png", video[len(video) // 2])
-    write_episodes(folder / "episodes.tsv", played)
+    steps = [min(repeat * len(episode.actions), settings.time_limit) for episode in played]
+    write_episodes(folder / "episodes.tsv", played, steps)
 
     result, returns = summarise(played), [episode.total for episode in played]
     episodes = {
@@ -213,13 +219,13 @@ def film(simulator: Simulator, seed: int, number: int, actions: npt.NDArray[np.f
     return np.stack(frames)
 
 
-def write_episodes(path: Path, played: Sequence[Episode]) -> None:
-    """A row for each episode: its number, steps, return and success."""
+def write_episodes(path: Path, played: Sequence[Episode], steps: Sequence[int]) -> None:
+    """A row for each episode: its number, environment steps, return and success."""
     write_tsv(
         path,
         {
             "episode": list(range(len(played))),
-            "steps": [len(episode.rewards) for episode in played],
+            "steps": list(steps),
             "return": [episode.total for episode in played],
             "success": [float(episode.success) for episode in played],
         },
@@ -324,11 +330,14 @@ def _record(prediction: Prediction, name: str, metric: str, **more: Any) -> Eval
 # --- The start of fine-tuning -----------------------------------------------------------------------------
 
 
-def evaluate_offline(config: Config, fabric: Fabric, folder: Path) -> EvalResult:
-    """Fit the world model of fine-tuning to fixed episodes, from the checkpoint and from scratch."""
+def evaluate_offline(config: Config, fabric: Fabric, repeat: int, folder: Path) -> EvalResult:
+    """Fit the world model of fine-tuning to fixed episodes, from the checkpoint and from scratch.
+
+    repeat: environment steps that an action is applied for.
+    """
     settings = config.evaluate
     seed = episode_seed(RngStream.OFFLINE_EPISODES, config.seed)
-    with make_env(config.task) as simulator:
+    with make_env(config.task, action_repeat=repeat) as simulator:
         learnt, episodes = offline.collect(simulator, episodes=settings.offline_episodes, seed=seed)
     cut = offline.segments(episodes, settings.length)
     parts, _ = load_parts(PRETRAIN)

@@ -1,8 +1,8 @@
 """Stage `finetune`: learn a task from pixels in the imagination of a pre-trained world model.
 
-One step of the loop is one environment step, and logs have environment steps as their axis. Which updates
-follow a step, which episodes are played and what is drawn are functions of the step's number, the seed and
-the state that snapshots hold.
+One step of the loop is one environment step, whatever `action_repeat`, and logs have environment steps as
+their axis. At which steps actions are chosen, which updates follow a step, which episodes are played and what
+is drawn are functions of the step's number, the seed and the state that snapshots hold.
 """
 
 from __future__ import annotations
@@ -56,11 +56,12 @@ def run(cfg: Config) -> None:
         model.compile_training(dynamic=False)
     fingerprint = stage_fingerprint("finetune", cfg.model_dump(mode="json"))
     snapshots = Snapshots(resume_key("finetune", fingerprint, known={}, inputs=[PRETRAINED]))
+    action_repeat = cfg.action_repeat or suite(cfg.task).action_repeat
 
     actor_critic = learn(
         fabric,
         model,
-        functools.partial(make_env, cfg.task, time_limit=preset.time_limit),
+        functools.partial(make_env, cfg.task, time_limit=preset.time_limit, action_repeat=action_repeat),
         preset,
         seed=cfg.seed,
         bonus=cfg.bonus,
@@ -72,6 +73,7 @@ def run(cfg: Config) -> None:
         "stage": "finetune",
         "method": cfg.method,
         "task": cfg.task,
+        "action_repeat": action_repeat,
         "model": model.spec,
         "actor": _actor_sizes(model, preset),
         "env_steps": preset.env_steps,
@@ -141,9 +143,11 @@ def learn(
     """
     learner = make_learner(fabric, model, preset, bonus=bonus, seed=seed)
     with contextlib.ExitStack() as stack:
+        watched = PixelEnv(make_simulator(), seed=episode_seed(RngStream.CURVE_EPISODES, 0))
+        stack.callback(watched.close)
         replay = Replay(
             snapshots.folder / "replay.bin",
-            capacity=preset.replay,
+            capacity=preset.replay // watched.action_repeat,
             margin=3 * preset.checkpoint_every + 3 * (preset.time_limit + 1) * preset.envs,
             action_dim=model.spec.robot_action_dim,
         )
@@ -163,10 +167,8 @@ def learn(
             processes=preset.envs > 1,
         )
         stack.callback(envs.close)
-        watched = PixelEnv(make_simulator(), seed=episode_seed(RngStream.CURVE_EPISODES, 0))
-        stack.callback(watched.close)
         collector = Collector(envs, replay)
-        stepper = Stepper(preset, learner, collector, batches)
+        stepper = Stepper(preset, watched.action_repeat, learner, collector, batches)
         begin = time.perf_counter()
         train(
             stepper,
@@ -227,9 +229,15 @@ class Stepper:
     """
 
     def __init__(
-        self, preset: Finetune, learner: Learner, collector: Collector, batches: BatchPrefetcher[list[int]]
+        self,
+        preset: Finetune,
+        action_repeat: int,
+        learner: Learner,
+        collector: Collector,
+        batches: BatchPrefetcher[list[int]],
     ) -> None:
-        self.preset, self.learner, self.collector, self.batches = preset, learner, collector, batches
+        self.preset, self.action_repeat = preset, action_repeat
+        self.learner, self.collector, self.batches = learner, collector, batches
         self.steps = 0
         self.seconds = {"acting": 0.0, "learning": 0.0, "waiting for environments": 0.0}
         device = learner.fabric.device
@@ -241,7 +249,7 @@ class Stepper:
         metrics: dict[str, Any] = {}
         if index == self.preset.prefill:
             self.collector.forget()
-        if index % self.preset.envs == 0:
+        if self.preset.acts(index, self.action_repeat):
             with self._timed("waiting for environments"):
                 metrics |= self.collector.settle()
             with self._timed("acting"):

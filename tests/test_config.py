@@ -126,7 +126,7 @@ def test_a_preset_belongs_to_one_stage_and_one_scale() -> None:
         (
             "replay: 10000",
             "replay: 250",
-            ["smoke.finetune", "replay is 250", "larger than time_limit"],
+            ["smoke.finetune", "replay is 250", "make it at least 251"],
         ),
         (
             "env_steps: 1500",
@@ -238,8 +238,65 @@ def test_values_that_do_not_fit_together_are_refused(
 
 def test_environments_share_the_steps_between_updates() -> None:
     preset = load_config(ROOT / "params.yaml").finetune.model_dump()
-    with pytest.raises(ValidationError, match=r"envs is 2; choose a divisor of train_every \(5\)"):
+    with pytest.raises(ValidationError, match=r"train_every is 5; make it a multiple of .* \(2\)"):
         Finetune(**(preset | {"envs": 2, "train_every": 5}))
+
+
+@pytest.mark.parametrize("envs", [1, 3])
+@pytest.mark.parametrize("repeat", [1, 2, 5, 12])
+def test_actions_take_their_steps_and_the_last_of_an_episode_what_is_left(envs: int, repeat: int) -> None:
+    preset = load_config(ROOT / "params.yaml").finetune.model_copy(update={"envs": envs, "time_limit": 11})
+    starts, step = [], 0
+    for _ in range(4):
+        left = 11
+        while left:
+            starts.append(step)
+            taken = min(repeat, left)
+            step, left = step + taken * envs, left - taken
+    assert [number for number in range(step) if preset.acts(number, repeat)] == starts
+    assert preset.actions(repeat) == len(starts) / 4
+
+
+@pytest.mark.parametrize(
+    ("scale", "changes", "told"),
+    [
+        ("smoke", {}, "train_every is 10; make it a multiple of envs * action_repeat (4)"),
+        ("smoke", {"train_every: 10": "train_every: 12"}, None),
+        ("lite", {}, "train_every is 5; make it a multiple of envs * action_repeat (20)"),
+        (
+            "smoke",
+            {"train_every: 10": "train_every: 8", "time_limit: 250, log": "time_limit: 56, log"},
+            "time_limit is 56, which leaves an episode 14 actions; make it at least 57, for length 16",
+        ),
+        (
+            "smoke",
+            {"train_every: 10": "train_every: 8", "replay: 10000": "replay: 255"},
+            "replay is 255, too small for an episode; make it at least 256",
+        ),
+        (
+            "smoke",
+            {
+                "train_every: 10": "train_every: 8",
+                "{episodes: 3, time_limit: 250": "{episodes: 3, time_limit: 56",
+            },
+            "evaluate.length is 16; make it at most 15, frames of an episode",
+        ),
+    ],
+)
+def test_the_chosen_preset_has_to_fit_the_pace(
+    tmp_path: Path, params: str, scale: str, changes: dict[str, str], told: str | None
+) -> None:
+    for old, new in changes.items():
+        assert old in params
+        params = params.replace(old, new, 1)
+    params = params.replace("action_repeat: null", "action_repeat: 4").replace(
+        "scale: smoke", f"scale: {scale}", 1
+    )
+    if told is None:
+        (tmp_path / "params.yaml").write_text(params, encoding="utf-8")
+        assert load_config(tmp_path / "params.yaml").action_repeat == 4
+    else:
+        assert refuse(tmp_path, params).endswith(f"scales: {scale}, action_repeat 4: {told}")
 
 
 def test_a_missing_key_is_named(tmp_path: Path, params: str) -> None:

@@ -192,6 +192,8 @@ def test_checkpoints_of_another_run_are_refused(place: Path) -> None:
         UserError, match=r"data/finetune: made with task = reach, params.yaml says drawer-open"
     ):
         evaluate.run(configure(task="drawer-open"))
+    with pytest.raises(UserError, match=r"data/finetune: made with action_repeat = 1, params.yaml says 2"):
+        evaluate.run(configure(action_repeat=2))
     with pytest.raises(UserError, match=r"data/pretrain: made with method = prelar, params.yaml says apv"):
         evaluate.run(configure(method="apv"))
 

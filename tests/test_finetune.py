@@ -213,11 +213,15 @@ def test_the_same_params_give_the_same_bytes(tmp_path: Path, monkeypatch: pytest
     assert results(tmp_path / "three") != found[0]
 
 
-@pytest.mark.parametrize("method", ["prelar", "apv"])
+SLOWLY = {"action_repeat": 2, "time_limit": 11, "prefill": 22}
+"""Actions of two steps, in episodes that end with one of a single step."""
+
+
+@pytest.mark.parametrize(("method", "pace"), [("prelar", {}), ("apv", SLOWLY)], ids=["prelar", "apv, slowly"])
 def test_a_crashed_run_goes_on_bit_for_bit(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, method: str
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, method: str, pace: dict[str, int]
 ) -> None:
-    run(in_folder(tmp_path / "straight", monkeypatch), method=method)
+    run(in_folder(tmp_path / "straight", monkeypatch), method=method, **pace)
     root = in_folder(tmp_path / "crashed", monkeypatch)
     call = finetune.Stepper.__call__
     crashes = [5, 13, 29, 30, 47, 59]
@@ -231,10 +235,50 @@ def test_a_crashed_run_goes_on_bit_for_bit(
     monkeypatch.setattr(finetune.Stepper, "__call__", crash)
     for _ in range(6):
         with pytest.raises(KeyboardInterrupt):
-            run(root, method=method)
-    run(root, method=method)
+            run(root, method=method, **pace)
+    run(root, method=method, **pace)
     assert not crashes
     assert results(root) == results(tmp_path / "straight")
+
+
+def test_steps_are_the_simulators_whatever_the_pace(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Updates, points of the curve and steps are as many; actions are chosen for two steps each."""
+    from tests.control import toy_run
+
+    acted: list[int] = []
+    act = finetune.Collector.step
+
+    def step(self: finetune.Collector, policy: Any) -> dict[str, float]:
+        acted.append(self.envs.count)
+        return act(self, policy)
+
+    monkeypatch.setattr(finetune.Collector, "step", step)
+    logs = []
+    for repeat in (1, 2):
+        acted.clear()
+        run(tmp_path / str(repeat), **(SLOWLY | {"action_repeat": repeat, "env_steps": 66, "envs": 1}))
+        assert sum(acted) == 6 * {1: 11, 2: 6}[repeat], "of six episodes"
+        names = ("eval/return", "loss/actor", "train/return")
+        logs.append([steps_of(tmp_path / str(repeat) / f"log/plots/metrics/{name}.tsv") for name in names])
+    assert logs[0] == logs[1]
+    assert toy_run.TINY["eval_every"] == 25 and logs[0][0][:2] == [25, 50]
+
+
+def steps_of(path: Path) -> list[int]:
+    """The steps at which a metric was logged."""
+    with path.open(encoding="utf-8") as handle:
+        return [int(row["step"]) for row in csv.DictReader(handle, delimiter="\t")]
+
+
+def test_an_agent_at_another_pace_says_so_and_the_suites_own_changes_nothing() -> None:
+    found = []
+    for repeat in (None, 1, 2):
+        pretrained("prelar")
+        finetune.run(config(action_repeat=repeat, finetune={"time_limit": 9, "prefill": 10}))
+        _, description = load_agent(finetune.OUTPUT, device=torch.device("cpu"))
+        assert description["action_repeat"] == (repeat or 1)
+        found.append(contents(finetune.OUTPUT, finetune.LOGS))
+    assert found[0] == found[1] != found[2]
 
 
 def survive_kills(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kills: int, steps: int) -> None:

@@ -26,7 +26,7 @@ class Policy(Protocol):
 
 @dataclass(frozen=True)
 class Episode:
-    """One finished episode of T steps.
+    """One finished episode of T actions.
 
     rewards float32 (T,); actions float32 (T, A); success: whether the task was solved at any step; frames
     uint8 (T + 1, 64, 64, 3), or None where they were not kept.

@@ -9,16 +9,24 @@ if TYPE_CHECKING:
 
 
 def suite(task: str) -> type[Simulator]:
-    """The simulator's class, which tells the size of its actions. Imported late: it takes OpenGL with it."""
+    """The simulator's class, which tells the size of its actions and for how many steps one is applied.
+
+    Imported late: it takes OpenGL with it.
+    """
     from prelar.envs.metaworld import Simulator
 
     return Simulator
 
 
-def make_env(task: str, *, time_limit: int | None = None) -> Simulator:
-    """A simulator of a task: `action_dim`, `camera`, `width`, `height` and `time_limit` travel with it.
+def make_env(task: str, *, time_limit: int | None = None, action_repeat: int | None = None) -> Simulator:
+    """A simulator of a task; sizes, `time_limit` and `action_repeat` travel with it.
 
-    time_limit: steps per episode, the suite's own for None. Raises `UserError` for an unknown task.
+    time_limit: simulator steps per episode. action_repeat: simulator steps that an action is applied for.
+    None: the suite's own. Raises `UserError` for an unknown task.
     """
     found = suite(task)
-    return found(task) if time_limit is None else found(task, time_limit=time_limit)
+    return found(
+        task,
+        time_limit=found.time_limit if time_limit is None else time_limit,
+        action_repeat=found.action_repeat if action_repeat is None else action_repeat,
+    )

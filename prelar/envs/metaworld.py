@@ -44,8 +44,8 @@ class Step(NamedTuple):
     """What the simulator answers to a reset or an action.
 
     observation: float64 (39,), Meta-World's state, the goal in its last three numbers; not for pixel agents.
-    reward: Meta-World's dense reward, 0 to 10; 0 after a reset.
-    success: whether the task is solved in this very state.
+    reward: Meta-World's dense reward, 0 to 10 a step, summed over the steps of the action; 0 after a reset.
+    success: whether the task is solved in the state of any of these steps.
     done: whether the time limit is reached. Episodes do not end on success.
     """
 
@@ -68,10 +68,14 @@ class Simulator:
     """One Meta-World task.
 
     task: name such as `drawer-open`. camera, width, height: defaults of `render`.
-    time_limit: steps per episode, at most 500. Raises `UserError` for an unknown task or camera.
+    time_limit: simulator steps per episode, at most 500. action_repeat: of these, how many an action is
+    applied for; the last one of an episode has what is left. Raises `UserError` for an unknown task or
+    camera, or a number out of range.
     """
 
     action_dim = ACTION_DIM
+    time_limit = MAX_STEPS
+    action_repeat = 1
 
     def __init__(
         self,
@@ -80,14 +84,18 @@ class Simulator:
         camera: str = "corner",
         width: int = SIZE,
         height: int = SIZE,
-        time_limit: int = MAX_STEPS,
+        time_limit: int = time_limit,
+        action_repeat: int = action_repeat,
     ) -> None:
         self.task = check_task(task)
         self.camera = check_camera(camera)
         self.width, self.height = width, height
         if not 1 <= time_limit <= MAX_STEPS:
             raise UserError(f"time_limit = {time_limit}: choose 1 to {MAX_STEPS} steps")
+        if action_repeat < 1:
+            raise UserError(f"action_repeat = {action_repeat}: choose 1 step or more")
         self.time_limit = time_limit
+        self.action_repeat = action_repeat
         self.steps = 0
         self._env = _metaworld().ALL_V3_ENVIRONMENTS[self.task + VERSION]()
         self._env._partially_observable = False
@@ -122,9 +130,14 @@ class Simulator:
         taken = np.asarray(action, dtype=np.float32)
         if taken.shape != (ACTION_DIM,) or not np.isfinite(taken).all():
             raise ValueError(f"action {action!r}: need {ACTION_DIM} finite numbers")
-        self._observation, reward, _, _, info = self._env.step(np.clip(taken, -1, 1).astype(np.float64))
-        self.steps += 1
-        return Step(self._observation, float(reward), bool(info["success"]), self.steps >= self.time_limit)
+        applied = np.clip(taken, -1, 1).astype(np.float64)
+        total, success = 0.0, False
+        for _ in range(min(self.action_repeat, self.time_limit - self.steps)):
+            self._observation, reward, _, _, info = self._env.step(applied)
+            total += float(reward)
+            success = success or bool(info["success"])
+            self.steps += 1
+        return Step(self._observation, total, success, self.steps >= self.time_limit)
 
     def replay(self, seed: int, episode: int, actions: Iterable[npt.ArrayLike]) -> Step:
         """Restore the exact state after `actions` of an episode, without drawing."""

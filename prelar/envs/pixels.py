@@ -31,17 +31,19 @@ Actions = npt.NDArray[np.float32]
 class Simulator(Protocol):
     """What an environment asks of a simulator; `prelar.envs.make_env` makes one.
 
-    action_dim: numbers of an action. time_limit: steps per episode.
+    action_dim: numbers of an action. time_limit: simulator steps per episode. action_repeat: simulator steps
+    that an action is applied for; the last one of an episode has what is left.
     """
 
     action_dim: int
     time_limit: int
+    action_repeat: int
 
     def reset(self, seed: int, episode: int) -> Step:
         """Start an episode."""
 
     def step(self, action: npt.ArrayLike) -> Step:
-        """Take one action (A,)."""
+        """Take one action (A,): the sum of its steps' rewards, success at any of them, the last state."""
 
     def replay(self, seed: int, episode: int, actions: Iterable[npt.ArrayLike]) -> Step:
         """Restore the exact state after `actions` of an episode, without drawing."""
@@ -66,7 +68,8 @@ class PixelEnv(gymnasium.Env[Image, Actions]):
     Each `reset` starts the next episode of `seed`: numbers `first`, `first + stride`, …, so that several
     environments never share one; `options={"episode": n}` chooses the number. `reset(seed=…)` changes the
     seed and starts from `first` again. Episodes end by the simulator's time limit only, as truncation.
-    Rewards are the simulator's own. `info["success"]` tells whether the task is solved in this very state.
+    Rewards are the simulator's own, summed over the steps that an action is applied for. `info["success"]`
+    tells whether the task is solved after any of these steps.
     """
 
     metadata = {"render_modes": ["rgb_array"]}  # noqa: RUF012  gymnasium's own form
@@ -75,6 +78,7 @@ class PixelEnv(gymnasium.Env[Image, Actions]):
         self.render_mode = "rgb_array"
         self.observation_space = gymnasium.spaces.Box(0, 255, FRAME, np.uint8)
         self.action_space = gymnasium.spaces.Box(-1.0, 1.0, (simulator.action_dim,), np.float32)
+        self.action_repeat = simulator.action_repeat
         self._simulator = simulator
         self._seed = seed
         self._first, self._stride = first, stride
@@ -145,7 +149,7 @@ class Answer(NamedTuple):
 
     images uint8 (N, 64, 64, 3): what the next action is chosen by, the first image of the next episode where
     one ended. results uint8 (N, 64, 64, 3): what the action led to. rewards float32 (N,). ended, success bool
-    (N,): whether the action ended the episode, and whether the task is solved in the state it led to.
+    (N,): whether the action ended the episode, and whether the task is solved at any of its steps.
     """
 
     images: Image

@@ -60,13 +60,15 @@ def collect(
 ) -> tuple[Experience, Experience]:
     """Play episodes by turns at random, each action held, and as the expert with some noise.
 
-    Returns those to learn from and those held out, a third of either kind: a pure function of arguments and
-    task.
+    Episodes have `steps` actions, or as many as the time limit allows. Returns those to learn from and those
+    held out, a third of either kind: a pure function of arguments and task.
     """
+    repeat = simulator.action_repeat
+    steps, held = min(steps, -(-simulator.time_limit // repeat)), -(-HELD // repeat)
     images, actions, rewards = [], [], []
     for episode in tqdm(range(episodes), desc="evaluate: episodes to fit", unit="episode", disable=None):
         random = np.random.default_rng([seed, episode])
-        drawn = random.uniform(-1, 1, (-(-steps // HELD), simulator.action_dim)).repeat(HELD, axis=0)
+        drawn = random.uniform(-1, 1, (-(-steps // held), simulator.action_dim)).repeat(held, axis=0)
         noise = NOISE * random.normal(size=(steps, simulator.action_dim))
         simulator.reset(seed, episode)
         seen, taken, earned = [simulator.render()], [np.zeros(simulator.action_dim)], [0.0]
@@ -111,7 +113,7 @@ def open_loop_error(
     """Errors of open-loop prediction after `observed` steps: of images and of rewards.
 
     Both are means of squares: of pixels in [0, 1], predictions clipped to that range, and of Meta-World's
-    rewards, 0 to 10.
+    rewards, 0 to 10 an environment step.
     """
     image_error = reward_error = 0.0
     for begin in range(0, len(held_out.reward), CHUNK):

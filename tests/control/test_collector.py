@@ -31,9 +31,11 @@ class Steps(RandomPolicy):
         return super().act(memory, images, is_first)
 
 
-def make(path: Path, count: int = 2, time_limit: int = 4, processes: bool = False) -> Collector:
+def make(
+    path: Path, count: int = 2, time_limit: int = 4, processes: bool = False, repeat: int = 1
+) -> Collector:
     replay = Replay(path / "replay.bin", capacity=100, margin=50, action_dim=ACTIONS)
-    envs = Envs(functools.partial(DotWorld, time_limit), count=count, seed=3, processes=processes)
+    envs = Envs(functools.partial(DotWorld, time_limit, repeat), count=count, seed=3, processes=processes)
     return Collector(envs, replay)
 
 
@@ -63,10 +65,12 @@ def test_images_and_rewards_belong_to_the_action_that_led_there(tmp_path: Path) 
     np.testing.assert_allclose(moved[moved > 0], 0.1 * got["action"][0, 2:, 0][moved > 0], atol=1e-5)
 
 
+@pytest.mark.parametrize("repeat", [1, 3])
 @pytest.mark.parametrize("before", [3, 4, 6])
-def test_a_restored_collector_goes_on_bit_for_bit(tmp_path: Path, before: int) -> None:
+def test_a_restored_collector_goes_on_bit_for_bit(tmp_path: Path, before: int, repeat: int) -> None:
     """Kept in mid-episode, and where the answer that ends an episode is still to be taken in."""
-    straight, first = make(tmp_path / "a"), make(tmp_path / "b")
+    settings = {"time_limit": 4 * repeat - (repeat > 1), "repeat": repeat}
+    straight, first = make(tmp_path / "a", **settings), make(tmp_path / "b", **settings)
     policy = RandomPolicy(ACTIONS)
     for number in range(before):
         for one in (straight, first):
@@ -76,7 +80,7 @@ def test_a_restored_collector_goes_on_bit_for_bit(tmp_path: Path, before: int) -
     first.step(policy)
     first.replay.close()
     state = torch.load(tmp_path / "state.pt", weights_only=True)
-    second = make(tmp_path / "b")
+    second = make(tmp_path / "b", **settings)
     second.replay.load_state_dict(state["replay"])
     second.load_state_dict(state["collector"])
     for number in range(before, 12):
@@ -96,10 +100,13 @@ def test_a_state_before_the_first_step_is_nothing(tmp_path: Path) -> None:
     assert collector.step(Steps()) == {}
 
 
-def test_processes_of_their_own_change_nothing(tmp_path: Path) -> None:
+@pytest.mark.parametrize("repeat", [1, 3])
+def test_processes_of_their_own_change_nothing(tmp_path: Path, repeat: int) -> None:
     found = []
     for processes in (False, True):
-        collector = make(tmp_path / str(processes), processes=processes)
+        collector = make(
+            tmp_path / str(processes), time_limit=2 + 2 * repeat, processes=processes, repeat=repeat
+        )
         metrics = []
         for number in range(11):
             seed_step(0, number)

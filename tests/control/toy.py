@@ -16,13 +16,14 @@ SPEED = 0.1
 class DotWorld:
     """A white dot in the unit square, moved by up to 0.1 per step; the reward is its horizontal position.
 
-    It starts at a random place in the left half, drawn from (seed, episode). Success: to the right of 0.8.
+    It starts at a random place in the left half, drawn from (seed, episode). Success: to the right of 0.8. An
+    action is applied for `action_repeat` steps, or to the time limit.
     """
 
     action_dim = ACTIONS
 
-    def __init__(self, time_limit: int = 20) -> None:
-        self.time_limit = time_limit
+    def __init__(self, time_limit: int = 20, action_repeat: int = 1) -> None:
+        self.time_limit, self.action_repeat = time_limit, action_repeat
         self.steps = 0
         self.drawn = 0
         self.closed = False
@@ -31,15 +32,19 @@ class DotWorld:
     def reset(self, seed: int, episode: int) -> Step:
         self._place = np.random.default_rng([seed, episode]).uniform([0, 0], [0.5, 1])
         self.steps = 0
-        return self._answer(0.0)
+        return Step(self._place.copy(), 0.0, False, False)
 
     def step(self, action: npt.ArrayLike) -> Step:
         if self.steps >= self.time_limit:
             raise RuntimeError("the episode is over")
         taken = np.asarray(action, np.float32)
-        self._place = np.clip(self._place + SPEED * taken.astype(np.float64), 0, 1)
-        self.steps += 1
-        return self._answer(float(self._place[0]))
+        reward, success = 0.0, False
+        for _ in range(min(self.action_repeat, self.time_limit - self.steps)):
+            self._place = np.clip(self._place + SPEED * taken.astype(np.float64), 0, 1)
+            reward += float(self._place[0])
+            success = success or bool(self._place[0] > 0.8)
+            self.steps += 1
+        return Step(self._place.copy(), reward, success, self.steps >= self.time_limit)
 
     def replay(self, seed: int, episode: int, actions: Iterable[npt.ArrayLike]) -> Step:
         answer = self.reset(seed, episode)
@@ -56,7 +61,3 @@ class DotWorld:
 
     def close(self) -> None:
         self.closed = True
-
-    def _answer(self, reward: float) -> Step:
-        success = bool(self._place[0] > 0.8)
-        return Step(self._place.copy(), reward, success, self.steps >= self.time_limit)

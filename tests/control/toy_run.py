@@ -6,6 +6,7 @@ one of its own to kill.
 
 from __future__ import annotations
 
+import functools
 import sys
 from pathlib import Path
 from typing import Any
@@ -65,6 +66,7 @@ def run(
     bonus: float = 1.0,
     seed: int = 0,
     sizes: dict[str, int] | None = None,
+    action_repeat: int = 1,
     **changes: Any,
 ) -> None:
     """Fine-tune in `root`, going on from what a killed run left there."""
@@ -72,11 +74,14 @@ def run(
     fabric = set_up(device="cpu", precision="fp32", threads=1)
     torch.manual_seed(0)
     model = build(method, preset, SIZES if sizes is None else sizes)
-    snapshots = Snapshots(resume_key("toy", "", known=changes, inputs=[]), root=root / "resume")
+    snapshots = Snapshots(
+        resume_key("toy", "", known=changes | {"action_repeat": action_repeat}, inputs=[]),
+        root=root / "resume",
+    )
     actor_critic = learn(
         fabric,
         model,
-        lambda: DotWorld(preset.time_limit),
+        functools.partial(DotWorld, preset.time_limit, action_repeat),
         preset,
         seed=seed,
         bonus=bonus,

@@ -120,6 +120,31 @@ def test_time_limit_ends_the_episode() -> None:
             simulator.step(np.zeros(4))
 
 
+@pytest.mark.parametrize("repeat", [1, 4, 20])
+def test_a_repeated_action_is_the_same_action_step_after_step(repeat: int) -> None:
+    """Straight through the goal and beyond: success counts where only steps in between have it."""
+    limit = 50
+    with Simulator("reach", time_limit=limit, action_repeat=repeat) as held, Simulator("reach") as plain:
+        start = held.reset(0, 1).observation
+        way = start[-3:] - start[:3]
+        action = np.append(way / np.abs(way).max(), 0).astype(np.float32)
+        plain.reset(0, 1)
+        taken, solved = [], []
+        while held.steps < limit:
+            step = held.step(action)
+            each = [plain.step(action) for _ in range(min(repeat, limit - plain.steps))]
+            assert step.reward == pytest.approx(sum(one.reward for one in each), rel=1e-12)
+            assert step.observation.tobytes() == each[-1].observation.tobytes()
+            assert np.array_equal(held.render(), plain.render())
+            assert step.success == any(one.success for one in each)
+            assert step.done == (plain.steps == limit) and held.steps == plain.steps
+            taken.append(action)
+            solved.append((step.success, each[-1].success))
+        assert any(whole for whole, _ in solved) and len(taken) == -(-limit // repeat)
+        assert ((True, False) in solved) == (repeat > 1)
+        assert held.replay(0, 1, taken).observation.tobytes() == step.observation.tobytes()
+
+
 def test_longest_time_limit_can_be_reached() -> None:
     with Simulator("reach") as simulator:
         simulator.reset(0, 0)
@@ -267,6 +292,8 @@ def test_mistyped_names_suggest_near_ones(drawer: Simulator) -> None:
         drawer.render("front")
     with pytest.raises(UserError, match=r"time_limit = 501"):
         Simulator("drawer-open", time_limit=501)
+    with pytest.raises(UserError, match=r"action_repeat = 0"):
+        Simulator("drawer-open", action_repeat=0)
 
 
 def test_open_simulator_ends_before_its_opengl() -> None:

@@ -64,6 +64,16 @@ def test_episodes_are_random_and_experts_by_turns_and_a_third_of_either_is_held_
     assert (learnt.action[:, 0] == 0).all() and np.abs(learnt.action).max() <= 1
 
 
+def test_episodes_are_at_the_agents_pace() -> None:
+    """Actions of 60 steps in episodes of at most 500, each with the rewards of its steps."""
+    with Simulator("reach", action_repeat=60) as simulator, Simulator("reach") as plain:
+        learnt, _ = collect(simulator, episodes=2, seed=3)
+        plain.reset(3, 0)
+        rewards = [[plain.step(action).reward for _ in range(60)] for action in learnt.action[0, 1:3]]
+    assert learnt.image.shape == (2, 1 + 9, 64, 64, 3)
+    assert learnt.reward[0, 1:3] == pytest.approx(np.sum(rewards, 1), rel=1e-5)
+
+
 def test_a_batch_is_a_function_of_seed_and_update() -> None:
     learnt = made_up(3, 9)
     first, again = (draw(learnt, batch=5, length=4, seed=1, update=2) for _ in "ab")

@@ -32,6 +32,8 @@ def test_one_task_has_its_own_figures_and_no_headline() -> None:
         ({"scale": "lite"}, ["reach"], 100_000, None),
         ({"scale": "smoke"}, ["reach"], 250_000, "smoke"),
         ({"finetune.time_limit": 250}, ["reach"], 250_000, "500 steps"),
+        ({"action_repeat": 1}, ["reach"], 250_000, None),
+        ({"action_repeat": 2}, ["reach"], 250_000, "an action at every step"),
         ({}, ["reach", "push"], 250_000, "nothing is published for push"),
         ({}, ["reach"], 90_000, "end at 90,000"),
     ],
