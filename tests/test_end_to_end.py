@@ -81,7 +81,7 @@ def test_an_experiment_runs_only_what_depends_on_its_param(project: Project) -> 
 
 
 def test_queued_experiments_run_and_are_shown(project: Project) -> None:
-    project.run("dvc", "exp", "run", "--queue", "-S", "beta_a=0.01,0.2")
+    project.run("dvc", "exp", "run", "--queue", "-S", "beta_a=0.01")
     project.run("dvc", "queue", "start")
     deadline = time.monotonic() + 400
     while time.monotonic() < deadline:
@@ -89,11 +89,11 @@ def test_queued_experiments_run_and_are_shown(project: Project) -> None:
         if "Queued" not in states and "Running" not in states:
             break
         time.sleep(3)
-    assert states.count("Success") == 2, states
+    assert states.count("Success") == 1, states
     shown = project.run("dvc", "exp", "show", "--csv").stdout.splitlines()
     columns = shown[0].split(",")
     values = {row.split(",")[columns.index("beta_a")] for row in shown[1:]}
-    assert {"0.01", "0.1", "0.2"} <= values
+    assert {"0.01", "0.1"} <= values
     assert "success_rate" in columns and "prediction_error" in columns
 
 

@@ -80,8 +80,16 @@ def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     torch.use_deterministic_algorithms(False)
 
 
-@pytest.mark.parametrize("dataset", DATASETS)
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize(
+    ("method", "dataset"),
+    [
+        pytest.param(
+            method, dataset, marks=[] if dataset == "ssv2" or method == "prelar" else pytest.mark.long
+        )
+        for dataset in DATASETS
+        for method in METHODS
+    ],
+)
 def test_a_method_runs_through_every_stage(method: str, dataset: str) -> None:
     make_store(dataset)
     cfg = config(method, dataset)
