@@ -46,6 +46,7 @@ from prelar.demos.rlbench_folder import FPS
 from prelar.store.store import Frames
 from prelar.utils import files
 from prelar.utils.errors import UserError, one_line
+from prelar.utils.parents import child
 
 ROOT = "COPPELIASIM_ROOT"
 LAUNCH_SECONDS = 120.0
@@ -270,6 +271,7 @@ class Display:
     def __init__(self) -> None:
         self._lock = threading.Lock()
         self._server: subprocess.Popen[bytes] | None = None
+        self._running = contextlib.ExitStack()
         self._name: str | None = None
         self._distrusted = False
 
@@ -289,15 +291,10 @@ class Display:
 
     def _start(self) -> str:
         reading, writing = os.pipe()
-        command = ["Xvfb", "-displayfd", str(writing), *SCREEN]
-        self._server = subprocess.Popen(
-            [sys.executable, "-c", _FOLLOWER, *command],
-            pass_fds=[writing],
-            stdin=subprocess.DEVNULL,
-            stdout=subprocess.DEVNULL,
-            stderr=subprocess.DEVNULL,
-            start_new_session=True,
-        )
+        command = [sys.executable, "-c", _FOLLOWER, "Xvfb", "-displayfd", str(writing), *SCREEN]
+        quiet = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
+        server = child(command, signal.SIGTERM, 5.0, pass_fds=[writing], **quiet)
+        self._server = self._running.enter_context(server)
         os.close(writing)
         with os.fdopen(reading, "rb", buffering=0) as pipe:
             number = read_line(pipe.fileno(), bytearray(), START_SECONDS) or b""
@@ -308,14 +305,8 @@ class Display:
 
     def close(self) -> None:
         """End the Xvfb, if one was started."""
-        if self._server is not None:
-            self._server.terminate()
-            with contextlib.suppress(subprocess.TimeoutExpired):
-                self._server.wait(timeout=5)
-            if self._server.poll() is None:
-                self._server.kill()
-                self._server.wait()
-            self._server = None
+        self._running.close()
+        self._server = None
 
 
 ATTEMPTS = 10
