@@ -486,7 +486,7 @@ SIZES: dict[str, Any] = {
     name: Annotated[field.annotation, field]
     for group in (Finetune, Pretrain, Config)
     for name, field in group.model_fields.items()
-} | {"robot_action_dim": Width, "actions": Width, "features": Annotated[int, Field(ge=1, le=WIDEST**2)]}
+} | {"robot_action_dim": Width}
 """What builds a model, by name: types and bounds as params.yaml has them, and of what it leaves out."""
 
 

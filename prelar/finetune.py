@@ -75,7 +75,6 @@ def run(cfg: Config) -> None:
         "task": cfg.task,
         "action_repeat": action_repeat,
         "model": model.spec,
-        "actor": _actor_sizes(model, preset),
         "env_steps": preset.env_steps,
         "updates": updates_after(preset.env_steps, preset),
     }
@@ -190,7 +189,10 @@ def learn(
 def make_learner(fabric: Fabric, model: WorldModel, preset: Finetune, *, bonus: float, seed: int) -> Learner:
     """What updates the model, with actor and critic as they are born."""
     actor_critic = ActorCritic(
-        **_actor_sizes(model, preset),
+        model.feature_dim,
+        model.spec.robot_action_dim,
+        units=preset.units,
+        layers=preset.layers,
         horizon=preset.horizon,
         discount=preset.discount,
         lam=preset.lam,
@@ -282,13 +284,3 @@ def curve(env: PixelEnv, learner: Learner, episodes: int, seed: int) -> Callable
         return {f"eval/{name}": value for name, value in summarise(played).items()}
 
     return evaluate
-
-
-def _actor_sizes(model: WorldModel, preset: Finetune) -> dict[str, int]:
-    """The keywords that size the actor."""
-    return {
-        "features": model.feature_dim,
-        "actions": model.spec.robot_action_dim,
-        "units": preset.units,
-        "layers": preset.layers,
-    }

@@ -57,7 +57,7 @@ def make_checkpoints(method: str, task: str) -> None:
     after = build_model(ModelSpec(stage="finetune", method=method, robot_action_dim=4, **SIZES, **UNITS))
     policy = {"features": after.feature_dim, "actions": 4, **UNITS}
     parts = {**after.state(), "actor": Actor(**policy).state_dict()}
-    described = {"stage": "finetune", "method": method, "task": task, "model": after.spec, "actor": policy}
+    described = {"stage": "finetune", "method": method, "task": task, "model": after.spec}
     save_parts(evaluate.FINETUNE, parts, described)
 
 

@@ -466,11 +466,6 @@ def write_index(path: Path, rows: Iterable[Row], batch: int = 10_000) -> str:
             return hashlib.file_digest(handle, "sha256").hexdigest()
 
 
-def read_index(path: Path) -> pa.Table:
-    """Read an index. Raises `UserError` where it is missing or not one."""
-    return _parse_index(path, _read(path, INDEX_BYTES))
-
-
 def _parse_index(path: object, content: bytes) -> pa.Table:
     try:
         table = read_parquet(content, INDEX_SCHEMA)

@@ -31,8 +31,7 @@ from prelar.utils.files import atomic_file, parse_json, publish, read_bytes, rem
 
 SCHEMA = 1
 CONFIG_BYTES = 1 << 20
-KEYWORDS = ("model", "actor")
-KINDS: dict[str, type] = {"stage": str, "model": dict, "actor": dict, "imported": dict}
+KINDS: dict[str, type] = {"stage": str, "model": dict, "imported": dict}
 RESUME = Path("data/.resume")
 
 Weights = dict[str, Tensor]
@@ -68,8 +67,8 @@ def save_parts(folder: Path, parts: Mapping[str, Mapping[str, Tensor]], config: 
 def load_config(folder: Path) -> dict[str, Any]:
     """Read what a checkpoint says of itself. Raises `UserError` where none can be read here.
 
-    `parts` are names of files in the folder. Where `model` and `actor`, the keywords that build them, are
-    there, they are mappings of values that params.yaml could hold too, and `stage` is a text.
+    `parts` are names of files in the folder. Where `model`, the keywords that build it, is there, it
+    is a mapping of values that params.yaml could hold too, and `stage` is a text.
     """
     path = folder / "config.json"
     if not path.exists():
@@ -88,9 +87,8 @@ def load_config(folder: Path) -> dict[str, Any]:
     for name, kind in KINDS.items():
         if not isinstance(config.get(name, kind()), kind):
             raise UserError(f"{path}: {name} = {shown(config[name])} is none; run `dvc repro {folder.name}`")
-    for name in KEYWORDS:
-        if told := misfits(config.get(name, {})):
-            raise UserError(f"{path}: {name}.{told}; run `dvc repro {folder.name}`")
+    if told := misfits(config.get("model", {})):
+        raise UserError(f"{path}: model.{told}; run `dvc repro {folder.name}`")
     return config
 
 

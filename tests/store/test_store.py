@@ -24,7 +24,6 @@ from prelar.store.store import (
     StoreWriter,
     index_path,
     pair_index,
-    read_index,
 )
 from prelar.utils.errors import UserError
 from prelar.utils.frames import FRAME
@@ -275,13 +274,10 @@ def test_rows_are_checked(tmp_path: Path, small: None) -> None:
 
 def test_index_has_the_schema(tmp_path: Path) -> None:
     build(tmp_path / "a.zarr", [10, 0])
-    table = read_index(tmp_path / "a.parquet")
+    table = Store.open(tmp_path / "a.zarr").index
     assert table.schema.equals(INDEX_SCHEMA)
     assert table["start"].to_pylist() == [0, None]
     assert table["reason"].to_pylist() == [None, "not a video"]
-    (tmp_path / "b.parquet").write_text("no")
-    with pytest.raises(UserError, match="not an index"):
-        read_index(tmp_path / "b.parquet")
 
 
 @given(lengths=st.lists(st.integers(1, 50), max_size=30))

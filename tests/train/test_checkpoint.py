@@ -135,8 +135,8 @@ def test_a_damaged_checkpoint_is_refused_in_one_line(saved: Path, what: str, mes
         {"model": {"method": ["prelar"]}},
         {"model": {"action_kind": "x"}},
         {"model": {"beta": [[]] * 10**5}},
-        {"actor": {"layers": 10**6}},
-        {"actor": {"actions": -1}},
+        {"model": {"layers": 10**6}},
+        {"model": {"robot_action_dim": -1}},
         {"imported": 3},
     ],
 )
