@@ -1,12 +1,13 @@
 """Latent actions of videos, or of a store, as a Parquet file.
 
-One row for each pair of neighbouring frames: `clip` (the file's name, or the clip's id in the store), `frame`
-(the number t of the pair (t, t+1) within the clip) and `action`, a fixed-size list of float32. The schema's
-metadata say which model inferred them.
+One row for each pair of frames, as far apart as in the model's pre-training, neighbours by default: `clip`
+(the file's name, or the clip's id in the store), `frame` and `next` (their numbers within the clip) and
+`action`, a fixed-size list of float32. The schema's metadata say which model inferred them.
 """
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 import sys
@@ -32,8 +33,8 @@ SECONDS = 30.0
 """Of a video, so much is in memory at a time."""
 
 
-class UndecodableError(Exception):
-    """A video that cannot be decoded; says why."""
+class UnreadableError(Exception):
+    """A video whose actions cannot be inferred; says why."""
 
 
 def run(
@@ -41,8 +42,9 @@ def run(
 ) -> None:
     """Write the latent actions of video files, or of one store (`….zarr`), to `output`.
 
-    A video that cannot be decoded, or has one frame only, is named and left out. Raises `UserError` where
-    nothing is left, and where the checkpoint infers no actions.
+    A video that cannot be decoded, or tells no rate where the model needs one, is named and left out; one
+    without a pair has no rows. Raises `UserError` where nothing is left, and where the checkpoint infers no
+    actions.
     """
     stored = [path for path in sources if path.suffix == ".zarr"]
     if stored and len(sources) > 1:
@@ -57,12 +59,12 @@ def run(
     schema = make_schema(model, checkpoint)
     written = rows = 0
     with atomic_file(output) as partial, pq.ParquetWriter(partial, schema, compression="zstd") as writer:
-        for name, found in tqdm(clips, total=total, desc="actions", unit="clip", disable=None):
+        for name, stride, found in tqdm(clips, total=total, desc="actions", unit="clip", disable=None):
             if len(found):
-                writer.write_table(as_table(name, found, schema), row_group_size=GROUP)
+                writer.write_table(as_table(name, stride, found, schema), row_group_size=GROUP)
                 written, rows = written + 1, rows + len(found)
         if not written:
-            raise UserError(f"{sources[0]}: no clip of two frames or more could be read; nothing is written")
+            raise UserError(f"{sources[0]}: no clip with a pair of frames could be read; nothing is written")
     print(f"actions: {rows} of {written} clips -> {output}", flush=True)
 
 
@@ -75,66 +77,78 @@ def make_schema(model: api.Loaded, checkpoint: Path) -> pa.Schema:
     fields = [
         pa.field("clip", pa.string(), nullable=False),
         pa.field("frame", pa.int64(), nullable=False),
+        pa.field("next", pa.int64(), nullable=False),
         pa.field("action", pa.list_(pa.float32(), model.action_dim), nullable=False),
     ]
     return pa.schema(fields, metadata=about)
 
 
-def as_table(clip: str, actions: api.Floats, schema: pa.Schema) -> pa.Table:
-    """The rows of one clip, of actions (T-1, A)."""
+def as_table(clip: str, stride: int, actions: api.Floats, schema: pa.Schema) -> pa.Table:
+    """The rows of one clip, of actions (T - stride, A)."""
     flat = pa.array(np.ascontiguousarray(actions).reshape(-1))
+    frames = np.arange(len(actions), dtype=np.int64)
     columns = [
         pa.array([clip] * len(actions), pa.string()),
-        pa.array(np.arange(len(actions), dtype=np.int64)),
+        pa.array(frames),
+        pa.array(frames + stride),
         pa.FixedSizeListArray.from_arrays(flat, actions.shape[1]),
     ]
     return pa.Table.from_arrays(columns, schema=schema)
 
 
-def read_store(store: Store, model: api.Loaded) -> Iterator[tuple[str, api.Floats]]:
-    """The clips of a store in order: id and latent actions (T-1, A)."""
-    names = store.clip_index["id"].to_pylist()
-    for name, start, length in zip(names, store.clip_start.tolist(), store.clip_length.tolist(), strict=True):
-        yield name, model.infer(store.read(start, length))
+def read_store(store: Store, model: api.Loaded) -> Iterator[tuple[str, int, api.Floats]]:
+    """The clips of a store in order: id, frames from one of a pair to the next, actions (T - k, A)."""
+    names, strides = store.clip_index["id"].to_pylist(), store.strides(model.spec.frame_gap).tolist()
+    clips = zip(names, strides, store.clip_start.tolist(), store.clip_length.tolist(), strict=True)
+    for name, stride, start, length in clips:
+        yield name, stride, model.infer(store.read(start, length), stride=stride)
 
 
 def read_videos(
     paths: Sequence[Path], model: api.Loaded, decoder: Decoder
-) -> Iterator[tuple[str, api.Floats]]:
-    """The videos: path as given and latent actions (T-1, A), none of those that fail."""
+) -> Iterator[tuple[str, int, api.Floats]]:
+    """The videos: path as given, frames from one of a pair to the next, latent actions (T - k, A).
+
+    There are no actions of a video that fails.
+    """
     for path in paths:
         try:
             path.open("rb").close()
         except OSError as error:
             raise UserError(f"{path}: {error.strerror}; name video files, or a store") from None
-        found = [np.empty((0, model.action_dim), np.float32)]
+        stride, found = 1, [np.empty((0, model.action_dim), np.float32)]
         try:
-            found += infer_pieces(model, read_video(path, decoder))
-        except UndecodableError as error:
+            pieces = read_video(path, decoder)
+            first, fps = next(pieces)
+            if fps is None and model.spec.frame_gap is not None:
+                raise UnreadableError("tells no rate, which this model needs")
+            stride = model.spec.stride(fps or 0.0)
+            found += infer_pieces(model, itertools.chain([first], (piece for piece, _ in pieces)), stride)
+        except UnreadableError as error:
             print(printable(f"{path}: left out ({error})"), file=sys.stderr, flush=True)
             del found[1:]
-        yield str(path), np.concatenate(found)
+        yield str(path), stride, np.concatenate(found)
 
 
-def read_video(path: Path, decoder: Decoder) -> Iterator[Frames]:
-    """The frames of a video piece by piece, uint8 (n, 64, 64, 3). Raises `UndecodableError`."""
+def read_video(path: Path, decoder: Decoder) -> Iterator[tuple[Frames, float | None]]:
+    """A video piece by piece: frames uint8 (n, 64, 64, 3), and their rate. Raises `UnreadableError`."""
     for member in own_videos.cut(path.name, path, decoder.seconds(path), SECONDS):
         assert member.part is not None
         clip = decoder.decode_part(member.part)
         if clip.frames is None:
-            raise UndecodableError(clip.reason)
-        yield clip.frames
+            raise UnreadableError(clip.reason)
+        yield clip.frames, clip.fps
 
 
-def infer_pieces(model: api.Loaded, pieces: Iterable[Frames]) -> Iterator[api.Floats]:
+def infer_pieces(model: api.Loaded, pieces: Iterable[Frames], stride: int = 1) -> Iterator[api.Floats]:
     """The latent actions of a video that comes in pieces, as if it came whole.
 
-    A piece is led by the frames before it that the model looks at.
+    A piece is led by the frames before it that the model looks at, which lie `stride` apart.
     """
-    lead = model.spec.action_window - 1
+    lead = (model.spec.action_window - 1) * stride
     before = np.empty((0, *FRAME), np.uint8)
     for piece in pieces:
         frames = np.concatenate([before, piece])
-        if len(frames) > 1:
-            yield model.infer(frames)[max(len(before) - 1, 0) :]
+        if len(frames) > stride:
+            yield model.infer(frames, stride=stride)[max(len(before) - stride, 0) :]
         before = frames[-lead:]

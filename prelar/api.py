@@ -126,11 +126,20 @@ class Loaded:
         return frames[0] if imagery._single else frames
 
     @torch.no_grad()
-    def infer(self, frames: Frames) -> Floats:
-        """The latent action between each frame of a video and the next: uint8 (T, 64, 64, 3) to (T-1, A).
+    def infer(self, frames: Frames, *, stride: int = 1) -> Floats:
+        """The latent action between each frame of a video and the one `stride` later.
 
-        A long video is gone through in pieces. Raises `UserError` where the model infers no actions.
+        uint8 (T, 64, 64, 3) to (T - stride, A), or (0, A) for fewer frames. `spec.stride(fps)` tells the
+        stride of pre-training in a video of so many frames a second. A long video is gone through in pieces.
+        Raises `UserError` where the model infers no actions.
         """
+        found = np.empty((max(len(frames) - stride, 0), self.action_dim), np.float32)
+        for offset in range(min(stride, max(len(found), 1))):
+            found[offset::stride] = self._infer(frames[offset::stride])
+        return found
+
+    def _infer(self, frames: Frames) -> Floats:
+        """The latent action between each frame and the next: uint8 (T, 64, 64, 3) to (T-1, A)."""
         found = [np.empty((0, self.action_dim), np.float32)]
         for begin in range(0, max(len(frames) - 1, 1), CHUNK):
             first = max(begin - (self.spec.action_window - 2), 0)

@@ -264,15 +264,16 @@ def cut_segments(
 
 def evaluate_prediction(config: Config, model: WorldModel, store: Store, folder: Path) -> EvalResult:
     """Open-loop prediction of held-out clips; where the store has none, the summary says so."""
-    settings = config.evaluate
-    truth = held_out(store, length=settings.length, count=settings.clips, seed=config.seed)
+    settings, gap = config.evaluate, model.spec.frame_gap
+    truth = held_out(store, length=settings.length, count=settings.clips, seed=config.seed, gap=gap)
     if truth is None:
-        missing = f"Not measured: no clip of the {SPLIT} split has {settings.length} frames or more."
+        apart = "or more" if gap is None else f"{gap:g} s apart"
+        missing = f"Not measured: no clip of the {SPLIT} split has {settings.length} frames {apart}."
         return EvalResult(summary={"prediction_missing": missing})
     device = next(model.parameters()).device
     prediction = measure(model.open_loop, truth, observed=settings.observed, device=device, seed=config.seed)
     write_prediction(folder, "prediction", "open_loop", prediction)
-    more = {"split": SPLIT, "latent": infers_actions(model)}
+    more = {"split": SPLIT, "latent": infers_actions(model), "gap": gap}
     return _record(prediction, "prediction", "prediction_error", **more)
 
 
@@ -280,21 +281,29 @@ def evaluate_actions(config: Config, model: WorldModel, store: Store, folder: Pa
     """Probe the latent action and draw the action swap; the summary says where a method has none."""
     if not infers_actions(model):
         return EvalResult(summary={"probe_missing": f"{config.method} infers no actions from video."})
-    settings, device = config.evaluate, next(model.parameters()).device
-    seed = episode_seed(RngStream.PROBE_EPISODES, config.seed)
+    settings, gap = config.evaluate, model.spec.frame_gap
+    device, seed = next(model.parameters()).device, episode_seed(RngStream.PROBE_EPISODES, config.seed)
     with make_env(config.task) as simulator:
-        played = collect(simulator, episodes=settings.probe_episodes, seed=seed)
-    recorded = demonstrations(store, episodes=settings.probe_episodes, seed=seed)
+        stride = model.spec.stride(simulator.fps)
+        played = collect(simulator, episodes=settings.probe_episodes, seed=seed, gap=stride)
+    recorded = demonstrations(store, episodes=settings.probe_episodes, seed=seed, gap=gap)
     found = EvalResult()
     for name, episodes in (("probe", played), ("probe_demonstrations", recorded)):
         if episodes is not None:
             result = run_probe(
                 model, episodes, updates=settings.probe_updates, seed=config.seed, device=device
             )
+            write_tsv(folder / f"{name}_gaps.tsv", result.pop("gaps"))
             _write_json(folder / f"{name}.json", result)
-            latent, untrained = (row["mean"] for row in result["rows"][:2])
-            found |= EvalResult({f"{name}_r2": latent, f"{name}_r2_untrained": untrained})
-    clips = held_out(store, length=settings.length, count=settings.clips, seed=config.seed)
+            latent, untrained, difference = (row["mean"] for row in result["rows"][:3])
+            found |= EvalResult(
+                {
+                    f"{name}_r2": latent,
+                    f"{name}_r2_untrained": untrained,
+                    f"{name}_r2_difference": difference,
+                }
+            )
+    clips = held_out(store, length=settings.length, count=settings.clips, seed=config.seed, gap=gap)
     picture = None if clips is None else swap_actions(model, clips, observed=settings.observed, device=device)
     if picture is not None:
         write_png(folder / "action_swap.png", picture)
@@ -308,15 +317,19 @@ def infers_actions(model: WorldModel) -> bool:
     return model.infer_actions(images, torch.tensor([[True, False]], device=device)) is not None
 
 
-def held_out(store: Store, *, length: int, count: int, seed: int) -> Frames | None:
-    """Segments of at most `count` held-out clips, drawn by `seed`: uint8 (N, length, 64, 64, 3), or None."""
-    clips = store.clips(SPLIT, min_length=length)
+def held_out(store: Store, *, length: int, count: int, seed: int, gap: float | None = None) -> Frames | None:
+    """Segments of at most `count` held-out clips, drawn by `seed`: uint8 (N, length, 64, 64, 3), or None.
+
+    Their frames are neighbours, or `gap` seconds apart.
+    """
+    clips = store.clips(SPLIT, min_length=length, gap=gap)
     if not len(clips):
         return None
     random = np.random.default_rng(seed)
     chosen = np.sort(random.permutation(clips)[:count])
-    offsets = random.integers(0, store.clip_length[chosen] - length + 1)
-    return store.read_many(store.clip_start[chosen] + offsets, length)
+    strides = store.strides(gap)[chosen]
+    offsets = random.integers(0, store.clip_length[chosen] - (length - 1) * strides)
+    return store.read_many(store.clip_start[chosen] + offsets, length, strides=strides)
 
 
 def _record(prediction: Prediction, name: str, metric: str, **more: Any) -> EvalResult:

@@ -75,7 +75,9 @@ def make_probe(folder: Path) -> None:
     head = {"dimensions": ["x", "y", "z", "gripper"], "train": 300, "test": 150}
     folder.mkdir(parents=True, exist_ok=True)
     for name in ("probe", "probe_demonstrations"):
-        (folder / f"{name}.json").write_text(json.dumps(head | {"rows": rows}), encoding="utf-8")
+        (folder / f"{name}.json").write_text(json.dumps(head | {"rows": rows, "gap": 4}), encoding="utf-8")
+        gaps = {"step": [1, 2, 4, 8], "latent": [0.2, 0.3, 0.5, 0.55], "untrained": [-0.1, 0.1, 0.2, 0.2]}
+        write_tsv(folder / f"{name}_gaps.tsv", gaps | {"difference": [0.1, 0.2, 0.3, 0.35]})
     write_png(folder / "action_swap.png", grid(np.stack([moving(7)] * 6)))
 
 

@@ -29,6 +29,13 @@ def checkpoint(tmp_path: Path) -> Path:
 
 
 @pytest.fixture
+def wide(tmp_path: Path) -> Path:
+    """A model of frames 0.2 s apart, which looks at three of them."""
+    save_pretrained(tmp_path / "wide", frame_gap=0.2, action_window=3)
+    return tmp_path / "wide"
+
+
+@pytest.fixture
 def store(tmp_path: Path) -> Path:
     with StoreWriter(tmp_path / "x.zarr") as writer:
         writer.append(moving(5), {"id": "7", "split": "train"})
@@ -44,12 +51,64 @@ def test_a_store_becomes_a_row_a_pair(store: Path, checkpoint: Path, tmp_path: P
     table = pq.read_table(tmp_path / "out.parquet")
     assert table["clip"].to_pylist() == ["7"] * 4 + ["10"] * 2
     assert table["frame"].to_pylist() == [0, 1, 2, 3, 0, 1]
+    assert table["next"].to_pylist() == [1, 2, 3, 4, 1, 2]
     assert table.schema.field("action").type == pa.list_(pa.float32(), 8)
     found = np.array(table["action"].to_pylist(), np.float32)
     expected = prelar.load(checkpoint).infer(moving(5))
     assert np.allclose(found[:4], expected, atol=1e-6) and (found[4:] != found[:2]).any()
     about = table.schema.metadata
     assert json.loads(about[b"prelar.model"])["action_dim"] == 8 and len(about[b"prelar.action_sha256"]) == 64
+
+
+def test_pairs_of_a_store_are_as_far_apart_as_in_pretraining(wide: Path, tmp_path: Path) -> None:
+    """By each clip's rate; a clip too short for a pair has no row, and one without a rate is refused."""
+    with StoreWriter(tmp_path / "x.zarr") as writer:
+        for name, length, fps in (("a", 9, 10.0), ("b", 9, 15.0), ("c", 3, 20.0)):
+            writer.append(moving(length), {"id": name, "split": "train", "fps": fps})
+        writer.finish({})
+    actions.run([tmp_path / "x.zarr"], tmp_path / "out.parquet", checkpoint=wide)
+    table = pq.read_table(tmp_path / "out.parquet")
+    assert table["clip"].to_pylist() == ["a"] * 7 + ["b"] * 6
+    assert table["frame"].to_pylist() == [*range(7), *range(6)]
+    assert table["next"].to_pylist() == [*range(2, 9), *range(3, 9)]
+    found, model = np.array(table["action"].to_pylist(), np.float32), prelar.load(wide)
+    assert np.allclose(found[0:7:2], model.infer(moving(9)[::2]), atol=1e-6)
+    assert np.allclose(found[8:13:3], model.infer(moving(9)[1::3]), atol=1e-6)
+    with StoreWriter(tmp_path / "y.zarr") as writer:
+        writer.append(moving(9), {"id": "a", "split": "train"})
+        writer.finish({})
+    with pytest.raises(UserError, match="1 of 1 clips tell no rate"):
+        actions.run([tmp_path / "y.zarr"], tmp_path / "none.parquet", checkpoint=wide)
+
+
+def test_pairs_of_a_video_are_as_far_apart_as_in_pretraining(
+    wide: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(actions, "SECONDS", 0.7)
+    write_mp4(tmp_path / "x.mp4", moving(23), 10)
+    actions.run([tmp_path / "x.mp4"], tmp_path / "out.parquet", checkpoint=wide)
+    table = pq.read_table(tmp_path / "out.parquet")
+    assert table["frame"].to_pylist() == list(range(21)) and table["next"].to_pylist() == list(range(2, 23))
+    (whole,) = [clip.frames for clip in Decoder().decode_parts([Part(tmp_path / "x.mp4")])]
+    assert whole is not None
+    expected = prelar.load(wide).infer(whole, stride=2)
+    assert np.allclose(np.stack(table["action"].to_numpy()), expected, atol=1e-5)
+
+
+def test_a_video_that_tells_no_rate_is_left_out_where_one_is_needed(
+    wide: Path,
+    checkpoint: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    write_mp4(tmp_path / "x.mp4", moving(6), 10)
+    monkeypatch.setattr(actions, "read_video", lambda path, decoder: iter([(moving(6), None)]))
+    with pytest.raises(UserError, match="nothing is written"):
+        actions.run([tmp_path / "x.mp4"], tmp_path / "out.parquet", checkpoint=wide)
+    assert "x.mp4: left out (tells no rate" in capsys.readouterr().err
+    actions.run([tmp_path / "x.mp4"], tmp_path / "out.parquet", checkpoint=checkpoint)
+    assert len(pq.read_table(tmp_path / "out.parquet")) == 5
 
 
 def test_videos_are_decoded_and_a_broken_one_is_left_out(
@@ -84,23 +143,25 @@ def test_a_long_video_is_gone_through_piece_by_piece(
     assert np.allclose(np.stack(table["action"].to_numpy()), expected, atol=1e-5)
 
 
+@pytest.mark.parametrize("stride", [1, 3])
 @pytest.mark.parametrize("window", [2, 3, 5])
-def test_pieces_are_led_by_what_the_model_looks_at(window: int) -> None:
+def test_pieces_are_led_by_what_the_model_looks_at(window: int, stride: int) -> None:
     """Told by a model whose action is the sum of the frames that it saw."""
 
     class Summing:
         def __init__(self) -> None:
             self.spec = SimpleNamespace(action_window=window)
 
-        def infer(self, frames: Frames) -> np.ndarray:
+        def infer(self, frames: Frames, stride: int) -> np.ndarray:
             means = frames.mean(axis=(1, 2, 3), dtype=np.float64)
-            padded = np.concatenate([np.zeros(window - 2), means])
-            return np.lib.stride_tricks.sliding_window_view(padded, window).sum(axis=1)[:, None]
+            padded = np.concatenate([np.zeros((window - 2) * stride), means])
+            seen = np.lib.stride_tricks.sliding_window_view(padded, (window - 1) * stride + 1)
+            return seen[:, ::stride].sum(axis=1)[:, None]
 
     frames = np.random.default_rng(0).integers(0, 256, (40, 64, 64, 3), dtype=np.uint8)
     pieces = np.split(frames, [1, 2, 9, 10, 24])
-    found = np.concatenate(list(actions.infer_pieces(Summing(), pieces)))  # type: ignore[arg-type]
-    assert np.allclose(found, Summing().infer(frames))
+    found = np.concatenate(list(actions.infer_pieces(Summing(), pieces, stride)))  # type: ignore[arg-type]
+    assert np.allclose(found, Summing().infer(frames, stride)) and len(found) == 40 - stride
 
 
 def test_nothing_readable_leaves_no_file(checkpoint: Path, tmp_path: Path) -> None:

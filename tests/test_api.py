@@ -197,7 +197,7 @@ def test_checkpoints_from_before_the_spec_load(tmp_path: Path, stage: str) -> No
     made = (save_pretrained if stage == "pretrain" else save_finetuned)(tmp_path / "x", "contextwm")
     path = tmp_path / "x" / "config.json"
     described = json.loads(path.read_text(encoding="utf-8"))
-    others = {"stage", "units", "layers", "naive", "dual_reward", "bonus", "context_augment"}
+    others = {"stage", "units", "layers", "naive", "dual_reward", "bonus", "context_augment", "frame_gap"}
     others = (
         others if stage == "pretrain" else {"stage", "action_kind", "action_window", "consistency", "beta_a"}
     )

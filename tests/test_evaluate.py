@@ -44,15 +44,15 @@ def make_store(path: Path, *, splits: tuple[str, ...] = ("train", "validation"))
     with StoreWriter(path) as writer:
         for number, length in enumerate(range(4, 11)):
             row = {"id": str(number), "split": splits[number % len(splits)], "label": f"label {number % 3}"}
-            writer.append(np.roll(moving(length), number, axis=2), row)
+            writer.append(np.roll(moving(length), number, axis=2), row | {"fps": 12.0})
         writer.append(None, {"id": "99", "reason": "not a video"})
         return writer.finish({"source": "test"})
 
 
-def make_checkpoints(method: str, task: str) -> None:
+def make_checkpoints(method: str, task: str, frame_gap: float | None = None) -> None:
     """Untrained models as the stages before would leave them."""
     torch.manual_seed(0)
-    before = build_model(ModelSpec(method=method, **SIZES))
+    before = build_model(ModelSpec(method=method, frame_gap=frame_gap, **SIZES))
     save_parts(evaluate.PRETRAIN, before.state(), {"stage": "pretrain", "model": before.spec})
     after = build_model(ModelSpec(stage="finetune", method=method, robot_action_dim=4, **SIZES, **UNITS))
     policy = {"features": after.feature_dim, "actions": 4, **UNITS}
@@ -115,7 +115,7 @@ def test_evaluation_writes_metrics_tables_and_videos_twice_the_same(place: Path,
         "prediction_error_policy",
         "prediction_error_policy_copy",
     }
-    probed = {"probe_r2", "probe_r2_untrained"} if method == "prelar" else set()
+    probed = {"probe_r2", "probe_r2_untrained", "probe_r2_difference"} if method == "prelar" else set()
     fitted = {f"offline_{error}_{start}" for error in ("error", "reward_error") for start in STARTS}
     assert metrics.keys() == {"success_rate", "return"} | errors | probed | fitted
     chief = json.loads((place / "metrics.json").read_text())
@@ -184,6 +184,27 @@ def test_the_closing_line_tells_the_pretrained_models_error_where_there_is_one()
     metrics |= {"prediction_error": 0.125, "prediction_error_copy": 0.25}
     assert evaluate.told(metrics) == f"success 33%, return 412.3, prediction error 0.125 {end}"
     assert evaluate.told({"success_rate": 0, "return": -1}) == "success 0%, return -1"
+
+
+def test_everything_follows_the_frames_that_the_model_was_trained_on(place: Path) -> None:
+    """Whatever params.yaml says by now: what was trained says how far apart its frames are."""
+    store = make_store(place / "data/ssv2.zarr")
+    make_checkpoints("prelar", "reach", frame_gap=0.15)
+    evaluate.run(configure(method="prelar"))
+    folder = place / "reports/evaluate"
+    assert not (folder / "prediction.tsv").exists(), "no clip of validation is long enough"
+    missing = json.loads((folder / "summary.json").read_text())["prediction_missing"]
+    assert missing == "Not measured: no clip of the validation split has 6 frames 0.15 s apart."
+    assert json.loads((folder / "probe.json").read_text())["gap"] == 12, "of the simulator's 80 a second"
+    gaps, metrics = read_tsv(folder / "probe_gaps.tsv"), json.loads((folder / "metrics.json").read_text())
+    assert gaps["step"] == [1, 2, 4, 8, 12]
+    for column, metric in (("latent", ""), ("untrained", "_untrained"), ("difference", "_difference")):
+        assert gaps[column][-1] == pytest.approx(metrics[f"probe_r2{metric}"])
+    found = evaluate.held_out(store, length=4, count=10, seed=3, gap=0.15)
+    assert found is not None and len(found) == 2
+    clips = [store.read(int(store.clip_start[c]), int(store.clip_length[c])) for c in (3, 5)]
+    for segment, clip in zip(found, clips, strict=True):
+        assert any(np.array_equal(segment, clip[start:][:7:2]) for start in range(len(clip) - 6))
 
 
 def test_checkpoints_of_another_run_are_refused(place: Path) -> None:

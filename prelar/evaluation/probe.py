@@ -1,15 +1,16 @@
 """Does the latent action mean anything?
 
 A ridge regression reads the hand's displacement and the gripper's change off the latent action of a pair of
-frames. The episodes are either of random actions in Meta-World, each held for a few steps, since an expert's
-pose and phase give its action away, or recorded demonstrations of a store. Beside the pre-trained encoder
-stand four controls: an untrained encoder, the raw difference of the frames, shuffled pairs (the floor), and
-an encoder trained with the labels (the ceiling).
+frames, as far apart as those of pre-training, and, since frames tell less the closer they are, of pairs
+nearer and further apart. The episodes are either of random actions in Meta-World, each held for a few steps,
+since an expert's pose and phase give its action away, or recorded demonstrations of a store. Beside the
+pre-trained encoder stand four controls: an untrained encoder, the raw difference of the frames, shuffled
+pairs (the floor), and an encoder trained with the labels (the ceiling).
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -39,6 +40,8 @@ STEPS = 50
 TEST_SHARE = 3
 PENALTIES = tuple(10.0**k for k in range(-3, 6))
 BATCH, SHIFT, LEARNING_RATE = 64, 4, 1e-3
+GAPS = (1, 2, 4, 8)
+LATENT, UNTRAINED, DIFFERENCE = "latent action, pre-trained", "untrained encoder", "raw frame difference"
 SWAP_ROWS, SWAP_COLUMNS, SWAP_STEPS = 4, 6, 3
 
 
@@ -47,22 +50,29 @@ class Episodes:
     """E episodes: frames uint8 (E, T, 64, 64, 3), change float64 (E, T - 1, 4), held_out bool (E,).
 
     `change[e, t]` is what happened between frames t and t + 1: the hand's displacement in metres and the
-    change of the gripper's opening. `held_out` tells which episodes test the regression.
+    change of the gripper's opening. `held_out` tells which episodes test the regression. `gap`: frames from
+    one of a pair to the other in pre-training, less than T.
     """
 
     frames: Frames
     change: Doubles
     held_out: npt.NDArray[np.bool_]
+    gap: int = 1
+
+    def moved(self, gap: int) -> Doubles:
+        """What happened between frames t and t + gap: (E, T - gap, 4)."""
+        return np.ascontiguousarray(np.lib.stride_tricks.sliding_window_view(self.change, gap, 1).sum(-1))
 
 
 def collect(
-    simulator: Simulator, *, episodes: int, seed: int, steps: int = STEPS, held: int = HELD
+    simulator: Simulator, *, episodes: int, seed: int, steps: int = STEPS, held: int = HELD, gap: int = 1
 ) -> Episodes:
     """Play random episodes, each action held `held` steps: a pure function of arguments and task.
 
-    Every third, from the second on, is held out.
+    Each has `steps` pairs of frames that lie `gap` apart. Every third, from the second on, is held out.
     """
     frames, change = [], []
+    steps += gap - 1
     for episode in tqdm(range(episodes), desc="evaluate: probe", unit="episode", disable=None):
         random = np.random.default_rng([seed, episode])
         actions = random.uniform(-1, 1, (-(-steps // held), simulator.action_dim)).repeat(held, axis=0)[
@@ -76,13 +86,16 @@ def collect(
             places.append(simulator.gripper)
         frames.append(np.stack(seen))
         change.append(_change(np.stack(places)))
-    return Episodes(np.stack(frames), np.stack(change), np.arange(episodes) % TEST_SHARE == 1)
+    return Episodes(np.stack(frames), np.stack(change), np.arange(episodes) % TEST_SHARE == 1, gap)
 
 
-def demonstrations(store: Store, *, episodes: int, seed: int, steps: int = STEPS) -> Episodes | None:
+def demonstrations(
+    store: Store, *, episodes: int, seed: int, steps: int = STEPS, gap: float | None = None
+) -> Episodes | None:
     """Segments of `steps` pairs of at most `episodes` recorded episodes, a third of them held out.
 
-    They are seen by the store's first camera by name: a direction in the world looks different to each. The
+    A pair is of neighbours, or of frames `gap` seconds apart, of episodes at the rate that most have. They
+    are seen by the store's first camera by name: a direction in the world looks different to each. The
     held-out ones are of the validation split, the others of the training split. A pure function of store and
     arguments. None where the store does not tell where the hand was, or has too few episodes of that length.
     """
@@ -90,6 +103,9 @@ def demonstrations(store: Store, *, episodes: int, seed: int, steps: int = STEPS
         return None
     cameras = np.array(store.clip_index["camera"].to_pylist(), dtype=object)
     camera = min((name for name in cameras if name is not None), default=None)
+    strides = store.strides(gap)
+    stride = int(np.bincount(strides[cameras == camera]).argmax())
+    alike, steps = (cameras == camera) & (strides == stride), steps + stride - 1
     random = np.random.default_rng(seed)
     chosen: dict[str, npt.NDArray[np.int64]] = {}
     for split, share in (
@@ -97,7 +113,7 @@ def demonstrations(store: Store, *, episodes: int, seed: int, steps: int = STEPS
         ("validation", episodes // TEST_SHARE),
     ):
         clips = store.clips(split, min_length=steps + 1)
-        chosen[split] = np.sort(random.permutation(clips[cameras[clips] == camera])[:share])
+        chosen[split] = np.sort(random.permutation(clips[alike[clips]])[:share])
     if len(chosen["train"]) < TEST_SHARE or not len(chosen["validation"]):
         return None
     clips = np.concatenate([chosen["train"], chosen["validation"]])
@@ -105,7 +121,7 @@ def demonstrations(store: Store, *, episodes: int, seed: int, steps: int = STEPS
     gripper = store.array("gripper")
     change = np.stack([_change(gripper[start : start + steps + 1]) for start in starts])
     frames = store.read_many(starts, steps + 1)
-    return Episodes(frames, change, np.arange(len(clips)) >= len(chosen["train"]))
+    return Episodes(frames, change, np.arange(len(clips)) >= len(chosen["train"]), stride)
 
 
 def _change(places: npt.NDArray[np.float32]) -> Doubles:
@@ -135,23 +151,26 @@ def ridge_r2(
     ranks = np.unique(groups[train], return_inverse=True)[1]
     inner = ranks % TEST_SHARE == 1
     x, y = features[train], targets[train]
-    scores = [_r2(_ridge(x[~inner], y[~inner], x[inner], penalty), y[inner]) for penalty in PENALTIES]
-    best = PENALTIES[int(np.argmax([score.mean() for score in scores]))]
-    return _r2(_ridge(x, y, features[test], best), targets[test])
+    tried = _ridge(x[~inner], y[~inner], x[inner], PENALTIES)
+    best = PENALTIES[int(np.argmax([_r2(predicted, y[inner]).mean() for predicted in tried]))]
+    (predicted,) = _ridge(x, y, features[test], (best,))
+    return _r2(predicted, targets[test])
 
 
-def _ridge(x: npt.NDArray[Any], y: Doubles, new: npt.NDArray[Any], penalty: float) -> Doubles:
-    """Predictions (M, D) for rows `new` (M, F); the penalty is relative to the number of rows of `x`."""
+def _ridge(
+    x: npt.NDArray[Any], y: Doubles, new: npt.NDArray[Any], penalties: Sequence[float]
+) -> list[Doubles]:
+    """Predictions (M, D) for rows `new` (M, F) by each penalty, which is relative to the rows of `x`."""
     middle, scale = x.mean(0), x.std(0)
     scale = np.where(scale > 1e-12, scale, np.inf)
     x, new = (x - middle) / scale, (new - middle) / scale
     bottom = y.mean(0)
-    load = penalty * len(x)
+    loads = [penalty * len(x) for penalty in penalties]
     if x.shape[1] <= len(x):
-        weights = np.linalg.solve(x.T @ x + load * np.eye(x.shape[1]), x.T @ (y - bottom))
-        return new @ weights + bottom
-    dual = np.linalg.solve((x @ x.T).astype(np.float64) + load * np.eye(len(x)), y - bottom)
-    return (new @ x.T) @ dual + bottom
+        gram, right, one = x.T @ x, x.T @ (y - bottom), np.eye(x.shape[1])
+        return [new @ np.linalg.solve(gram + load * one, right) + bottom for load in loads]
+    gram, cross, one = (x @ x.T).astype(np.float64), new @ x.T, np.eye(len(x))
+    return [cross @ np.linalg.solve(gram + load * one, y - bottom) + bottom for load in loads]
 
 
 def _r2(predicted: Doubles, truth: Doubles) -> Doubles:
@@ -174,55 +193,82 @@ def run_probe(
         updates: gradient steps of the encoder that is trained with the labels.
         seed: of the untrained weights, the shuffling and the batches.
         device: where the model lives.
+
+    Returns:
+        `rows`: R² at the gap of pre-training, `gap`, for each control. `gaps`: mean R² of three of them over
+        `GAPS` and that one, in columns by `step`, the frames from one of a pair to the other.
     """
-    count, pairs = episodes.change.shape[:2]
-    groups, test = np.repeat(np.arange(count), pairs), np.repeat(episodes.held_out, pairs)
-    targets = episodes.change.reshape(-1, len(DIMENSIONS))
+    torch.manual_seed(seed)
+    fresh = build_model(model.spec).to(device)
+    length = episodes.frames.shape[1]
+    steps = [gap for gap in sorted({*GAPS, episodes.gap}) if gap < length]
+    found = {}
     with torch.autocast(device.type, enabled=False):
-        features = _features(model, episodes, updates=updates, seed=seed, device=device)
-    rows = []
-    for name, values in features.items():
-        r2 = ridge_r2(values, targets, groups, test)
-        rows.append({"name": name, "r2": r2.tolist(), "mean": float(r2.mean())})
+        for gap in steps:
+            features = _features(model, fresh, episodes, gap, device)
+            found[gap] = {name: _read(values, episodes, gap) for name, values in features.items()}
+            if gap == episodes.gap:
+                latent = features[LATENT]
+        taught = _teach(fresh, episodes, updates=updates, seed=seed, device=device)
+        others = {
+            "shuffled pairs": latent[np.random.default_rng(seed).permutation(len(latent))],
+            "encoder trained with labels": _latent(taught, episodes.frames, episodes.gap, device),
+        }
+    r2 = found[episodes.gap] | {
+        name: _read(values, episodes, episodes.gap) for name, values in others.items()
+    }
+    columns = {"latent": LATENT, "untrained": UNTRAINED, "difference": DIFFERENCE}
+    test = episodes.held_out.sum() * (length - episodes.gap)
     return {
         "dimensions": list(DIMENSIONS),
-        "train": int((~test).sum()),
-        "test": int(test.sum()),
-        "rows": rows,
+        "train": int(len(latent) - test),
+        "test": int(test),
+        "rows": [
+            {"name": name, "r2": values.tolist(), "mean": float(values.mean())} for name, values in r2.items()
+        ],
+        "gap": episodes.gap,
+        "gaps": {"step": steps}
+        | {column: [float(found[gap][name].mean()) for gap in steps] for column, name in columns.items()},
     }
 
 
+def _read(values: npt.NDArray[Any], episodes: Episodes, gap: int) -> Doubles:
+    """R² of what happened over `gap` frames, read off rows `values` (N, F), episode after episode: (4,)."""
+    targets = episodes.moved(gap)
+    count, pairs = targets.shape[:2]
+    groups, test = np.repeat(np.arange(count), pairs), np.repeat(episodes.held_out, pairs)
+    return ridge_r2(values, targets.reshape(-1, len(DIMENSIONS)), groups, test)
+
+
 def _features(
-    model: WorldModel, episodes: Episodes, *, updates: int, seed: int, device: torch.device
+    model: WorldModel, fresh: WorldModel, episodes: Episodes, gap: int, device: torch.device
 ) -> dict[str, npt.NDArray[Any]]:
-    """What the regression reads, by name: rows (N, F) for the N pairs, episode after episode."""
-    latent = _latent(model.infer_actions, episodes.frames, device)
-    torch.manual_seed(seed)
-    fresh = build_model(model.spec).to(device)
-    untrained = _latent(fresh.infer_actions, episodes.frames, device)
-    order = np.random.default_rng(seed).permutation(len(latent))
-    difference = np.diff(episodes.frames.astype(np.float32), axis=1).reshape(len(latent), -1)
-    taught = _teach(fresh, episodes, updates=updates, seed=seed, device=device)
+    """What the regression reads of all pairs `gap` frames apart: rows (N, F), episode after episode."""
+    frames = episodes.frames.astype(np.float32)
     return {
-        "latent action, pre-trained": latent,
-        "untrained encoder": untrained,
-        "raw frame difference": difference,
-        "shuffled pairs": latent[order],
-        "encoder trained with labels": _latent(taught, episodes.frames, device),
+        LATENT: _latent(model.infer_actions, episodes.frames, gap, device),
+        UNTRAINED: _latent(fresh.infer_actions, episodes.frames, gap, device),
+        DIFFERENCE: (frames[:, gap:] - frames[:, :-gap]).reshape(-1, frames[0, 0].size),
     }
 
 
 def _latent(
-    infer: Callable[[Tensor, Tensor], Tensor | None], frames: Frames, device: torch.device
+    infer: Callable[[Tensor, Tensor], Tensor | None], frames: Frames, gap: int, device: torch.device
 ) -> Doubles:
-    """Latent actions of all pairs, episode after episode: (E · (T - 1), A)."""
+    """Latent actions of all pairs `gap` frames apart, episode after episode: (E · (T - gap), A)."""
     found = []
     for episode in frames:
-        images = normalise(torch.from_numpy(episode[None]).to(device))
-        with torch.no_grad():
-            actions = infer(images, first_steps(1, len(episode), device))
-        assert actions is not None, "the model infers no actions"
-        found.append(actions[0].double().cpu().numpy())
+        pairs: dict[int, Doubles] = {}
+        for offset in range(min(gap, len(episode) - gap)):
+            images = normalise(torch.from_numpy(episode[None, offset::gap].copy()).to(device))
+            with torch.no_grad():
+                actions = infer(images, first_steps(1, images.shape[1], device))
+            assert actions is not None, "the model infers no actions"
+            pairs[offset] = actions[0].double().cpu().numpy()
+        rows = np.empty((len(episode) - gap, pairs[0].shape[1]))
+        for offset, values in pairs.items():
+            rows[offset::gap] = values
+        found.append(rows)
     return np.concatenate(found)
 
 
@@ -236,7 +282,7 @@ def _teach(
     """
     action: Any = model.action
     numbers = np.flatnonzero(~episodes.held_out)
-    labels = episodes.change[numbers]
+    gap, labels = episodes.gap, episodes.moved(episodes.gap)[numbers]
     scaled = (labels - labels.mean((0, 1))) / np.maximum(labels.std((0, 1)), 1e-9)
     head = nn.Linear(action.action_dim, len(DIMENSIONS)).to(device)
     optimizer = adam([*action.parameters(), *head.parameters()], LEARNING_RATE)
@@ -245,7 +291,8 @@ def _teach(
         seed_step(seed, update)
         random = generator(RngStream.PROBE, seed, update)
         rows, pairs = random.integers(len(numbers), size=BATCH), random.integers(labels.shape[1], size=BATCH)
-        times = np.maximum(pairs[:, None] + np.arange(2 - action.window, 2), 0)
+        times = pairs[:, None] + gap * np.arange(2 - action.window, 2)
+        times = np.where(times < 0, pairs[:, None] % gap, times)
         frames = _shift(episodes.frames[numbers[rows][:, None], times], random)
         stats = action.posterior(normalise(torch.from_numpy(frames).to(device)), is_first, True)
         guess = head(action.kind.action(stats, sample=False)[:, -1])

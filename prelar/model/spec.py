@@ -60,6 +60,10 @@ class ModelSpec:
                 f"{source}: made by another version ({error}); make it again with `dvc repro`"
             ) from None
 
+    def stride(self, fps: float) -> int:
+        """Frames from one to the next that it looks at, in footage of `fps` frames a second; at least 1."""
+        return 1 if self.frame_gap is None else max(1, round(self.frame_gap * fps))
+
     @property
     def feature_dim(self) -> int:
         """Width of what heads, decoder and policy see of a state."""

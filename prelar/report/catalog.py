@@ -147,6 +147,17 @@ _REWARD_ERROR = CurveSpec(
     log_from=1,
     reference=("offline_scratch_reward_error", "from scratch"),
 )
+_PROBE = CurveSpec(
+    f"{EVALUATE}/probe_gaps.tsv",
+    "latent",
+    "R² of the latent action by the time between frames",
+    "frames apart",
+    "R², mean of the four targets",
+    "Latent action, R² on held-out episodes of random actions by how far apart the frames of a pair are; "
+    "0 or less is drawn at 0.",
+    limits=(0.0, 1.0),
+    reference=("probe_gaps_difference", "raw frame difference"),
+)
 _SCRATCH = f"{EVALUATE}/offline_scratch.tsv"
 CURVES: Mapping[str, CurveSpec] = {
     "success": CurveSpec(
@@ -180,6 +191,8 @@ CURVES: Mapping[str, CurveSpec] = {
         caption="Mean squared error on the agent’s own episodes, pixels in [0, 1].",
         reference=None,
     ),
+    "probe_gaps": _PROBE,
+    "probe_gaps_difference": replace(_PROBE, column="difference", reference=None),
 }
 PRETRAINING = tuple(f"pretrain_{spec.column}" for spec in _LOSSES)
 OFFLINE = ("offline_pretrained_error", "offline_pretrained_reward_error")

@@ -137,7 +137,28 @@ def _offline_figure(name: str, tables: Mapping[str, Mapping[str, list[float]]]) 
 def action(config: Config, run: Run) -> Values:
     """What the latent action means: in episodes of random actions, and in recorded ones."""
     names = ("probe", "probe_demonstrations")
-    return {"probes": {name: run.files.load(EVALUATE / f"{name}.json") for name in names}}
+    return {
+        "probes": {name: run.files.load(EVALUATE / f"{name}.json") for name in names},
+        "gaps": {name: _gaps_figure(run, name) for name in names},
+    }
+
+
+def _gaps_figure(run: Run, name: str) -> Figure | None:
+    """R² of the latent action and of two controls against how far apart the frames of a pair are."""
+    spec = replace(CURVES["probe_gaps"], file=str(EVALUATE / f"{name}_gaps.tsv"))
+    table = run.files.table(spec.file)
+    if not table:
+        return None
+    lines = {
+        "latent action": "latent",
+        "untrained encoder": "untrained",
+        "raw frame difference": "difference",
+    }
+    return figure(
+        spec,
+        [Series(label, table["step"], table[column]) for label, column in lines.items()],
+        identifier=f"{name.replace('_', '-')}-gaps",
+    )
 
 
 def pretraining(config: Config, run: Run) -> Values:

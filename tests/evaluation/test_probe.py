@@ -8,6 +8,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from prelar.envs.metaworld import Simulator
 from prelar.evaluation import probe
@@ -76,9 +78,52 @@ def test_episodes_hold_each_action_and_tell_what_moved() -> None:
     assert np.array_equal(found.frames, again.frames) and np.array_equal(found.change, again.change)
     assert np.array_equal(found.change[1, :, :3], np.diff(np.stack(places).astype(np.float64), axis=0))
     assert not np.array_equal(found.frames[0, -1], found.frames[1, -1])
+    with Simulator("reach") as simulator:
+        wide = collect(simulator, episodes=2, seed=5, steps=2 * HELD - 2, gap=3)
+    assert wide.gap == 3 and np.array_equal(wide.frames, found.frames), "so many pairs, and two frames more"
 
 
-def make_demonstrations(path: Path, *, arrays: dict[str, int]) -> Store:
+@settings(max_examples=30, deadline=None)
+@given(gap=st.integers(1, 9), length=st.integers(10, 24), seed=st.integers(0, 9))
+def test_a_pair_is_of_two_frames_a_gap_apart_and_of_what_happened_between(
+    gap: int, length: int, seed: int
+) -> None:
+    """Told by a model whose action is the two frames that it saw, the first frame of a sequence by itself."""
+    random = np.random.default_rng(seed)
+    frames = np.zeros((2, length, 64, 64, 3), np.uint8)
+    frames[:, :, 0, 0, 0] = np.arange(length) + 100 * np.arange(2)[:, None]
+    episodes = Episodes(frames, random.normal(size=(2, length - 1, 4)), np.array([False, True]), gap)
+
+    def infer(images: torch.Tensor, is_first: torch.Tensor) -> torch.Tensor:
+        assert is_first[0].tolist() == [True] + [False] * (images.shape[1] - 1)
+        number = (images[:, :, 0, 0, 0] + 0.5) * 255
+        return torch.stack([number[:, :-1], number[:, 1:]], -1)
+
+    found = probe._latent(infer, frames, gap, CPU).reshape(2, length - gap, 2)
+    first = np.arange(length - gap) + 100 * np.arange(2)[:, None]
+    assert np.abs(found - np.stack([first, first + gap], -1)).max() < 1e-3
+    path = np.pad(episodes.change.cumsum(1), ((0, 0), (1, 0), (0, 0)))
+    assert np.allclose(episodes.moved(gap), path[:, gap:] - path[:, :-gap])
+
+
+def test_the_curve_has_the_gap_of_pretraining_and_its_values(random: np.random.Generator) -> None:
+    model = build_model(ModelSpec(method="prelar", **SIZES))
+    plain = squares(random)
+    wide = Episodes(plain.frames, plain.change, plain.held_out, 3)
+    found = run_probe(model, wide, updates=1, seed=0, device=CPU)
+    assert found["gap"] == 3 and found["gaps"]["step"] == [1, 2, 3, 4, 8]
+    assert (found["train"], found["test"]) == (6 * 6, 3 * 6)
+    for column, row in zip(("latent", "untrained", "difference"), found["rows"], strict=False):
+        assert found["gaps"][column][2] == row["mean"]
+    near = run_probe(model, plain, updates=1, seed=0, device=CPU)
+    assert near["gaps"]["step"] == [1, 2, 4, 8] and near["gap"] == 1
+    for column in ("latent", "untrained", "difference"):
+        assert near["gaps"][column] == [
+            v for s, v in zip(*(found["gaps"][k] for k in ("step", column)), strict=True) if s != 3
+        ]
+
+
+def make_demonstrations(path: Path, *, arrays: dict[str, int], fps: float | None = None) -> Store:
     """Twelve episodes of 4 to 9 frames, each seen by two cameras; every third episode is for validation."""
     with StoreWriter(path, arrays=arrays) as writer:
         for episode in range(12):
@@ -91,6 +136,7 @@ def make_demonstrations(path: Path, *, arrays: dict[str, int]) -> Store:
                     "label": "reach",
                     "camera": camera,
                     "episode": episode,
+                    "fps": fps,
                 }
                 frames = np.full((length, 64, 64, 3), 20 * episode + (camera == "front"), np.uint8)
                 writer.append(frames, row, **({"gripper": gripper} if arrays else {}))
@@ -111,6 +157,15 @@ def test_recorded_episodes_are_of_one_camera_and_held_out_by_split(tmp_path: Pat
         whole = np.random.default_rng(number).normal(size=(4 + number % 6, 8)).astype(np.float32)
         steps = np.diff(whole.astype(np.float64)[:, [0, 1, 2, 7]], axis=0)
         assert any(np.array_equal(change, steps[at : at + 4]) for at in range(len(steps) - 3))
+
+
+def test_recorded_pairs_are_as_far_apart_as_in_pretraining(tmp_path: Path) -> None:
+    store = make_demonstrations(tmp_path / "x.zarr", arrays={"gripper": 8}, fps=20.0)
+    found = demonstrations(store, episodes=9, seed=4, steps=4, gap=0.1)
+    assert found is not None and found.gap == 2
+    assert found.frames.shape[1] == 6 and found.moved(2).shape[1] == 4, "four pairs"
+    same = demonstrations(store, episodes=9, seed=4, steps=5)
+    assert same is not None and same.gap == 1 and np.array_equal(same.change, found.change)
 
 
 def test_a_store_that_does_not_tell_where_the_hand_was_gives_no_episodes(tmp_path: Path) -> None:
