@@ -6,6 +6,8 @@ import os
 import sys
 from pathlib import Path
 
+import pytest
+
 STANDINS = Path(__file__).parent / "standins"
 XVFB = f"""#!{sys.executable}
 import os, signal, sys, time
@@ -17,7 +19,7 @@ time.sleep(600)
 """
 
 
-def surround(folder: Path) -> dict[str, str | None]:
+def standin_env(folder: Path) -> dict[str, str | None]:
     """Environment variables under which the stand-ins take the place of the real ones; None: not set."""
     root, programs, orders = (folder / name for name in ("coppelia", "programs", "orders"))
     for path in (root, programs, orders):
@@ -34,6 +36,16 @@ def surround(folder: Path) -> dict[str, str | None]:
         "RLBENCH_ORDERS": str(orders),
         "XVFB_COUNT": str(folder / "xvfb"),
     }
+
+
+def use_standins(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let the stand-ins take the place of the real ones, in this process and in those that it starts."""
+    for name, value in standin_env(folder).items():
+        if value is None:
+            monkeypatch.delenv(name, raising=False)
+        else:
+            monkeypatch.setenv(name, value)
+    monkeypatch.syspath_prepend(str(STANDINS))
 
 
 def orders(folder: Path, **lines: str) -> None:

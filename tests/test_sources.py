@@ -18,7 +18,7 @@ from prelar.train.checkpoint import load_parts
 from prelar.validation import suites
 from tests.demos import test_rlbench_folder as folders
 from tests.flows.inline import work_inline
-from tests.rlbench_standin import STANDINS, surround
+from tests.rlbench_standin import use_standins
 from tests.test_pretrain import config
 
 EPISODES, LENGTH = 2, 8
@@ -34,12 +34,7 @@ def metaworld(tmp_path: Path, request: pytest.FixtureRequest) -> Settings:
 def live(tmp_path: Path, request: pytest.FixtureRequest) -> Settings:
     """Live demos, from the stand-in for RLBench."""
     monkeypatch: pytest.MonkeyPatch = request.getfixturevalue("monkeypatch")
-    for name, value in surround(tmp_path / "standin").items():
-        if value is None:
-            monkeypatch.delenv(name, raising=False)
-        else:
-            monkeypatch.setenv(name, value)
-    monkeypatch.syspath_prepend(str(STANDINS))
+    use_standins(tmp_path / "standin", monkeypatch)
     return {"source": "rlbench", "tasks": ["push_button"], "cameras": ["front", "wrist"], "variations": 1}
 
 

@@ -25,7 +25,7 @@ from ruamel.yaml import YAML
 from prelar.config import PARAMS, read_yaml
 from prelar.envs.names import RLBENCH_CAMERAS
 from tests.conftest import ROOT
-from tests.rlbench_standin import surround
+from tests.rlbench_standin import standin_env
 
 PAIRS = 3
 TASKS = ["push_button", "open_drawer", "reach_target"]
@@ -51,9 +51,9 @@ def run() -> dict[str, float]:
     return {"rlbench_vs_generator": middle}
 
 
-def surroundings(folder: Path) -> dict[str, str]:
+def environment(folder: Path) -> dict[str, str]:
     """The environment of a process that finds the stand-ins, which are as slow as `COSTS` says."""
-    changed = {**surround(folder / "standin"), "RLBENCH_COSTS": json.dumps(COSTS)}
+    changed = {**standin_env(folder / "standin"), "RLBENCH_COSTS": json.dumps(COSTS)}
     changed["PYTHONPATH"] = os.pathsep.join([str(ROOT), str(changed["PYTHONPATH"])])
     both = {**os.environ, **changed}
     return {name: value for name, value in both.items() if value is not None}
@@ -70,7 +70,7 @@ def ours(folder: Path) -> tuple[float, float]:
     done = subprocess.run(
         [sys.executable, "-m", "flows.demos"],
         cwd=folder,
-        env=surroundings(folder),
+        env=environment(folder),
         check=True,
         capture_output=True,
         text=True,
@@ -83,7 +83,7 @@ def ours(folder: Path) -> tuple[float, float]:
 
 def theirs(folder: Path) -> float:
     """Seconds of the generator's whole run."""
-    place = surroundings(folder)
+    place = environment(folder)
     root = place["COPPELIASIM_ROOT"]
     command = [sys.executable, "-m", "tests.bench.rlbench_generator", str(folder / "made")]
     begin = time.monotonic()

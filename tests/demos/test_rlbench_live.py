@@ -24,7 +24,7 @@ from prelar.demos import rlbench_live, rlbench_pool, rlbench_worker
 from prelar.demos.episodes import Episode, Job, fault
 from prelar.demos.rlbench_live import RlbenchLive
 from prelar.utils.errors import UserError
-from tests.rlbench_standin import STANDINS, orders, surround
+from tests.rlbench_standin import STANDINS, orders, use_standins
 
 SOURCE = RlbenchLive(
     tasks=("push_button", "open_drawer"), variations=1, episodes=2, cameras=("front", "wrist"), timeout=60.0
@@ -35,13 +35,8 @@ FAILED = "Error in task {}. Demo was completed, but was not successful."
 
 @pytest.fixture
 def standin(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """The folder of the stand-ins' surroundings, which are in force."""
-    for name, value in surround(tmp_path / "standin").items():
-        if value is None:
-            monkeypatch.delenv(name, raising=False)
-        else:
-            monkeypatch.setenv(name, value)
-    monkeypatch.syspath_prepend(str(STANDINS))
+    """The folder of the stand-ins, which are in place of the real ones."""
+    use_standins(tmp_path / "standin", monkeypatch)
     monkeypatch.chdir(tmp_path)
     return tmp_path / "standin"
 
@@ -422,7 +417,7 @@ def test_simulators_end_with_a_killed_parent(standin: Path, tmp_path: Path) -> N
 # --- The check ----------------------------------------------------------------------------------------------
 
 
-def test_check_passes_in_the_right_surroundings(standin: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_check_passes_where_nothing_is_missing(standin: Path, capsys: pytest.CaptureFixture[str]) -> None:
     rlbench_live.check()
     assert rlbench_live.task_names() == ["open_drawer", "push_button", "reach_target", "weighing_scales"]
 

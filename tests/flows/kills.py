@@ -1,7 +1,7 @@
 """Work that is killed again and again: at its operations on the disk, or as a flow with all its processes.
 
-`Interruption` and `kill_until_done` kill a forked copy of this process at the n-th operation. `Prey` is a
-flow in a process of its own, whose descendants (`family`) can be killed one by one.
+`Interruption` and `kill_until_done` kill a forked copy of this process at the n-th operation. `FlowProcess`
+is a flow in a process of its own, whose `descendants` can be killed one by one.
 """
 
 from __future__ import annotations
@@ -97,8 +97,8 @@ def kill_until_done(
     raise AssertionError(f"killed {MANY} times without an end")
 
 
-class Prey:
-    """A flow that runs in `root` as a process, to be killed with its family."""
+class FlowProcess:
+    """A flow that runs in `root` as a process, to be killed with its descendants."""
 
     def __init__(self, root: Path, flow: str) -> None:
         self._flow = subprocess.Popen(
@@ -110,7 +110,7 @@ class Prey:
         )
         self._self = psutil.Process(self._flow.pid)
 
-    def family(self, word: str) -> list[psutil.Process]:
+    def descendants(self, word: str) -> list[psutil.Process]:
         """Its descendants whose command lines hold a word."""
         found = []
         with contextlib.suppress(psutil.Error):
@@ -133,25 +133,25 @@ class Prey:
     def kill_one(self, word: str, random_: random.Random) -> bool:
         """Kill a descendant by chance; whether there was one."""
         with contextlib.suppress(IndexError, psutil.Error):
-            random_.choice(self.family(word)).kill()
+            random_.choice(self.descendants(word)).kill()
             return True
         return False
 
     def kill(self) -> bool:
-        """Kill it and see its family end; whether it still ran."""
-        family = self.family("")
+        """Kill it and see its descendants end; whether it still ran."""
+        descendants = self.descendants("")
         running = self._flow.poll() is None
         self._flow.kill()
         self._flow.wait()
-        assert not psutil.wait_procs(family, timeout=SECONDS)[1]
+        assert not psutil.wait_procs(descendants, timeout=SECONDS)[1]
         return running
 
     def interrupt(self, number: signal.Signals) -> int:
-        """Signal it and see its family end; its status."""
-        family = self.family("")
+        """Signal it and see its descendants end; its status."""
+        descendants = self.descendants("")
         self._flow.send_signal(number)
         status = self.end()
-        assert not psutil.wait_procs(family, timeout=SECONDS)[1]
+        assert not psutil.wait_procs(descendants, timeout=SECONDS)[1]
         return status
 
     def end(self) -> int:

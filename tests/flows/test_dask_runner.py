@@ -166,11 +166,11 @@ def scheduler() -> Iterator[tuple[str, subprocess.Popen[bytes]]]:
     with socket.create_server(("127.0.0.1", 0)) as free:
         port = free.getsockname()[1]
     address = f"tcp://127.0.0.1:{port}"
-    surroundings = os.environ | {"PYTHONPATH": str(ROOT)}
+    environment = os.environ | {"PYTHONPATH": str(ROOT)}
 
     def begin(program: str, *options: str) -> subprocess.Popen[bytes]:
         words = [sys.executable, "-m", f"distributed.cli.{program}", "--no-dashboard", *options]
-        return subprocess.Popen(words, env=surroundings, stderr=subprocess.DEVNULL)
+        return subprocess.Popen(words, env=environment, stderr=subprocess.DEVNULL)
 
     process = begin("dask_scheduler", "--host", "127.0.0.1", "--port", str(port))
     worker = begin("dask_worker", "--nthreads", "1", address)

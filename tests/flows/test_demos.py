@@ -27,7 +27,7 @@ from prelar.utils import files
 from prelar.utils.errors import UserError
 from tests.conftest import Project
 from tests.flows.inline import work_inline
-from tests.flows.kills import Prey, kill_until_done, tree
+from tests.flows.kills import FlowProcess, kill_until_done, tree
 
 EPISODES = 7
 
@@ -217,7 +217,7 @@ def test_params_choose_the_source(recorded: apv_npz.ApvNpz) -> None:
 
 
 def test_experts_give_the_same_bytes_for_any_number_of_workers(tmp_path: Path, threads: None) -> None:
-    experts = Metaworld(("reach", "drawer-close"), 2, ("corner",), 0.1, False, 0)
+    experts = Metaworld(("reach", "drawer-close"), 1, ("corner",), 0.1, False, 0)
     for workers in (1, 2):
         fill(tmp_path / str(workers) / "x.zarr", experts, workers)
     first, second = (digest(tmp_path / name / "x.zarr", tmp_path / name / "x.parquet") for name in "12")
@@ -310,15 +310,15 @@ def test_processes_killed_at_random_moments_and_still_the_same_bytes(
     random_ = random.Random(0)
     kills = 0
     while kills < 20:
-        prey = Prey(killed.root, "flows.demos")
-        if prey.wait_for(functools.partial(prey.family, "spawn_main")):
+        process = FlowProcess(killed.root, "flows.demos")
+        if process.wait_for(functools.partial(process.descendants, "spawn_main")):
             time.sleep(6 * random_.random())
             if random_.random() < 0.5:
-                kills += prey.kill()
-            elif prey.kill_one("spawn_main", random_):
-                assert prey.end() == 2
+                kills += process.kill()
+            elif process.kill_one("spawn_main", random_):
+                assert process.end() == 2
                 kills += 1
-        prey.kill()
+        process.kill()
     assert not (killed.root / "data/demos.parquet").exists() or (killed.root / "data/demos.zarr").exists()
     killed.run("python", "-m", "flows.demos")
     first, second = (tree(project.root / "data", "demos") for project in (wanted, killed))

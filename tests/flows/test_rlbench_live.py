@@ -16,12 +16,15 @@ from pathlib import Path
 
 import pytest
 
+from flows import demos, staging
 from prelar.demos import rlbench_live
 from prelar.demos.rlbench_folder import CAMERAS
 from prelar.store.store import Store
+from prelar.utils.errors import UserError
 from tests.conftest import Project
-from tests.flows.kills import Prey, tree
-from tests.rlbench_standin import orders, surround
+from tests.flows.inline import work_inline
+from tests.flows.kills import FlowProcess, tree
+from tests.rlbench_standin import orders, use_standins
 
 
 @pytest.fixture
@@ -29,11 +32,7 @@ def project(
     tmp_path: Path, make_project: Callable[[Path], Project], monkeypatch: pytest.MonkeyPatch
 ) -> Project:
     """A project that collects three tasks from the stand-ins."""
-    for name, value in surround(tmp_path / "standin").items():
-        if value is None:
-            monkeypatch.delenv(name, raising=False)
-        else:
-            monkeypatch.setenv(name, value)
+    use_standins(tmp_path / "standin", monkeypatch)
     project = make_project(tmp_path / "project")
     tasks = ["push_button", "weighing_scales", "reach_target"]
     settings = {"source": "rlbench", "tasks": tasks, "cameras": list(CAMERAS), "episodes": 3, "variations": 2}
@@ -45,8 +44,8 @@ def test_flow_survives_what_simulators_do_and_being_killed(project: Project, tmp
     standin, root = tmp_path / "standin", project.root
     orders(standin, push_button="work die work fail", reach_target="work hang hang")
     finished = "data/.staging/demos-*/demos/*.npz"
-    prey = Prey(root, "flows.demos")
-    assert prey.wait_for(lambda: list(root.glob(finished))) and prey.kill()
+    process = FlowProcess(root, "flows.demos")
+    assert process.wait_for(lambda: list(root.glob(finished))) and process.kill()
     assert not (root / "data/demos.zarr").exists()
     told = project.run("python", "-m", "flows.demos").stdout
     store = Store.open(root / "data/demos.zarr")
@@ -90,38 +89,41 @@ def test_signals_end_all_simulators_and_lose_only_attempts_in_progress(
         return asked.read_text().split().count("push_button") if asked.exists() else 0
 
     for number, begun in ((signal.SIGINT, 4), (signal.SIGTERM, 8)):
-        prey = Prey(project.root, "flows.demos")
-        assert prey.wait_for(lambda begun=begun: attempts() == begun)
-        assert prey.interrupt(number) != 0 and attempts() == begun
+        process = FlowProcess(project.root, "flows.demos")
+        assert process.wait_for(lambda begun=begun: attempts() == begun)
+        assert process.interrupt(number) != 0 and attempts() == begun
     told = project.run("python", "-m", "flows.demos").stdout
     assert attempts() == 10 + 4 and "10 clips of 1 camera, " in told
 
 
 def test_store_by_the_former_name_is_adopted_if_it_holds_the_same_demos(
-    project: Project, tmp_path: Path
+    project: Project, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    asked, data = tmp_path / "standin/orders/asked", project.root / "data"
+    asked, data = tmp_path / "standin/orders/asked", Path("data")
     tasks = ["push_button", "weighing_scales"]
     project.edit(demos={"tasks": tasks, "variations": 1, "cameras": ["front"], "max_bad": 0.9})
-    told = project.run("python", "-m", "flows.demos").stdout
-    assert "3 clips left out; 3 episodes stored in " in told
-    for name in ("demos.zarr", "demos.parquet", "demos.json"):
+    monkeypatch.chdir(project.root)
+    work_inline(monkeypatch)
+    monkeypatch.setattr(staging, "validate", staging.validate.fn)
+    assert "3 clips left out; 3 episodes stored in " in demos.demos.fn()
+    for name in ("demos.zarr", "demos.parquet"):
         (data / name).rename(data / name.replace("demos", "rlbench"))
     made, before = tree(data, "rlbench"), asked.read_text()
-    told = project.run("python", "-m", "flows.demos").stdout
-    assert "data/rlbench.zarr holds these demos and becomes data/demos.zarr" in told
+    demos.demos.fn()
+    assert "data/rlbench.zarr holds these demos and becomes data/demos.zarr" in capsys.readouterr().out
     assert asked.read_text() == before
     assert {name.replace("demos", "rlbench"): held for name, held in tree(data, "demos").items()} == made
     assert tree(data, "rlbench") == made
     project.edit(demos={"seed": 7})
-    told = project.run("python", "-m", "flows.demos").stdout
-    assert "data/rlbench.zarr, a store by the former name of data/demos.zarr, is not used" in told
+    demos.demos.fn()
+    refused = "data/rlbench.zarr, a store by the former name of data/demos.zarr, is not used"
+    assert refused in capsys.readouterr().out
     assert asked.read_text() != before
     assert Store.open(data / "demos.zarr").attrs["source"]["seed"] == 7
 
 
 @pytest.mark.long
-def test_storm_of_kills_costs_what_was_in_progress(
+def test_many_kills_cost_what_was_in_progress(
     project: Project, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Simulators, displays and the flow itself are killed at random moments."""
@@ -130,12 +132,12 @@ def test_storm_of_kills_costs_what_was_in_progress(
     project.edit(demos={"tasks": tasks, "episodes": 30, "cameras": ["front", "wrist"]})
     random_, kills = random.Random(0), Counter[str]()
     while kills.total() < 24:
-        prey = Prey(project.root, "flows.demos")
-        assert prey.wait_for(functools.partial(prey.family, "rlbench_simulator"))
+        process = FlowProcess(project.root, "flows.demos")
+        assert process.wait_for(functools.partial(process.descendants, "rlbench_simulator"))
         for word in random_.choices(["rlbench_simulator", "Xvfb"], [4, 1], k=random_.randint(1, 6)):
             time.sleep(3 * random_.random())
-            kills[word] += prey.kill_one(word, random_)
-        kills["flow"] += prey.kill()
+            kills[word] += process.kill_one(word, random_)
+        kills["flow"] += process.kill()
     assert not (project.root / "data/demos.zarr").exists()
     assert "left out:" not in project.run("python", "-m", "flows.demos").stdout
     rows = Store.open(project.root / "data/demos.zarr").index.to_pylist()
@@ -149,12 +151,13 @@ def test_storm_of_kills_costs_what_was_in_progress(
     assert not list((project.root / "data/.staging").iterdir())
 
 
-def test_flow_without_any_demo_says_why(project: Project) -> None:
+def test_flow_without_any_demo_says_why(project: Project, monkeypatch: pytest.MonkeyPatch) -> None:
     project.edit(demos={"tasks": ["weighing_scales"], "variations": 1})
-    told = project.run("python", "-m", "flows.demos", check=False)
-    assert told.returncode == 2
-    assert told.stderr.strip().splitlines()[-1].startswith("error: ")
-    assert "Demo was completed, but was not successful" in told.stderr
+    monkeypatch.chdir(project.root)
+    work_inline(monkeypatch)
+    monkeypatch.setattr(staging, "validate", staging.validate.fn)
+    with pytest.raises(UserError, match="Demo was completed, but was not successful"):
+        demos.demos.fn()
 
 
 def test_setup_says_that_coppeliasim_is_missing(monkeypatch: pytest.MonkeyPatch) -> None:
