@@ -95,13 +95,16 @@ def make_evaluation(folder: Path, *, pretrained: bool = True) -> None:
     """Write reports/evaluate."""
     ahead = list(range(1, 12))
     error = {"step": ahead, "model": [0.002 + 0.0004 * k for k in ahead], "copy": [0.001 * k for k in ahead]}
-    for kind in ("model", "copy"):
+    error["median"] = [0.004] * len(ahead)
+    for kind in ("model", "copy", "median"):
         error[f"{kind}_psnr"] = [-10 * math.log10(value) for value in error[kind]]
     write_tsv(
         folder / "episodes.tsv",
         {"episode": [0, 1, 2], "steps": [250] * 3, "return": [300.5, 310, 626.25], "success": [0, 0, 1]},
     )
     segments = {"clips": 8, "observed": 5, "length": 16}
+    decided = {"mean": 1.25, "low": 0.75, "high": 1.5, "clips": 24, "pairs": 264}
+    decided |= {"changed": 0.011, "changed_swapped": 0.017}
     summary = {
         "episodes": {
             "count": 3,
@@ -113,6 +116,7 @@ def make_evaluation(folder: Path, *, pretrained: bool = True) -> None:
         },
         "policy": {"shown": 3},
         "prediction_policy": segments,
+        "controllability_policy": decided,
         "offline": {
             "seeds": 2,
             "learnt": 4,
@@ -128,6 +132,7 @@ def make_evaluation(folder: Path, *, pretrained: bool = True) -> None:
     names = ["prediction_policy"]
     if pretrained:
         summary["prediction"] = {**segments, "split": "validation", "latent": True}
+        summary |= {"controllability": decided, "controllability_untrained": {**decided, "mean": 0.01}}
         names.append("prediction")
         make_probe(folder)
         make_offline(folder, "pretrained", 0.5)
@@ -156,6 +161,7 @@ def make_evaluation(folder: Path, *, pretrained: bool = True) -> None:
     }
     (folder / "dataset.json").write_text(json.dumps(dataset), encoding="utf-8")
     clip = moving()
+    write_png(folder / "action_directions.png", grid(np.stack([moving(7)] * 4)))
     for name in ("policy", "open_loop", "open_loop_policy"):
         pair = np.stack([clip] * 3)
         frames = side_by_side(pair, np.roll(pair, 1, axis=1), observed=5, factor=2)

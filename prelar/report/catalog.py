@@ -46,6 +46,7 @@ METRIC_NAMES = {
     "prediction_error": "Prediction error",
     "prediction_error_policy": "Prediction error, own episodes",
     "probe_r2": "Probe R²",
+    "controllability_db": "Controllability, dB",
 }
 
 Curve = tuple[Sequence[float], Sequence[float]]  # steps and values

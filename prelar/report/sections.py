@@ -79,7 +79,7 @@ def prediction(config: Config, run: Run) -> Values:
 
 
 def _prediction_figure(run: Run, name: str) -> Figure | None:
-    """Error of the prediction, and of copying the last frame, against frames predicted."""
+    """Error of the prediction, and of what predicts without a model, against frames predicted."""
     spec = CURVES[name]
     table = run.files.table(spec.file)
     if not table:
@@ -95,6 +95,9 @@ def _prediction_figure(run: Run, name: str) -> Figure | None:
         "Model, dB": "model_psnr",
         "Copy, dB": "copy_psnr",
     }
+    if "median" in table:
+        lines.append(Series("median of the training frames", table["step"], table["median"]))
+        columns |= {"Median": "median", "Median, dB": "median_psnr"}
     return figure(
         spec,
         lines,
