@@ -21,6 +21,11 @@ METRICS = {
     "prediction_error_copy": 0.0061,
     "prediction_error_policy": 0.0021,
     "prediction_error_policy_copy": 0.0019,
+    "prediction_error_late": 0.0051,
+    "prediction_error_late_copy": 0.0079,
+    "prediction_error_late_median": 0.0043,
+    "controllability_db": 1.25,
+    "controllability_db_low": 0.75,
 }
 
 

@@ -104,7 +104,7 @@ def test_landmarks_labels_and_texts_for_what_is_seen(text: str) -> None:
     assert len(identifiers) == len(set(identifiers))
     for attributes in page.all("img"):
         assert len(attributes["alt"] or "") > 20
-    assert len(page.all("img")) == 5
+    assert len(page.all("img")) == 6
     videos = page.all("video")
     assert len(videos) == 3
     assert all("controls" in v and v["aria-label"] and "poster" in v and "autoplay" not in v for v in videos)
