@@ -26,6 +26,7 @@ from prelar.envs import gl, make_env, suite
 from prelar.envs.metaworld import Simulator
 from prelar.envs.pixels import PixelEnv
 from prelar.evaluation import offline
+from prelar.evaluation.controllability import Controllability, controllability, swap_directions
 from prelar.evaluation.panels import describe, overview, tile_horizontally, write_png, write_previews
 from prelar.evaluation.prediction import Prediction, measure, write_prediction
 from prelar.evaluation.probe import collect, demonstrations, run_probe, swap_actions
@@ -46,10 +47,23 @@ PRETRAIN = Path("data/pretrain")
 FINETUNE = Path("data/finetune")
 REPORT = Path("reports/evaluate")
 METRICS = Path("metrics.json")
-HEADLINE_METRICS = ("success_rate", "return", "prediction_error", "prediction_error_policy")
+HEADLINE_METRICS = (
+    "success_rate",
+    "return",
+    "prediction_error",
+    "prediction_error_policy",
+    "prediction_error_late",
+    "prediction_error_late_copy",
+    "prediction_error_late_median",
+    "prediction_error_late_policy",
+    "prediction_error_late_policy_copy",
+    "controllability_db",
+    "controllability_db_low",
+)
 SPLIT = "validation"
 SHOWN_EPISODES = 3
 KEPT_EPISODES = 10
+MEDIAN_CLIPS, MEDIAN_MOMENTS = 128, 4
 VIDEO_SIZE = 192
 VIDEO_FRAMES = 250
 VIDEO_FPS = 25
@@ -196,7 +210,16 @@ def evaluate_agent(config: Config, agent: Any, repeat: int, folder: Path) -> Eva
         seed=config.seed,
     )
     write_prediction(folder, "prediction_policy", "open_loop_policy", prediction)
-    return found | _record(prediction, "prediction_policy", "prediction_error_policy")
+    found |= _record(prediction, "prediction_policy", "_policy")
+    observed, device = settings.observed, agent.device
+    picture = swap_directions(agent.model, frames, actions, observed=observed, device=device)
+    write_png(folder / "action_directions.png", picture)
+    if len(frames) > 1:
+        decided = controllability(
+            agent.model, frames, actions=actions, observed=observed, device=device, seed=config.seed
+        )
+        found |= _decided(decided, "controllability_policy")
+    return found
 
 
 def play_visibly(
@@ -265,20 +288,30 @@ def cut_segments(
 def evaluate_prediction(config: Config, model: WorldModel, store: Store, folder: Path) -> EvalResult:
     """Open-loop prediction of held-out clips; where the store has none, the summary says so."""
     settings, gap = config.evaluate, model.spec.frame_gap
-    truth = held_out(store, length=settings.length, count=settings.clips, seed=config.seed, gap=gap)
-    if truth is None:
+    shown = held_out(store, length=settings.length, count=settings.clips, seed=config.seed, gap=gap)
+    if shown is None:
         apart = "or more" if gap is None else f"{gap:g} s apart"
         missing = f"Not measured: no clip of the {SPLIT} split has {settings.length} frames {apart}."
         return EvalResult(summary={"prediction_missing": missing})
-    device = next(model.parameters()).device
-    prediction = measure(model.open_loop, truth, observed=settings.observed, device=device, seed=config.seed)
+    truth, clips = shown
+    prediction = measure(
+        model.open_loop,
+        truth,
+        observed=settings.observed,
+        device=next(model.parameters()).device,
+        medians=median_pictures(store, clips),
+        seed=config.seed,
+    )
     write_prediction(folder, "prediction", "open_loop", prediction)
-    more = {"split": SPLIT, "latent": infers_actions(model), "gap": gap}
-    return _record(prediction, "prediction", "prediction_error", **more)
+    more: dict[str, Any] = {"split": SPLIT, "latent": infers_actions(model), "gap": gap}
+    return _record(prediction, "prediction", **more)
 
 
 def evaluate_actions(config: Config, model: WorldModel, store: Store, folder: Path) -> EvalResult:
-    """Probe the latent action and draw the action swap; the summary says where a method has none."""
+    """Probe the latent action, measure what it decides, and draw the action swap.
+
+    The summary says where a method has none.
+    """
     if not infers_actions(model):
         return EvalResult(summary={"probe_missing": f"{config.method} infers no actions from video."})
     settings, gap = config.evaluate, model.spec.frame_gap
@@ -303,10 +336,20 @@ def evaluate_actions(config: Config, model: WorldModel, store: Store, folder: Pa
                     f"{name}_r2_difference": difference,
                 }
             )
-    clips = held_out(store, length=settings.length, count=settings.clips, seed=config.seed, gap=gap)
-    picture = None if clips is None else swap_actions(model, clips, observed=settings.observed, device=device)
+    shown = held_out(store, length=settings.length, count=settings.clips, seed=config.seed, gap=gap)
+    if shown is None or len(shown[0]) < 2:
+        return found
+    clips, _ = shown
+    picture = swap_actions(model, clips, observed=settings.observed, device=device)
     if picture is not None:
         write_png(folder / "action_swap.png", picture)
+    torch.manual_seed(config.seed)
+    untrained = build_model(model.spec).to(device).eval()
+    for name, measured in (("controllability", model), ("controllability_untrained", untrained)):
+        decided = controllability(
+            measured, clips, observed=settings.observed, device=device, seed=config.seed
+        )
+        found |= _decided(decided, name)
     return found
 
 
@@ -317,10 +360,12 @@ def infers_actions(model: WorldModel) -> bool:
     return model.infer_actions(images, torch.tensor([[True, False]], device=device)) is not None
 
 
-def held_out(store: Store, *, length: int, count: int, seed: int, gap: float | None = None) -> Frames | None:
-    """Segments of at most `count` held-out clips, drawn by `seed`: uint8 (N, length, 64, 64, 3), or None.
+def held_out(
+    store: Store, *, length: int, count: int, seed: int, gap: float | None = None
+) -> tuple[Frames, npt.NDArray[np.int64]] | None:
+    """Segments of at most `count` held-out clips, drawn by `seed`, and the clips' numbers; None without any.
 
-    Their frames are neighbours, or `gap` seconds apart.
+    uint8 (N, length, 64, 64, 3) and int64 (N,). Their frames are neighbours, or `gap` seconds apart.
     """
     clips = store.clips(SPLIT, min_length=length, gap=gap)
     if not len(clips):
@@ -329,15 +374,49 @@ def held_out(store: Store, *, length: int, count: int, seed: int, gap: float | N
     chosen = np.sort(random.permutation(clips)[:count])
     strides = store.strides(gap)[chosen]
     offsets = random.integers(0, store.clip_length[chosen] - (length - 1) * strides)
-    return store.read_many(store.clip_start[chosen] + offsets, length, strides=strides)
+    return store.read_many(store.clip_start[chosen] + offsets, length, strides=strides), chosen
 
 
-def _record(prediction: Prediction, name: str, metric: str, **more: Any) -> EvalResult:
+def median_pictures(store: Store, clips: npt.NDArray[np.int64]) -> Frames | None:
+    """The per-pixel median of training frames of each clip's camera: uint8 (N, 64, 64, 3).
+
+    None where a camera has no training frame.
+    """
+    cameras = np.array([str(name) for name in store.clip_index["camera"].to_pylist()])
+    training = store.clips("train")
+    pictures = {}
+    for camera in np.unique(cameras[clips]):
+        own = training[cameras[training] == camera]
+        if not len(own):
+            return None
+        picks = own[evenly_spaced_indices(len(own), MEDIAN_CLIPS)]
+        moments = np.linspace(0, store.clip_length[picks] - 1, MEDIAN_MOMENTS).round().astype(np.int64)
+        frames = store.read_many((store.clip_start[picks] + moments).ravel(), 1)[:, 0]
+        pictures[camera] = np.median(frames, axis=0).round().astype(np.uint8)
+    return np.stack([pictures[camera] for camera in cameras[clips]])
+
+
+def _record(prediction: Prediction, name: str, of: str = "", **more: Any) -> EvalResult:
+    """The errors of a prediction, of all frames ahead and of the late ones; `of` ends the metrics' names."""
     clips, length = prediction.truth.shape[:2]
+    errors = {
+        f"prediction_error{of}": float(prediction.model.mean()),
+        f"prediction_error{of}_copy": float(prediction.copy.mean()),
+    }
+    for row, error in prediction.late().items():
+        errors[f"prediction_error_late{of}" + ("" if row == "model" else f"_{row}")] = error
     return EvalResult(
-        {metric: float(prediction.model.mean()), f"{metric}_copy": float(prediction.copy.mean())},
-        {name: {"clips": clips, "observed": prediction.observed, "length": length, **more}},
+        errors, {name: {"clips": clips, "observed": prediction.observed, "length": length, **more}}
     )
+
+
+def _decided(found: Controllability, name: str) -> EvalResult:
+    """What an action decides, as metrics and for the page."""
+    mean = float(found.gain.mean())
+    decibels = name.replace("controllability", "controllability_db")
+    summary = {"mean": mean, "low": found.low, "high": found.high, "pairs": found.pairs}
+    summary |= {"clips": len(found.gain), "changed": found.changed, "changed_swapped": found.changed_swapped}
+    return EvalResult({decibels: mean, f"{decibels}_low": found.low}, {name: summary})
 
 
 # --- The start of fine-tuning -----------------------------------------------------------------------------

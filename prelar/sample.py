@@ -193,7 +193,7 @@ def move_freely(clip: ClipPlan) -> tuple[int, list[npt.NDArray[np.float64]]]:
 
 
 def film(simulator: Simulator, clip: ClipPlan) -> Iterator[npt.NDArray[np.uint8]]:
-    """Draw a clip: its frames, uint8 (240, width, 3).
+    """Draw a clip: its frames, uint8 (240, width, 3), whose jagged edges are averaged when it is resized.
 
     An expert's episode is played once to find where the task is solved, and a second time to draw the frames.
     """
@@ -204,7 +204,7 @@ def film(simulator: Simulator, clip: ClipPlan) -> Iterator[npt.NDArray[np.uint8]
     for before, moment in itertools.pairwise([0, *moments.tolist()]):
         for action in actions[before:moment]:
             simulator.step(action)
-        yield simulator.render(clip.camera, clip.width, HEIGHT)
+        yield simulator.draw(clip.camera, clip.width, HEIGHT)
 
 
 def encode(frames: Iterable[npt.NDArray[np.uint8]], width: int, path: Path) -> None:

@@ -18,6 +18,7 @@ from prelar.config import Config, load_config
 from prelar.control.actor_critic import Actor
 from prelar.control.rollout import Episode
 from prelar.evaluation import offline
+from prelar.evaluation.prediction import Prediction
 from prelar.methods import build_model
 from prelar.model.spec import ModelSpec
 from prelar.store.store import Store, StoreWriter
@@ -114,10 +115,18 @@ def test_evaluation_writes_metrics_tables_and_videos_twice_the_same(place: Path,
         "prediction_error_copy",
         "prediction_error_policy",
         "prediction_error_policy_copy",
+        "prediction_error_late",
+        "prediction_error_late_copy",
+        "prediction_error_late_median",
+        "prediction_error_late_policy",
+        "prediction_error_late_policy_copy",
     }
+    decided = {"controllability_db_policy", "controllability_db_policy_low"}
+    if method == "prelar":
+        decided |= {f"controllability_db{of}{end}" for of in ("", "_untrained") for end in ("", "_low")}
     probed = {"probe_r2", "probe_r2_untrained", "probe_r2_difference"} if method == "prelar" else set()
     fitted = {f"offline_{error}_{start}" for error in ("error", "reward_error") for start in STARTS}
-    assert metrics.keys() == {"success_rate", "return"} | errors | probed | fitted
+    assert metrics.keys() == {"success_rate", "return"} | errors | decided | probed | fitted
     chief = json.loads((place / "metrics.json").read_text())
     assert chief == {name: metrics[name] for name in evaluate.HEADLINE_METRICS if name in metrics}
     assert all(0 < metrics[name] < 1 for name in errors)
@@ -201,9 +210,9 @@ def test_everything_follows_the_frames_that_the_model_was_trained_on(place: Path
     for column, metric in (("latent", ""), ("untrained", "_untrained"), ("difference", "_difference")):
         assert gaps[column][-1] == pytest.approx(metrics[f"probe_r2{metric}"])
     found = evaluate.held_out(store, length=4, count=10, seed=3, gap=0.15)
-    assert found is not None and len(found) == 2
+    assert found is not None and found[1].tolist() == [3, 5]
     clips = [store.read(int(store.clip_start[c]), int(store.clip_length[c])) for c in (3, 5)]
-    for segment, clip in zip(found, clips, strict=True):
+    for segment, clip in zip(found[0], clips, strict=True):
         assert any(np.array_equal(segment, clip[start:][:7:2]) for start in range(len(clip) - 6))
 
 
@@ -222,12 +231,32 @@ def test_checkpoints_of_another_run_are_refused(place: Path) -> None:
 def test_held_out_segments_lie_in_validation_clips(tmp_path: Path) -> None:
     store = make_store(tmp_path / "x.zarr")
     found = evaluate.held_out(store, length=5, count=10, seed=3)
-    assert found is not None and found.shape == (3, 5, 64, 64, 3)
+    assert found is not None and found[0].shape == (3, 5, 64, 64, 3) and found[1].tolist() == [1, 3, 5]
     clips = [store.read(int(store.clip_start[c]), int(store.clip_length[c])) for c in (1, 3, 5)]
-    for segment, clip in zip(found, clips, strict=True):
+    for segment, clip in zip(found[0], clips, strict=True):
         windows = [clip[start : start + 5] for start in range(len(clip) - 4)]
         assert any(np.array_equal(segment, window) for window in windows)
     assert evaluate.held_out(store, length=10, count=10, seed=3) is None
+
+
+def test_the_median_picture_is_that_of_the_training_frames(tmp_path: Path) -> None:
+    store = make_store(tmp_path / "x.zarr")
+    training = store.clips("train")
+    frames = np.concatenate(
+        [store.read(int(store.clip_start[c]), int(store.clip_length[c])) for c in training]
+    )
+    found = evaluate.median_pictures(store, store.clips("validation"))
+    assert found is not None and found.shape == (3, 64, 64, 3)
+    assert np.abs(found[0] - np.median(frames, axis=0)).mean() < 8, "some moments of each clip are read"
+    assert (found == found[0]).all(), "one camera, one picture"
+
+
+def test_late_errors_are_those_from_the_third_frame_ahead_on() -> None:
+    truth = np.full((2, 6, 64, 64, 3), 100, np.uint8)
+    errors = np.array([9.0, 9.0, 1.0, 2.0, 3.0])
+    late = Prediction(truth, truth, 1, errors, 2 * errors, None).late()
+    assert late == {"model": 2.0, "copy": 4.0}
+    assert Prediction(truth, truth, 4, errors[:2], errors[:2]).late() == {}
 
 
 def test_segments_of_episodes_hold_the_action_that_led_to_each_frame() -> None:

@@ -145,7 +145,7 @@ def test_frames_at_a_pace_are_that_many_steps_apart(free: bool) -> None:
         episode, actions = sample.move_freely(clip) if free else sample.play(simulator, clip)
         simulator.reset(clip.seed, episode)
         for number in range(clip.frames):
-            assert np.array_equal(drawn[number], simulator.render("corner", 240, sample.HEIGHT))
+            assert np.array_equal(drawn[number], simulator.draw("corner", 240, sample.HEIGHT))
             for action in actions[3 * number : 3 * number + 3]:
                 simulator.step(action)
 
