@@ -228,6 +228,9 @@ class Finetune(_Frozen):
     actor_lr: Rate = Field(description="learning rate of the actor")
     critic_lr: Rate = Field(description="learning rate of the critic")
     freeze_updates: Natural = Field(description="updates during which pre-trained parts keep their weights")
+    actor_after: Natural = Field(
+        description="updates after which actor and critic learn too; until then the world model settles"
+    )
     beta: Weight = Field(description="weight of the dynamics KL while fine-tuning")
     horizon: int = Field(ge=2, le=WIDEST, description="actions imagined from each state")
     discount: Rate = Field(description="discount of the reward an action")
@@ -243,12 +246,15 @@ class Finetune(_Frozen):
     eval_every: Count = Field(description="environment steps between two evaluations")
     eval_episodes: Count = Field(description="episodes of such an evaluation")
     time_limit: int = Field(ge=1, le=EPISODE, description="environment steps after which an episode ends")
+    action_repeat: Annotated[int, Field(ge=1, le=EPISODE)] | None = Field(
+        description="environment steps that an action is applied for; null: Meta-World's own, 1"
+    )
     log_every: Count = Field(description="environment steps between two lines of the log")
     checkpoint_every: Count = Field(description="environment steps between two snapshots to resume from")
 
     @model_validator(mode="after")
     def _fits(self) -> Finetune:
-        self.check(action_repeat=1)
+        self.check(self.action_repeat or 1)
         return self
 
     def actions(self, action_repeat: int) -> int:
@@ -332,6 +338,11 @@ class Scale(_Frozen):
     finetune: Finetune
     evaluate: Evaluate
 
+    @model_validator(mode="after")
+    def _fits(self) -> Scale:
+        self.evaluate.check(self.finetune.action_repeat or 1)
+        return self
+
 
 class Scales(_Frozen):
     """All presets."""
@@ -371,10 +382,6 @@ class Config(_Frozen):
     )
     action_window: int = Field(
         ge=2, le=WIDEST, description="frames that infer one latent action; 2: the paper"
-    )
-    action_repeat: Annotated[int, Field(ge=1, le=EPISODE)] | None = Field(
-        default=None,
-        description="environment steps that an action of the agent is applied for; null: Meta-World's own, 1",
     )
     naive: bool = Field(
         description="true: naive fine-tuning (apv, contextwm: one RSSM; all: no bonus, no dual reward)"
@@ -430,7 +437,8 @@ class Config(_Frozen):
         gap, silent = given.data.get("frame_gap"), demos.source == "apv_npz" and demos.fps is None
         if silent and gap is not None and given.data.get("dataset") == "demos":
             raise ValueError(
-                f"fps is null; frame_gap {gap:g} needs the rate that source apv_npz does not tell"
+                f"fps is null; frame_gap {gap:g} needs the rate, which source apv_npz does not tell; "
+                "set it, or frame_gap to null"
             )
         return demos
 
@@ -440,20 +448,6 @@ class Config(_Frozen):
         if naive and given.data.get("method") == "dreamerv2":
             raise ValueError("true does not fit method dreamerv2, which is not pre-trained; set it to false")
         return naive
-
-    @field_validator("scales")
-    @classmethod
-    def _paced(cls, scales: Scales, given: ValidationInfo) -> Scales:
-        repeat, scale = given.data.get("action_repeat"), given.data.get("scale")
-        if repeat is None or scale is None:
-            return scales
-        preset: Scale = getattr(scales, scale)
-        try:
-            preset.finetune.check(repeat)
-            preset.evaluate.check(repeat)
-        except ValueError as error:
-            raise ValueError(f"{scale}, action_repeat {repeat}: {error}") from None
-        return scales
 
     @property
     def preset(self) -> Scale:

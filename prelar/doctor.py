@@ -47,7 +47,7 @@ def estimates(config: Config) -> Mapping[str, int]:
     """
     model = weights(config) * WEIGHT_BYTES
     preset = config.finetune
-    steps = min(preset.replay, preset.env_steps) // (config.action_repeat or 1)
+    steps = min(preset.replay, preset.env_steps) // (preset.action_repeat or 1)
     steps += 3 * (preset.checkpoint_every + preset.time_limit)
     return {
         "pretrain": SNAPSHOTS * ADAM * model + model,

@@ -90,7 +90,7 @@ def run(config: Config) -> None:
         UserError: a checkpoint or the store is missing, or was made with another method or task.
     """
     check_origin(PRETRAIN, load_config(PRETRAIN).get("model", {}), method=config.method)
-    repeat = config.action_repeat or suite(config.task).action_repeat
+    repeat = config.finetune.action_repeat or suite(config.task).action_repeat
     described = {"action_repeat": 1} | load_config(FINETUNE)  # checkpoints of before do not say it
     check_origin(FINETUNE, described, method=config.method, task=config.task, action_repeat=repeat)
     gl.ensure()

@@ -56,7 +56,7 @@ def run(cfg: Config) -> None:
         model.compile_training(dynamic=False)
     fingerprint = stage_fingerprint("finetune", cfg.model_dump(mode="json"))
     snapshots = Snapshots(resume_key("finetune", fingerprint, known={}, inputs=[PRETRAINED]))
-    action_repeat = cfg.action_repeat or suite(cfg.task).action_repeat
+    action_repeat = preset.action_repeat or suite(cfg.task).action_repeat
 
     actor_critic = learn(
         fabric,
@@ -208,6 +208,7 @@ def make_learner(fabric: Fabric, model: WorldModel, preset: Finetune, *, bonus: 
         actor_lr=preset.actor_lr,
         critic_lr=preset.critic_lr,
         freeze_updates=preset.freeze_updates,
+        actor_after=preset.actor_after,
     )
 
 

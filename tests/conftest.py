@@ -45,6 +45,8 @@ TINY: dict[str, Any] = {
                 "batch": 2,
                 "length": 8,
                 "freeze_updates": 1,
+                "actor_after": 1,
+                "action_repeat": None,
                 "horizon": 3,
                 "units": 16,
                 "slow_every": 3,

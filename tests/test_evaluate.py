@@ -72,9 +72,10 @@ def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path
 
 
-def configure(**changes: Any) -> Config:
+def configure(action_repeat: int | None = None, **changes: Any) -> Config:
     """params.yaml at a tiny size."""
     config = load_config()
+    finetuning = config.finetune.model_copy(update={"action_repeat": action_repeat})
     evaluation = config.evaluate.model_copy(
         update={
             "episodes": 2,
@@ -90,7 +91,7 @@ def configure(**changes: Any) -> Config:
             "offline_seeds": 2,
         }
     )
-    smoke = config.scales.smoke.model_copy(update={"evaluate": evaluation})
+    smoke = config.scales.smoke.model_copy(update={"evaluate": evaluation, "finetune": finetuning})
     scales = config.scales.model_copy(update={"smoke": smoke})
     return config.model_copy(
         update={"scales": scales, "device": "cpu", "threads": 1, "task": "reach", **changes}

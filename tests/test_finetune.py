@@ -274,7 +274,7 @@ def test_an_agent_at_another_pace_says_so_and_the_suites_own_changes_nothing() -
     found = []
     for repeat in (None, 1, 2):
         pretrained("prelar")
-        finetune.run(config(action_repeat=repeat, finetune={"time_limit": 9, "prefill": 10}))
+        finetune.run(config(finetune={"time_limit": 9, "prefill": 10, "action_repeat": repeat}))
         _, description = load_agent(finetune.OUTPUT, device=torch.device("cpu"))
         assert description["action_repeat"] == (repeat or 1)
         found.append(contents(finetune.OUTPUT, finetune.LOGS))

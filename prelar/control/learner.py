@@ -32,7 +32,7 @@ class Learner:
     """Model, actor, critic and bonus with their optimisers.
 
     lr, actor_lr, critic_lr: learning rates. freeze_updates: updates during which the model's frozen group has
-    rate 0.
+    rate 0. actor_after: updates before actor and critic learn too.
     """
 
     def __init__(
@@ -46,9 +46,10 @@ class Learner:
         actor_lr: float,
         critic_lr: float,
         freeze_updates: int,
+        actor_after: int = 0,
     ) -> None:
         self.fabric, self.model, self.actor_critic, self.bonus = fabric, model, actor_critic, bonus
-        self.lr, self.freeze_updates = lr, freeze_updates
+        self.lr, self.freeze_updates, self.actor_after = lr, freeze_updates, actor_after
         groups = model.groups()
         self._groups = [{"params": groups[name], "name": name} for name in ("frozen", "rest") if groups[name]]
         self._wrapped_model, self._model_optimizer = fabric.setup(model, adam(self._groups, lr))
@@ -64,7 +65,7 @@ class Learner:
         """Do update `number` (from 0) on a batch of `Replay.read`; returns scalars by name."""
         data = {name: value.to(self.fabric.device, non_blocking=True) for name, value in batch.items()}
         post, metrics = self._update_model(data, number)
-        return metrics | self._update_actor_critic(post, number)
+        return metrics if number < self.actor_after else metrics | self._update_actor_critic(post, number)
 
     def _update_model(
         self, data: Mapping[str, Tensor], number: int

@@ -62,7 +62,7 @@ def comparable(params: Iterable[Mapping[str, Any]], tasks: Iterable[str], last_s
         return "runs at scale “smoke” are far too small and too short to be held against them"
     if any(setting.get("finetune.time_limit") != 500 for setting in settings):
         return "their episodes end after 500 steps, those compared here do not"
-    if any(setting.get("action_repeat") not in (None, 1) for setting in settings):
+    if any(setting.get("finetune.action_repeat") not in (None, 1) for setting in settings):
         return "their agents choose an action at every step, those compared here do not"
     unknown = sorted(set(tasks) - set(TASKS))
     if unknown:

@@ -55,6 +55,8 @@ PRESET: dict[str, Any] = {
     "actor_lr": 5e-4,
     "critic_lr": 5e-4,
     "freeze_updates": 0,
+    "actor_after": 0,
+    "action_repeat": None,
     "beta": 1.0,
     "horizon": 10,
     "discount": 0.95,

@@ -33,6 +33,8 @@ TINY: dict[str, Any] = {
     "actor_lr": 1e-3,
     "critic_lr": 1e-3,
     "freeze_updates": 3,
+    "actor_after": 0,
+    "action_repeat": None,
     "beta": 1.0,
     "horizon": 4,
     "discount": 0.95,

@@ -28,9 +28,9 @@ def test_what_differs_names_a_setting() -> None:
     ]
     variants, _ = group(runs)
     assert [v.label for v in variants] == [
-        "PreLAR, beta_a = 1.0",
+        "PreLAR, beta_a = null",
         "PreLAR, beta_a = 0.1",
-        "APV, beta_a = 1.0",
+        "APV, beta_a = null",
     ]
     assert variants[1].settings == {"method": "prelar", "beta_a": 0.1}
 
