@@ -112,7 +112,7 @@ def test_the_project_s_own(monkeypatch: pytest.MonkeyPatch) -> None:
     values = load_config(ROOT / "params.yaml").model_dump(mode="json")
     pipeline = Stages(ROOT / "dvc.yaml")
     before = pipeline.fingerprints(values)
-    after = pipeline.fingerprints(values | {"task": "reach"})
+    after = pipeline.fingerprints(values | {"task": "push"})
     assert {name for name in before if before[name] != after[name]} == {"finetune", "evaluate", "report"}
     assert code_digest(["prelar/model"]) != code_digest(["prelar/train"])
 
