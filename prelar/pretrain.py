@@ -6,6 +6,7 @@ DreamerV2 does not pre-train: it takes zero steps and writes its untrained check
 from __future__ import annotations
 
 import hashlib
+from dataclasses import fields
 from pathlib import Path
 
 import numpy as np
@@ -83,24 +84,18 @@ def _steps(cfg: Config) -> int:
 def build(cfg: Config) -> WorldModel:
     """The untrained world model that the params ask for, its weights drawn from `seed`."""
     torch.manual_seed(cfg.seed)
-    preset = cfg.pretrain
+    preset = cfg.pretrain.model_dump(include={field.name for field in fields(ModelSpec)})
+    weights = {"beta": cfg.beta, "beta_a": cfg.beta_a, "beta_c": cfg.beta_c}
+    preset |= {name: weight for name, weight in weights.items() if weight is not None}
     spec = ModelSpec(
+        **preset,
         stage="pretrain",
         method=cfg.method,
-        cnn_depth=preset.cnn_depth,
-        decoder_channels=preset.decoder_channels,
-        hidden=preset.hidden,
-        deter=preset.deter,
-        stoch=preset.stoch,
-        discrete=preset.discrete,
         action_dim=cfg.action_dim,
         action_kind=cfg.action_kind,
         action_window=cfg.action_window,
         consistency=cfg.consistency,
         context_frame=cfg.context_frame,
-        beta=preset.beta if cfg.beta is None else cfg.beta,
-        beta_a=preset.beta_a if cfg.beta_a is None else cfg.beta_a,
-        beta_c=preset.beta_c if cfg.beta_c is None else cfg.beta_c,
         frame_gap=cfg.frame_gap,
     )
     return build_model(spec)
