@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import shutil
 from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
@@ -125,6 +126,20 @@ def test_numbers_shown_are_those_measured(text: str, results: Path) -> None:
         assert json.loads(value) == measured[name] == METRICS[name]
         expected = number(100 * measured[name]) + "%" if name == "success_rate" else number(measured[name])
         assert page.shown[name] == expected
+
+
+def test_the_probe_is_shown_over_gaps_where_it_was_measured(
+    tmp_path: Path, text: str, results: Path, config: Config
+) -> None:
+    for source in ("probe", "probe-demonstrations"):
+        shown = text.split(f'id="{source}-gaps-d">')[1].split("</desc>")[0]
+        assert "latent action: from 0.2" in shown and "to 0.550 at 8 frames apart" in shown
+        assert "untrained encoder: from \u22120.1" in shown and "raw frame difference: from 0.1" in shown
+    shutil.copytree(results, tmp_path / "before")
+    for table in (tmp_path / "before/reports/evaluate").glob("*_gaps.tsv"):
+        table.unlink()
+    before = report.render(config, tmp_path / "before")
+    assert "-gaps-d" not in before and "Latent-action probe" in before
 
 
 def test_the_page_is_a_function_of_its_inputs(text: str, results: Path, config: Config) -> None:
