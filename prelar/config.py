@@ -298,7 +298,8 @@ class Finetune(_Frozen):
 class Evaluate(_Frozen):
     """One scale's evaluation: the policy, clips to predict, the latent action's probe, fits to episodes."""
 
-    episodes: Count = Field(description="episodes of the agent, and of random actions")
+    episodes: Count = Field(description="episodes of the agent, and of the scripted expert")
+    random_episodes: Count = Field(default=50, description="episodes of random actions, from the same on")
     time_limit: int = Field(ge=1, le=EPISODE, description="environment steps after which an episode ends")
     clips: Count = Field(description="segments to predict, of held-out clips and of the agent's episodes")
     observed: Width = Field(description="frames seen before open-loop prediction")

@@ -26,7 +26,7 @@ from prelar.envs import gl, make_env, suite
 from prelar.envs.metaworld import Simulator
 from prelar.envs.pixels import PixelEnv
 from prelar.evaluation import offline
-from prelar.evaluation.controllability import Controllability, controllability, swap_directions
+from prelar.evaluation.controllability import Controllability, controllability, interval, swap_directions
 from prelar.evaluation.panels import describe, overview, tile_horizontally, write_png, write_previews
 from prelar.evaluation.prediction import Prediction, measure, write_prediction
 from prelar.evaluation.probe import collect, demonstrations, run_probe, swap_actions
@@ -50,6 +50,8 @@ METRICS = Path("metrics.json")
 HEADLINE_METRICS = (
     "success_rate",
     "return",
+    "return_low",
+    "return_random_high",
     "prediction_error",
     "prediction_error_policy",
     "prediction_error_late",
@@ -170,33 +172,24 @@ def evaluate_agent(config: Config, agent: Any, repeat: int, folder: Path) -> Eva
     settings = config.evaluate
     seed = episode_seed(RngStream.EVALUATION_EPISODES, config.seed)
     with make_env(config.task, time_limit=settings.time_limit, action_repeat=repeat) as simulator:
-        env = PixelEnv(simulator, seed=seed)
+        play_all = functools.partial(play_visibly, seed=config.seed)
+        env, unseen = (PixelEnv(simulator, seed=seed, draws=draws) for draws in (True, False))
         count, chances = settings.episodes, RandomPolicy(simulator.action_dim)
-        played = play_visibly(
-            env, agent, episodes=count, seed=config.seed, name="the agent", keep_frames=KEPT_EPISODES
-        )
-        chance = play_visibly(env, chances, episodes=count, seed=config.seed, name="random actions")
+        played = play_all(env, agent, episodes=count, name="the agent", keep_frames=KEPT_EPISODES)
+        chance = play_all(unseen, chances, episodes=settings.random_episodes, name="random actions")
         shown = played[:SHOWN_EPISODES]
         views = [film(simulator, seed, number, episode.actions) for number, episode in enumerate(shown)]
+    with make_env(config.task, time_limit=settings.time_limit) as simulator:
+        unseen = PixelEnv(simulator, seed=seed, draws=False)
+        solved = play_all(unseen, Expert(simulator), episodes=count, name="the expert")
     video = tile_horizontally(views, [episode.success for episode in shown])
     write_mp4(folder / "policy.mp4", video, VIDEO_FPS / repeat)
     write_png(folder / "policy_poster.png", video[len(video) // 2])
     steps = [min(repeat * len(episode.actions), settings.time_limit) for episode in played]
     write_episodes(folder / "episodes.tsv", played, steps)
 
-    result, returns = summarise(played), [episode.total for episode in played]
-    episodes = {
-        "count": len(played),
-        "successes": sum(episode.success for episode in played),
-        "time_limit": settings.time_limit,
-        "return_min": min(returns),
-        "return_max": max(returns),
-        "random": summarise(chance),
-    }
-    found = EvalResult(
-        {"success_rate": result["success"], "return": result["return"]},
-        {"policy": {"shown": len(shown)}, "episodes": episodes},
-    )
+    found = EvalResult(summary={"policy": {"shown": len(shown)}})
+    found |= summarise_episodes(played, chance, solved, time_limit=settings.time_limit)
     segments = cut_segments(played, settings.length, settings.clips)
     if segments is None:
         return found
@@ -220,6 +213,48 @@ def evaluate_agent(config: Config, agent: Any, repeat: int, folder: Path) -> Eva
         )
         found |= _decided(decided, "controllability_policy")
     return found
+
+
+def summarise_episodes(
+    played: Sequence[Episode], chance: Sequence[Episode], solved: Sequence[Episode], *, time_limit: int
+) -> EvalResult:
+    """What the episodes of the agent, of random actions and of the expert come to.
+
+    Intervals of mean returns are from the 95% percentile bootstrap over episodes; one episode has none.
+    """
+    result, returns = summarise(played), [episode.total for episode in played]
+    metrics = {"success_rate": result["success"], "return": result["return"]}
+    policies = []
+    for name, episodes in {"agent": played, "random actions": chance, "scripted expert": solved}.items():
+        if len(episodes) > 1:
+            low, high = interval(np.array([episode.total for episode in episodes]))
+            row = {"name": name, "episodes": len(episodes), "low": low, "high": high}
+            policies.append(row | summarise(episodes))
+            ends = {"agent": {"return_low": low}, "random actions": {"return_random_high": high}}
+            metrics |= ends.get(name, {})
+    summary = {
+        "count": len(played),
+        "successes": sum(episode.success for episode in played),
+        "time_limit": time_limit,
+        "return_min": min(returns),
+        "return_max": max(returns),
+        "random": summarise(chance),
+        "policies": policies,
+    }
+    return EvalResult(metrics, {"episodes": summary})
+
+
+class Expert:
+    """The scripted expert of a simulator as a `rollout.Policy`: it knows the state, and does not look."""
+
+    def __init__(self, simulator: Simulator) -> None:
+        self.simulator = simulator
+
+    def act(
+        self, memory: None, images: Frames, is_first: npt.NDArray[np.bool_]
+    ) -> tuple[npt.NDArray[np.float32], None]:
+        """The expert's action in the simulator's present state, (1, A)."""
+        return self.simulator.expert()[None], None
 
 
 def play_visibly(

@@ -17,6 +17,8 @@ from prelar.utils.video_file import enlarge, side_by_side, write_mp4
 METRICS = {
     "success_rate": 1 / 3,
     "return": 412.25,
+    "return_low": 300.5,
+    "return_random_high": 68.5,
     "prediction_error": 0.00412,
     "prediction_error_copy": 0.0061,
     "prediction_error_policy": 0.0021,
@@ -118,6 +120,14 @@ def make_evaluation(folder: Path, *, pretrained: bool = True) -> None:
             "return_min": 300.5,
             "return_max": 626.25,
             "random": {"success": 0, "return": 61.5},
+            "policies": [
+                {"name": name, "episodes": count, "return": mean, "low": low, "high": high, "success": 0.0}
+                for name, count, mean, low, high in (
+                    ("agent", 3, 412.25, 300.5, 626.25),
+                    ("random actions", 50, 61.5, 55.25, 68.5),
+                    ("scripted expert", 3, 1020.0, 1001.5, 1040.25),
+                )
+            ],
         },
         "policy": {"shown": 3},
         "prediction_policy": segments,

@@ -18,6 +18,7 @@ from prelar.config import Config, load_config
 from prelar.control.actor_critic import Actor
 from prelar.control.rollout import Episode
 from prelar.evaluation import offline
+from prelar.evaluation.controllability import interval
 from prelar.evaluation.prediction import Prediction
 from prelar.methods import build_model
 from prelar.model.spec import ModelSpec
@@ -79,6 +80,7 @@ def configure(action_repeat: int | None = None, **changes: Any) -> Config:
     evaluation = config.evaluate.model_copy(
         update={
             "episodes": 2,
+            "random_episodes": 3,
             "time_limit": 12,
             "clips": 3,
             "observed": 2,
@@ -122,21 +124,30 @@ def test_evaluation_writes_metrics_tables_and_videos_twice_the_same(place: Path,
         "prediction_error_late_policy",
         "prediction_error_late_policy_copy",
     }
+    ends = {"return_low", "return_random_high"}
     decided = {"controllability_db_policy", "controllability_db_policy_low"}
     if method == "prelar":
         decided |= {f"controllability_db{of}{end}" for of in ("", "_untrained") for end in ("", "_low")}
     probed = {"probe_r2", "probe_r2_untrained", "probe_r2_difference"} if method == "prelar" else set()
     fitted = {f"offline_{error}_{start}" for error in ("error", "reward_error") for start in STARTS}
-    assert metrics.keys() == {"success_rate", "return"} | errors | decided | probed | fitted
+    assert metrics.keys() == {"success_rate", "return"} | ends | errors | decided | probed | fitted
     chief = json.loads((place / "metrics.json").read_text())
     assert chief == {name: metrics[name] for name in evaluate.HEADLINE_METRICS if name in metrics}
     assert all(0 < metrics[name] < 1 for name in errors)
     assert read_tsv(place / "reports/evaluate/prediction.tsv")["step"] == [1, 2, 3, 4]
     played = read_tsv(place / "reports/evaluate/episodes.tsv")
     assert played["steps"] == [12, 12] and np.mean(played["return"]) == pytest.approx(metrics["return"])
+    assert metrics["return_low"] == pytest.approx(interval(np.array(played["return"]))[0])
     assert (place / "reports/evaluate/action_swap.png").exists() == (method == "prelar")
     summary = json.loads((place / "reports/evaluate/summary.json").read_text())
     assert summary["prediction"]["latent"] == (method == "prelar")
+    policies = summary["episodes"]["policies"]
+    assert [(row["name"], row["episodes"]) for row in policies] == [
+        ("agent", 2),
+        ("random actions", 3),
+        ("scripted expert", 2),
+    ]
+    assert policies[2]["return"] > policies[1]["high"] == pytest.approx(metrics["return_random_high"])
     curves = {start: read_tsv(place / f"reports/evaluate/offline_{start}.tsv") for start in STARTS}
     assert curves["scratch"]["step"] == curves["pretrained"]["step"] == [0, 1, 2]
     assert curves["pretrained"]["error"][0] != curves["scratch"]["error"][0]
@@ -227,6 +238,27 @@ def test_checkpoints_of_another_run_are_refused(place: Path) -> None:
         evaluate.run(configure(action_repeat=2))
     with pytest.raises(UserError, match=r"data/pretrain: made with method = prelar, params.yaml says apv"):
         evaluate.run(configure(method="apv"))
+
+
+def test_the_figures_of_given_episodes() -> None:
+    def played(*returns: float) -> list[Episode]:
+        halves = (np.array([total / 2, total / 2], np.float32) for total in returns)
+        return [Episode(half, np.zeros((2, 4), np.float32), bool(half[0] > 2), None) for half in halves]
+
+    spread = np.random.default_rng(0).normal(10, 2, 200)
+    found = evaluate.summarise_episodes(played(1, 2, 6), played(*spread), played(8, 8), time_limit=2)
+    ended = found.summary["episodes"]
+    agent, chance, expert = ended["policies"]
+    assert found.metrics["success_rate"] == pytest.approx(1 / 3) and found.metrics["return"] == 3
+    assert found.metrics["return_low"] == agent["low"] == 1, "one draw in 27 is 1, 1 and 1"
+    assert (expert["low"], expert["return"], expert["high"], expert["success"]) == (8, 8, 8, 1)
+    error = spread.std(ddof=1) / np.sqrt(len(spread))
+    assert chance["return"] == pytest.approx(spread.mean(), rel=1e-5)
+    assert found.metrics["return_random_high"] == chance["high"]
+    assert chance["high"] - chance["return"] == pytest.approx(1.96 * error, rel=0.1)
+    assert (ended["return_min"], ended["return_max"], ended["successes"]) == (1, 6, 1)
+    alone = evaluate.summarise_episodes(played(1), played(2), played(3), time_limit=2)
+    assert alone.metrics == {"success_rate": 0, "return": 1} and not alone.summary["episodes"]["policies"]
 
 
 def test_held_out_segments_lie_in_validation_clips(tmp_path: Path) -> None:

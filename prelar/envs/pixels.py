@@ -69,17 +69,20 @@ class PixelEnv(gymnasium.Env[Image, Actions]):
     environments never share one; `options={"episode": n}` chooses the number. `reset(seed=…)` changes the
     seed and starts from `first` again. Episodes end by the simulator's time limit only, as truncation.
     Rewards are the simulator's own, summed over the steps that an action is applied for. `info["success"]`
-    tells whether the task is solved after any of these steps.
+    tells whether the task is solved after any of these steps. draws: False for policies that do not look: all
+    images are black.
     """
 
     metadata = {"render_modes": ["rgb_array"]}  # noqa: RUF012  gymnasium's own form
 
-    def __init__(self, simulator: Simulator, *, seed: int, first: int = 0, stride: int = 1) -> None:
+    def __init__(
+        self, simulator: Simulator, *, seed: int, first: int = 0, stride: int = 1, draws: bool = True
+    ) -> None:
         self.render_mode = "rgb_array"
         self.observation_space = gymnasium.spaces.Box(0, 255, FRAME, np.uint8)
         self.action_space = gymnasium.spaces.Box(-1.0, 1.0, (simulator.action_dim,), np.float32)
         self.action_repeat = simulator.action_repeat
-        self._simulator = simulator
+        self._simulator, self._draws = simulator, draws
         self._seed = seed
         self._first, self._stride = first, stride
         self._next = first
@@ -111,6 +114,8 @@ class PixelEnv(gymnasium.Env[Image, Actions]):
 
     def render(self) -> Image:
         """Draw the present state."""
+        if not self._draws:
+            return np.zeros(FRAME, np.uint8)
         with self._timed("rendering"):
             return self._simulator.render()
 

@@ -43,6 +43,8 @@ METHODS = {  # name as its authors write it, and what it does
 METRIC_NAMES = {
     "success_rate": "Success",
     "return": "Return",
+    "return_low": "Return, lower end",
+    "return_random_high": "Random return, upper end",
     "prediction_error": "Prediction error",
     "prediction_error_policy": "Prediction error, own episodes",
     "probe_r2": "Probe R²",

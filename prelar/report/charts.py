@@ -1,4 +1,4 @@
-"""Line charts as small SVG texts, each with its numbers as a table.
+"""Line charts, and dots with intervals, as small SVG texts, each with its numbers as a table.
 
 A chart takes its colours from the page's style sheet (classes `s0` … `s5`), so that it follows light and
 dark; each line also has its own dash pattern and marker, so that it is read without colour.
@@ -21,6 +21,7 @@ from prelar.utils.tables import evenly_spaced_indices
 WIDTH, HEIGHT = 400, 250
 LEFT, RIGHT, TOP, BOTTOM = 50, 14, 34, 40
 LEGEND_ROW = 18
+ROW, ROW_LABELS = 30, 120
 DASHES = ("", "7 4", "2 3", "9 3 2 3", "12 3", "5 2 1 2 1 2")
 MARKERS = (
     "m-3 0a3 3 0 1 0 6 0a3 3 0 1 0-6 0z",
@@ -82,6 +83,44 @@ def figure(
     rows = tuple(tuple(map(number, row)) for row in zip(*columns.values(), strict=True))
     chart = Markup(line_chart(spec, lines, identifier=identifier, behind=behind))
     return Figure(chart, spec.caption, tuple(name[:1].upper() + name[1:] for name in columns), rows)
+
+
+def interval_figure(
+    title: str, unit: str, rows: Sequence[tuple[str, float, float, float]], *, identifier: str, caption: str
+) -> Figure:
+    """A row for each of one to six values: its name, the value as a dot, and a line from its low to its high.
+
+    The axis, called `unit`, begins at 0 or below.
+    """
+    if not 1 <= len(rows) <= len(DASHES):
+        raise ValueError(f"{len(rows)} rows; a chart shows 1 to {len(DASHES)}")
+    ends = [value for _, *values in rows for value in values]
+    x_axis = _Axis(*_y_limits(min(0.0, *ends), max(ends), log=False), ROW_LABELS, WIDTH - RIGHT)
+    bottom = ROW * len(rows) + 8
+    told = " ".join(
+        f"{name}: {number(mean)}, from {number(low)} to {number(high)}." for name, mean, low, high in rows
+    )
+    parts = [
+        f'<svg viewBox="0 0 {WIDTH} {bottom + BOTTOM}" role="img"'
+        f' aria-labelledby="{identifier}-t {identifier}-d">',
+        f'<title id="{identifier}-t">{escape(title)}</title>',
+        f'<desc id="{identifier}-d">{escape(told)}</desc>',
+        f'<path class="axis" d="M{ROW_LABELS} {bottom}H{WIDTH - RIGHT}"/>',
+        _text(WIDTH - RIGHT, bottom + BOTTOM - 6, unit, "label", "end"),
+    ]
+    for tick, x in zip(x_axis.ticks, x_axis(x_axis.ticks), strict=True):
+        parts.append(f'<path class="grid" d="M{x:g} 4V{bottom}"/>')
+        parts.append(_text(x, bottom + 17, short(tick), "tick", "middle"))
+    for style, (name, mean, low, high) in enumerate(rows):
+        y = ROW * style + ROW / 2 + 4
+        middle, first, last = x_axis([mean, low, high])
+        parts.append(_text(ROW_LABELS - 10, y + 4, name, "label", "end"))
+        parts.append(f'<path class="line s{style}" d="M{first:g} {y:g}H{last:g}M{first:g} {y - 5:g}v10"/>')
+        parts.append(f'<path class="line s{style}" d="M{last:g} {y - 5:g}v10"/>')
+        parts.append(f'<path class="mark s{style}" d="M{middle:g} {y:g}{MARKERS[style]}"/>')
+    cells = tuple((name, *map(number, values)) for name, *values in rows)
+    headings = ("Name", "Mean", "Lower end", "Upper end")
+    return Figure(Markup("\n".join([*parts, "</svg>"])), caption, headings, cells)
 
 
 def number(value: float) -> str:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -22,7 +22,7 @@ from prelar.report.catalog import (
     CurveSpec,
     loss_curve,
 )
-from prelar.report.charts import Figure, Series, figure
+from prelar.report.charts import Figure, Series, figure, interval_figure
 from prelar.report.provenance import flatten, redact
 from prelar.report.runs import Files, Run
 
@@ -34,10 +34,26 @@ Values = dict[str, Any]
 def task(config: Config, run: Run) -> Values:
     """Success and return of the evaluations during fine-tuning, and the evaluation episodes."""
     table = run.files.table(EVALUATE / "episodes.tsv")
+    summary = run.files.load(EVALUATE / "summary.json") or {}
     return {
+        "returns": returns_figure(summary.get("episodes", {}).get("policies", [])),
         "learning": curve_figures(run.curves, "success", "return"),
         "episodes": [dict(zip(table, row, strict=True)) for row in zip(*table.values(), strict=True)],
     }
+
+
+def returns_figure(policies: Sequence[Mapping[str, Any]]) -> Figure | None:
+    """The return of each policy with its interval; None where there is none."""
+    if not policies:
+        return None
+    counts = ", ".join(f"{policy['episodes']} of {policy['name']}" for policy in policies)
+    return interval_figure(
+        "Return of the agent beside random actions and the scripted expert",
+        "return, mean of the episodes",
+        [(policy["name"], policy["return"], policy["low"], policy["high"]) for policy in policies],
+        identifier="returns",
+        caption=f"Mean return and its 95% interval, a bootstrap over episodes: {counts}.",
+    )
 
 
 def curve_figures(curves: Mapping[str, Curve], *names: str) -> list[Figure]:

@@ -39,6 +39,15 @@ def test_an_episode_holds_every_step() -> None:
     assert policy.calls == [(None, True)] + [(n, False) for n in range(1, 12)]
 
 
+def test_who_does_not_look_needs_no_drawing() -> None:
+    world = DotWorld(12)
+    policy = RandomPolicy(ACTIONS)
+    unseen = play(PixelEnv(world, seed=1, draws=False), policy, episode=4, seed=0)
+    drawn = play(make(), policy, episode=4, seed=0)
+    assert world.drawn == 0
+    assert np.array_equal(unseen.rewards, drawn.rewards) and np.array_equal(unseen.actions, drawn.actions)
+
+
 def test_success_at_any_step_counts() -> None:
     class Back(Right):
         def act(self, memory: Any, images: Any, is_first: Any) -> tuple[Any, int]:

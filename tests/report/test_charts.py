@@ -21,6 +21,7 @@ from prelar.report.charts import (
     TOP,
     WIDTH,
     Series,
+    interval_figure,
     line_chart,
     linear_ticks,
     log_ticks,
@@ -172,3 +173,22 @@ def test_logarithmic_axis_is_for_positive_values_far_apart(values: list[float], 
     lines = [Series("a", range(len(values)), values)]
     assert ("y (log)" in drawn(lines, replace(SPEC, log_from=30))) is logarithmic
     assert "(log)" not in drawn(lines)
+
+
+def test_a_dot_stands_where_its_value_is_and_its_line_from_low_to_high() -> None:
+    rows = [("a < b", 412.0, 300.0, 500.0), ("c", 60.0, 55.0, 70.0)]
+    found = interval_figure("A < B", "x", rows, identifier="i", caption="caption")
+    root = ElementTree.fromstring(str(found.svg))
+    paths = [path for path in root.iter("path") if path.get("class", "").startswith(("line", "mark"))]
+    lines = [
+        re.findall(r"M([\d.]+) ", path.get("d", "")) for path in paths if "line" in path.get("class", "")
+    ]
+    ends = [(float(first[0]), float(last[0])) for first, last in zip(lines[::2], lines[1::2], strict=True)]
+    dots = [float(path.get("d", "")[1:].split()[0]) for path in paths if "mark" in path.get("class", "")]
+    values = [value for _, mean, low, high in rows for value in (low, mean, high)]
+    places = [place for (low, high), dot in zip(ends, dots, strict=True) for place in (low, dot, high)]
+    assert np.polyfit(values, places, 1, full=True)[1] < 0.1, "one scale for all"
+    assert places[0] < places[1] < places[2] < WIDTH and places[5] < places[0]
+    assert found.rows == (("a < b", "412", "300", "500"), ("c", "60", "55", "70"))
+    with pytest.raises(ValueError, match="0 rows"):
+        interval_figure("A", "x", [], identifier="i", caption="")
