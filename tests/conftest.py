@@ -57,6 +57,7 @@ TINY: dict[str, Any] = {
             },
             "evaluate": {
                 "episodes": 1,
+                "random_episodes": 2,
                 "time_limit": 20,
                 "clips": 2,
                 "observed": 2,

@@ -143,8 +143,8 @@ def test_a_preset_belongs_to_one_stage_and_one_scale() -> None:
         ("ffmpeg: null", "ffmpeg: ../bin/ffmpeg", ["ssv2.ffmpeg: ../bin/ffmpeg", "absolute path"]),
         ("path: null ", "path: .. ", ["demos.path: .. leads outside", "absolute path"]),
         (
-            "{episodes: 10, time_limit: 500",
-            "{episodes: 0, time_limit: 500",
+            "{episodes: 10, random_episodes: 50, time_limit: 500",
+            "{episodes: 0, random_episodes: 50, time_limit: 500",
             ["scales.lite.evaluate.episodes = 0"],
         ),
         ("data_root: data ", "data_root: stores ", ["data_root: stores: give data, an absolute folder or"]),
@@ -273,7 +273,7 @@ def test_actions_take_their_steps_and_the_last_of_an_episode_what_is_left(envs: 
         ),
         ({"replay: 10000": "replay: 103"}, "replay is 103, too small for an episode; make it at least 104"),
         (
-            {"{episodes: 10, time_limit: 100": "{episodes: 10, time_limit: 72"},
+            {"{episodes: 10, random_episodes: 50, time_limit: 100": "{episodes: 10, time_limit: 72"},
             "evaluate.length is 20; make it at most 19, frames of an episode",
         ),
         (

@@ -62,7 +62,7 @@ def config(method: str, dataset: str) -> Config:
         "eval_every": 16,
         "checkpoint_every": 16,
     }
-    smoke["evaluate"] |= {"episodes": 1, "time_limit": 8, "probe_updates": 1}
+    smoke["evaluate"] |= {"episodes": 1, "random_episodes": 2, "time_limit": 8, "probe_updates": 1}
     changes = {"method": method, "dataset": dataset, "task": "reach", "device": "cpu", "action_dim": 8}
     return Config.model_validate(params | changes | {"scale": "smoke", "threads": 1})
 
