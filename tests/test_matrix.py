@@ -38,6 +38,7 @@ def make_store(dataset: str) -> None:
                 "id": str(number),
                 "split": ("train", "train", "validation")[number % 3],
                 "label": "slide",
+                "fps": 20.0,
             }
             if arrays:
                 row |= {"task": "reach", "variation": 0, "camera": "corner", "episode": number}
