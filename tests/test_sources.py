@@ -59,7 +59,7 @@ def apv_npz(tmp_path: Path, request: pytest.FixtureRequest) -> Settings:
                 image=random.integers(0, 256, (LENGTH, 64, 64, 3), np.uint8),
                 action=action,
             )
-    return {"source": "apv_npz", "path": str(tmp_path / "recorded")}
+    return {"source": "apv_npz", "path": str(tmp_path / "recorded"), "fps": 20.0}
 
 
 rlbench_classes = folders.rlbench
@@ -79,7 +79,7 @@ def test_source_becomes_a_store_that_is_pretrained_on(
     jobs = source.jobs()
     work_inline(monkeypatch)
     with StoreWriter(Path("data/demos.zarr"), arrays=source.arrays) as writer:
-        assert demos.fill(writer, source, jobs, 1) == len(jobs) == EPISODES
+        assert demos.fill(writer, source, jobs, 1, cfg.demos.fps) == len(jobs) == EPISODES
         writer.finish(source.attributes())
     store = Store.open(Path("data/demos.zarr"))
     suites.validate("demos", demos.suites(store, source, 0.0), suites.facts(store))
