@@ -2,7 +2,7 @@
 SHELL := /bin/sh
 export PATH := $(CURDIR)/.venv/bin:$(PATH)
 READY := .venv/.ready
-SHOWN := --only-changed --keep 'success_rate|prediction_error' \
+SHOWN := --only-changed --keep 'success_rate|return|prediction_error|controllability' \
 	--drop '(data|flows|prelar|reports)/.*|.*[.]yaml|metrics[.]json|Created'
 
 .DEFAULT_GOAL := help
