@@ -232,6 +232,7 @@ class Finetune(_Frozen):
         description="updates after which actor and critic learn too; until then the world model settles"
     )
     beta: Weight = Field(description="weight of the dynamics KL while fine-tuning")
+    bonus: Weight = Field(description="weight of the exploration bonus")
     horizon: int = Field(ge=2, le=WIDEST, description="actions imagined from each state")
     discount: Rate = Field(description="discount of the reward an action")
     lam: Share = Field(description="lambda of the lambda-returns: 0: one step, 1: the whole horizon")
@@ -387,7 +388,9 @@ class Config(_Frozen):
     naive: bool = Field(
         description="true: naive fine-tuning (apv, contextwm: one RSSM; all: no bonus, no dual reward)"
     )
-    bonus: Weight = Field(description="weight of the exploration bonus; 0: without bonus. dreamerv2 has none")
+    bonus: Weight | None = Field(
+        description="weight of the exploration bonus; null: the scale's own; 0: without. dreamerv2 has none"
+    )
     dual_reward: bool = Field(
         description="second reward head for the plain reward; false: without dual reward"
     )

@@ -64,7 +64,7 @@ def run(cfg: Config) -> None:
         functools.partial(make_env, cfg.task, time_limit=preset.time_limit, action_repeat=action_repeat),
         preset,
         seed=cfg.seed,
-        bonus=cfg.bonus,
+        bonus=model.spec.bonus,
         snapshots=snapshots,
         log_folder=LOGS,
     )
@@ -86,6 +86,7 @@ def run(cfg: Config) -> None:
 
 def load_model(cfg: Config) -> WorldModel:
     """The world model to fine-tune, with what its method loads from the pre-training checkpoint."""
+    preset = cfg.finetune
     parts, pretrained = load_parts(PRETRAINED, loads(cfg.method, cfg.naive))
     values = pretrained.get("model", {})
     if values.get("method") != cfg.method:
@@ -95,13 +96,13 @@ def load_model(cfg: Config) -> WorldModel:
     spec = replace(
         ModelSpec.read(values, stage="finetune", source=str(PRETRAINED)),
         robot_action_dim=suite(cfg.task).action_dim,
-        units=cfg.finetune.units,
-        layers=cfg.finetune.layers,
+        units=preset.units,
+        layers=preset.layers,
         naive=cfg.naive,
         dual_reward=cfg.dual_reward,
-        bonus=cfg.bonus,
+        bonus=preset.bonus if cfg.bonus is None else cfg.bonus,
         context_augment=cfg.context_augment,
-        beta=cfg.finetune.beta,
+        beta=preset.beta,
     )
     return restore(lambda: build_model(spec), lambda made: load_pretrained(made, parts))
 

@@ -46,6 +46,7 @@ TINY: dict[str, Any] = {
                 "length": 8,
                 "freeze_updates": 1,
                 "actor_after": 1,
+                "bonus": 1.0,
                 "action_repeat": None,
                 "horizon": 3,
                 "units": 16,

@@ -106,7 +106,8 @@ def test_a_command_builds_both_models(name: str, dataset: str) -> None:
     save_parts(finetune.PRETRAINED, before.state(), {"stage": "pretrain", "model": before.spec, "step": 0})
     after = finetune.load_model(cfg)
     row = find_method(cfg.method, cfg.naive)
-    assert bool(after.bonus_dim) == (cfg.bonus > 0 and row.bonus_source is not None)
+    bonus = cfg.finetune.bonus if cfg.bonus is None else cfg.bonus
+    assert bool(after.bonus_dim) == (bonus > 0 and row.bonus_source is not None)
     assert ("dual_reward" in after.heads) == (cfg.dual_reward and row.dual)
     if cfg.method == "prelar":
         for loss, key in (("consistency", "beta_c"), ("action_kl", "beta_a")):

@@ -73,7 +73,7 @@ def reading(envs: int) -> float:
             lambda: Simulator("reach", time_limit=50),
             preset,
             seed=0,
-            bonus=config.bonus,
+            bonus=model.spec.bonus,
             snapshots=Snapshots("bench", root=Path(folder)),
             log_folder=Path(folder) / "log",
             on_end=speeds.append,

@@ -58,6 +58,7 @@ PRESET: dict[str, Any] = {
     "actor_after": 0,
     "action_repeat": None,
     "beta": 1.0,
+    "bonus": 1.0,
     "horizon": 10,
     "discount": 0.95,
     "lam": 0.95,

@@ -36,6 +36,7 @@ TINY: dict[str, Any] = {
     "actor_after": 0,
     "action_repeat": None,
     "beta": 1.0,
+    "bonus": 1.0,
     "horizon": 4,
     "discount": 0.95,
     "lam": 0.95,
