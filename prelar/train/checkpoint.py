@@ -4,7 +4,8 @@ A checkpoint is a folder: `<part>.safetensors` for each part of a model, and `co
 they are. It appears under its name whole or not at all.
 
 A snapshot is the state of an unfinished run after some step. Snapshots lie in `data/.resume/<key>/`, outside
-every output that DVC tracks. The key is a hash of the run's params, inputs and code, so that no run finds
+every output that DVC tracks, or in the folder that `PRELAR_RESUME` names, for a run in a copy of the project
+that does not outlive it. The key is a hash of the run's params, inputs and code, so that no run finds
 another's; the folder is removed when its run completes, so that a finished run leaves nothing to resume.
 """
 
@@ -13,6 +14,7 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import json
+import os
 import sys
 from collections.abc import Iterable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -27,12 +29,11 @@ from torch import Tensor
 
 from prelar.config import misfits
 from prelar.utils.errors import UserError, one_line, shown
-from prelar.utils.files import atomic_file, parse_json, publish, read_bytes, remove
+from prelar.utils.files import RESUME, RESUME_FOLDER, atomic_file, parse_json, publish, read_bytes, remove
 
 SCHEMA = 1
 CONFIG_BYTES = 1 << 20
 KINDS: dict[str, type] = {"stage": str, "model": dict, "imported": dict}
-RESUME = Path("data/.resume")
 
 Weights = dict[str, Tensor]
 
@@ -160,8 +161,8 @@ class Snapshots:
     buffer; their owner cuts them back to the snapshot that is resumed.
     """
 
-    def __init__(self, key: str, *, root: Path = RESUME, keep: int = 2) -> None:
-        self.folder = root / key
+    def __init__(self, key: str, *, root: Path | None = None, keep: int = 2) -> None:
+        self.folder = (root or Path(os.environ.get(RESUME_FOLDER) or RESUME)) / key
         self._keep = keep
         self._writer = ThreadPoolExecutor(1, thread_name_prefix="snapshot")
         self._pending: Future[None] | None = None

@@ -21,6 +21,8 @@ from prelar.utils.errors import UserError, one_line, printable
 
 LOCKS = Path("data/.locks")
 STAGING = Path("data/.staging")
+RESUME, RESUME_FOLDER = Path("data/.resume"), "PRELAR_RESUME"
+"""Where snapshots lie, and the variable that names an absolute folder in its place."""
 DEPTH = 64
 
 _SURROGATE = re.compile(rb"\\ud[89a-f]", re.IGNORECASE)

@@ -173,6 +173,24 @@ def test_an_absent_checkpoint_and_an_unknown_part_are_named(saved: Path, tmp_pat
         load_parts(saved, ["heads"])
 
 
+def test_snapshots_lie_where_the_environment_says(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """So that a run in a copy of the project that goes away leaves them to the next."""
+    copies = [tmp_path / "first copy", tmp_path / "second copy"]
+    for copy in copies:
+        copy.mkdir()
+    monkeypatch.setenv("PRELAR_RESUME", str(tmp_path / "kept"))
+    monkeypatch.chdir(copies[0])
+    snapshots = Snapshots("pretrain-1")
+    snapshots.save(1, state(1))
+    snapshots.wait()
+    monkeypatch.chdir(copies[1])
+    found = Snapshots("pretrain-1").latest()
+    assert found is not None and found[0] == 1
+    assert not any(copies[0].iterdir())
+    monkeypatch.delenv("PRELAR_RESUME")
+    assert Snapshots("pretrain-1").folder == Path("data/.resume/pretrain-1")
+
+
 def test_the_key_of_a_run_follows_its_fingerprint_and_inputs(tmp_path: Path) -> None:
     data = tmp_path / "data"
     data.mkdir()
