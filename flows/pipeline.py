@@ -18,7 +18,7 @@ from pydantic import (
     model_serializer,
 )
 
-from flows.dvc import busy, dvc, overrides
+from flows.dvc import dvc, overrides
 from flows.runtime import PAGES, PAGES_URL
 from prelar.config import Config, keys, load_config
 from prelar.utils.errors import UserError
@@ -100,7 +100,7 @@ def pipeline(params: Params = UNCHANGED, targets: tuple[str, ...] = ()) -> str: 
     return experiment
 
 
-@task(name="dvc-exp-run", cache_policy=NO_CACHE, retries=2, retry_delay_seconds=30, retry_condition_fn=busy)
+@task(name="dvc-exp-run", cache_policy=NO_CACHE)
 def run_experiment(changes: dict[str, Any], targets: tuple[str, ...]) -> str:
     """Run `dvc exp run` in a folder of its own, its output to the log; returns the experiment's name.
 
@@ -109,7 +109,7 @@ def run_experiment(changes: dict[str, Any], targets: tuple[str, ...]) -> str:
     logger = get_run_logger()
     words = ["exp", "run", "--temp", *overrides(changes), *targets]
     logger.info("dvc %s", " ".join(words))
-    lines = dvc(*words, tell=logger.info)
+    lines = dvc(*words, on_line=logger.info)
     named = [
         line.removeprefix(EXPERIMENTS_LINE).strip() for line in lines if line.startswith(EXPERIMENTS_LINE)
     ]

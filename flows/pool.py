@@ -9,46 +9,40 @@ import argparse
 import contextlib
 import os
 import sys
+import threading
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, cast
-from uuid import UUID
 
 from prefect import flow, get_client, get_run_logger
 from prefect.client.schemas.actions import WorkPoolCreate
-from prefect.client.schemas.filters import FlowRunFilter, FlowRunFilterId
-from prefect.client.schemas.objects import FlowRun, StateType
+from prefect.client.schemas.objects import FlowRun
 from prefect.deployments import run_deployment
 from prefect.deployments.runner import EntrypointType
 from prefect.exceptions import ObjectAlreadyExists
 from prefect.states import Cancelling
 
 from flows import runtime
-from flows.dvc import EXPERIMENTS, Entry, dvc, git, overrides, results
+from flows.dvc import EXPERIMENTS, dvc, git, overrides, results
+from flows.version import Version, snapshots
 from prelar.config import load_config
 from prelar.utils.errors import UserError
 
 POOL = "prelar"
 CLONE = "PRELAR_CLONE"
 DEPLOYMENT = "worker"
-PAGE = 200
-STATES = {
-    StateType.SCHEDULED: "queued",
-    StateType.PENDING: "queued",
-    StateType.COMPLETED: "done",
-    StateType.FAILED: "failed",
-    StateType.CRASHED: "failed",
-    StateType.CANCELLED: "failed",
-}
+PACE = 3.0
 
 
 @flow(name="experiment")
-def experiment(name: str, changes: dict[str, Any], revision: str) -> str:
+def experiment(name: str, changes: dict[str, Any], revision: str, targets: tuple[str, ...] = ()) -> str:
     """Run one experiment in the worker's clone and push what it made; returns its name.
 
     Args:
         name: What the experiment is called.
         changes: Changes to the keys of params.yaml at the revision.
         revision: The commit that it is an experiment on.
+        targets: Stages to run, with the stages they need. None: the whole pipeline.
     """
     logger = get_run_logger()
     os.chdir(os.environ[CLONE])
@@ -56,22 +50,29 @@ def experiment(name: str, changes: dict[str, Any], revision: str) -> str:
     git("checkout", "--quiet", "--detach", revision)
     load_config()
     if name not in results():
-        dvc("exp", "run", "--temp", "--pull", "--name", name, *overrides(changes), tell=logger.info)
-    dvc("exp", "push", "--run-cache", "origin", name, tell=logger.info)
+        words = ("exp", "run", "--temp", "--pull", "--name", name, *overrides(changes), *targets)
+        with snapshots(name) as kept:
+            dvc(*words, on_line=logger.info, environment=kept)
+    dvc("exp", "push", "--run-cache", "origin", name, on_line=logger.info)
+    if targets:
+        dvc("exp", "remove", "--git-remote", "origin", name)
     return name
 
 
 class Pool:
-    """The experiments that workers of the pool take, in the place of DVC's queue."""
+    """The workers of the pool as the place where a version's experiments run."""
 
-    def __init__(self) -> None:
-        """Make pool and deployment known to the server. Raises `UserError` where the commit is not all."""
-        if git("status", "--porcelain", "--untracked-files=no", "--", ":/", *_RESULTS):
+    def __init__(self, version: Version, *, whole: bool) -> None:
+        """Make pool and deployment known to the server; `whole` where the version is all in its commit.
+
+        Raises `UserError` where it is not.
+        """
+        if not whole and git("status", "--porcelain", "--untracked-files=no", "--", ":/", *_RESULTS):
             raise UserError(
                 "the project has changes that are not committed, which workers would lack; commit them"
             )
-        self._revision = git("rev-parse", "HEAD").strip()
-        self._runs: dict[str, UUID] = {}
+        self._version = version
+        self._origin = "origin" in git("remote").split()
         with get_client(sync_client=True) as client, contextlib.suppress(ObjectAlreadyExists):
             client.create_work_pool(WorkPoolCreate(name=POOL, type="process"))
         made = experiment.to_deployment(
@@ -79,49 +80,39 @@ class Pool:
         )
         cast(Any, made).apply()
 
-    def results(self) -> set[str]:
-        """The names of the finished experiments, after fetching those of `origin` where there is one."""
-        if "origin" in git("remote").split():
+    def results(self) -> dict[str, str]:
+        """The references of the finished experiments, after fetching those of `origin` where there is one."""
+        if self._origin:
             git("fetch", "--quiet", "origin", f"{EXPERIMENTS}/*:{EXPERIMENTS}/*")
         return results()
 
-    def put(self, name: str, changes: dict[str, Any]) -> None:
-        """Let the next worker that is free run an experiment."""
-        parameters = {"name": name, "changes": changes, "revision": self._revision}
-        run = run_deployment(f"experiment/{DEPLOYMENT}", parameters=parameters, flow_run_name=name, timeout=0)
-        self._runs[name] = cast(FlowRun, run).id
-
-    def start(self) -> None:
-        """Workers start by themselves."""
-
-    def entries(self) -> dict[str, Entry]:
-        """How the experiments fare."""
-        identities, runs = list(self._runs.values()), dict[UUID, FlowRun]()
+    def run(
+        self,
+        name: str,
+        changes: dict[str, Any],
+        targets: tuple[str, ...],
+        on_line: Callable[[str], None],
+        stop: threading.Event,
+    ) -> None:
+        """Let the next worker that is free run an experiment, and wait for it; `stop` cancels it."""
+        given = {"name": name, "changes": changes, "revision": self._version.commit, "targets": targets}
+        run = cast(
+            FlowRun,
+            run_deployment(f"experiment/{DEPLOYMENT}", parameters=given, flow_run_name=name, timeout=0),
+        )
+        on_line(f"flow run {run.id}")
         with get_client(sync_client=True) as client:
-            for begin in range(0, len(identities), PAGE):
-                some = FlowRunFilter(id=FlowRunFilterId(any_=identities[begin : begin + PAGE]))
-                runs |= {run.id: run for run in client.read_flow_runs(flow_run_filter=some, limit=PAGE)}
-        return {
-            name: Entry(_state(runs[run]), Path(os.devnull))
-            for name, run in self._runs.items()
-            if run in runs
-        }
-
-    def clear_lost(self, entries: dict[str, Entry]) -> None:
-        """Prefect finds out itself what has ended without a word."""
-
-    def withdraw(self, names: set[str]) -> None:
-        """Cancel what has not ended."""
-        with get_client(sync_client=True) as client:
-            for name in names & self._runs.keys():
-                client.set_flow_run_state(self._runs[name], Cancelling())
+            while not ((state := client.read_flow_run(run.id).state) and state.is_final()):
+                if stop.wait(PACE):
+                    client.set_flow_run_state(run.id, Cancelling())
+                    raise UserError(f"{name} was interrupted")
+        if not state.is_completed():
+            raise UserError(f"its flow run {run.id} is {state.name}: {state.message}")
+        if self._origin and not targets:
+            self._version.fetch("origin", name)
 
 
 _RESULTS = [":(top,exclude)dvc.lock", ":(top,exclude)metrics.json"]
-
-
-def _state(run: FlowRun) -> str:
-    return STATES.get(run.state_type, "running") if run.state_type else "queued"
 
 
 def main() -> None:

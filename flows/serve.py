@@ -154,7 +154,7 @@ def deployments() -> list[RunnerDeployment]:
         (
             experiments,
             "experiments",
-            "A sweep over params: queued experiments that share their pre-training. Started again, it runs "
+            "A sweep over params: experiments that share their pre-training. Started again, it runs "
             "what has no result yet.",
             ["dvc", "training", "sweep"],
             None,

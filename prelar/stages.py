@@ -10,7 +10,7 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-from prelar.config import read_yaml
+from prelar.config import PARAMS, read_yaml
 from prelar.utils.errors import UserError
 
 PIPELINE = Path("dvc.yaml")
@@ -59,14 +59,23 @@ class Stages:
 
     def upstream(self, values: Values) -> dict[str, set[str]]:
         """For each stage, the stages whose outputs it reads."""
-        maker = {
-            next(iter(out)) if isinstance(out, dict) else out: name
-            for name, stage in self.stages.items()
-            for out in [*stage.get("outs", []), *stage.get("metrics", [])]
-        }
+        maker = self._makers()
         return {
             name: {maker[path] for dep in stage.get("deps", []) if (path := _fill(dep, values)) in maker}
             for name, stage in self.stages.items()
+        }
+
+    def code(self) -> list[str]:
+        """The files and folders that stages read and no stage makes, params.yaml apart."""
+        read = {dep for stage in self.stages.values() for dep in stage.get("deps", [])}
+        return sorted(read - self._makers().keys() - {PARAMS.name})
+
+    def _makers(self) -> dict[str, str]:
+        """The stage that makes each output."""
+        return {
+            next(iter(out)) if isinstance(out, dict) else out: name
+            for name, stage in self.stages.items()
+            for out in [*stage.get("outs", []), *stage.get("metrics", [])]
         }
 
 

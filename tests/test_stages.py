@@ -65,6 +65,14 @@ def test_it_follows_the_stage_s_code(path: str) -> None:
     assert Stages().fingerprint("first", VALUES) == before
 
 
+def test_code_is_what_stages_read_and_none_makes() -> None:
+    assert Stages().code() == ["prelar/loop.py", "prelar/model", "prelar/other.py"]
+    Path("dvc.yaml").write_text(
+        PIPELINE + "  third: {cmd: x, deps: [metrics.json, params.yaml, prelar/model]}\n"
+    )
+    assert Stages().code() == ["prelar/loop.py", "prelar/model", "prelar/other.py"]
+
+
 def test_it_follows_the_command_and_names_of_files() -> None:
     before = stage_fingerprint("first", VALUES)
     Path("dvc.yaml").write_text(PIPELINE.replace("prelar first", "prelar first --twice"))

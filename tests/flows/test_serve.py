@@ -10,6 +10,7 @@ from pathlib import Path
 import psutil
 import pytest
 
+from tests.flows.test_experiments import finished
 from tests.flows.toy_pipeline import Toy, make_toy
 from tests.serving import admitted, answers, cancel, launch, ready, serving, start_run, until
 
@@ -33,7 +34,7 @@ def workers(toy: Toy) -> list[str]:
             own = Path(process.cwd()).is_relative_to(toy.root)
         except (psutil.Error, OSError):
             continue
-        if own and ("stage.py" in words or "exec-run" in words or {"exp", "run"} <= set(words)):
+        if own and ("stage.py" in words or {"exp", "run"} <= set(words)):
             found.append(" ".join(words))
     return found
 
@@ -53,8 +54,8 @@ def test_cancelling_a_run_ends_dvc_and_its_stage(
     until(lambda: toy.ran("ssv2") and workers(toy), "a stage that runs")
     cancel(url, run)
     until(lambda: not workers(toy), "the end of DVC and its stage")
-    status = toy.command("dvc", "queue", "status").stdout
-    assert not any(word in status for word in ("Running", "Queued")), status
+    until(lambda: not list(toy.root.glob(".dvc/tmp/copies/*")), "the end of its copies")
+    assert finished(toy) == []
     assert toy.command("git", "status", "--porcelain", "--untracked-files=no").stdout == ""
 
 

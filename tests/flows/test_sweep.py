@@ -1,4 +1,4 @@
-"""What a sweep consists of, and who may start when."""
+"""What a sweep consists of, and what has to run before what."""
 
 from __future__ import annotations
 
@@ -9,8 +9,8 @@ from typing import Any, get_args
 
 import pytest
 
-from flows import experiments
-from flows.experiments import Experiment, Gate
+from flows import sweep
+from flows.sweep import Experiment, Part, Step, changed, plan_in, read_grids, steps, words_to_grid
 from prelar.config import read_yaml
 from prelar.stages import Stages
 from prelar.utils.errors import UserError
@@ -31,24 +31,24 @@ def pretrainings(plan: list[Experiment]) -> int:
     [("demos", 192, 32), ("ssv2", 192, 32), ("action-representation", 144, 24), ("beta-a", 192, 32)],
 )
 def test_presets_share_pretraining_over_tasks(preset: str, count: int, shared: int) -> None:
-    plan = experiments.plan(experiments.PRESETS[preset][1], "state")
+    plan = plan_in(ROOT, sweep.PRESETS[preset][1], "code")
     assert len(plan) == len({one.name for one in plan}) == count
     assert pretrainings(plan) == shared
 
 
 def test_the_forms_presets_are_the_tables() -> None:
-    assert set(get_args(experiments.Preset)) == set(experiments.PRESETS)
+    assert set(get_args(sweep.Preset)) == set(sweep.PRESETS)
 
 
 def test_parts_follow_the_params_of_dvc_yaml() -> None:
     base, stages = read_yaml(ROOT / "params.yaml"), Stages(ROOT / "dvc.yaml")
 
     def differ(**changes: Any) -> set[str]:
-        other = stages.fingerprints(experiments.changed(base, changes))
+        other = stages.fingerprints(changed(base, changes))
         return {name for name, key in stages.fingerprints(base).items() if other[name] != key}
 
     after = {"pretrain", "finetune", "evaluate", "report"}
-    assert differ(task="reach") == {"finetune", "evaluate", "report"}
+    assert differ(task="dial-turn") == {"finetune", "evaluate", "report"}
     assert differ(beta_a=0.1) == after
     assert differ(**{"ssv2.batch": 5}) == {"ssv2", *after}
     assert differ(**{"scales.smoke.pretrain.steps": 5}) == after
@@ -56,15 +56,15 @@ def test_parts_follow_the_params_of_dvc_yaml() -> None:
 
 
 def test_names_are_those_of_git_and_differ_by_code() -> None:
-    grid = experiments.words_to_grid(["beta_a=0.1,1e-05", "demos.tasks=[reach,push],[push]"])
-    names = [one.name for one in experiments.plan([grid], "state")]
+    grid = words_to_grid(["beta_a=0.1,1e-05", "demos.tasks=[reach,push],[push]"])
+    names = [one.name for one in plan_in(ROOT, [grid], "state")]
     assert len(set(names)) == 4
     assert all(".." not in name and name.replace(".", "").replace("-", "").isalnum() for name in names)
-    assert not set(names) & {one.name for one in experiments.plan([grid], "other")}
+    assert not set(names) & {one.name for one in plan_in(ROOT, [grid], "other")}
 
 
 def test_the_same_settings_are_one_experiment() -> None:
-    assert len(experiments.plan([{"beta_a": [1, 1.0]}, {"seed": [0]}], "state")) == 1
+    assert len(plan_in(ROOT, [{"beta_a": [1, 1.0]}, {"beta_a": [1], "seed": [0]}], "state")) == 1
 
 
 @pytest.mark.parametrize(
@@ -80,7 +80,7 @@ def test_the_same_settings_are_one_experiment() -> None:
 )
 def test_a_bad_sweep_ends_in_one_line(words: list[str], told: str) -> None:
     with pytest.raises(UserError) as refused:
-        experiments.plan([experiments.words_to_grid(words)], "state")
+        plan_in(ROOT, [words_to_grid(words)], "state")
     assert told in str(refused.value) and "\n" not in str(refused.value)
 
 
@@ -88,41 +88,57 @@ def test_files_hold_one_grid_or_several(tmp_path: Path) -> None:
     one, several = tmp_path / "one.yaml", tmp_path / "several.json"
     one.write_text("seed: [0, 1]\ntask: reach\n", encoding="utf-8")
     several.write_text(json.dumps([{"seed": [0]}, {"beta_a": 0.1}]), encoding="utf-8")
-    assert experiments.read_grids(one) == [{"seed": [0, 1], "task": ["reach"]}]
-    assert experiments.read_grids(several) == [{"seed": [0]}, {"beta_a": [0.1]}]
+    assert read_grids(one) == [{"seed": [0, 1], "task": ["reach"]}]
+    assert read_grids(several) == [{"seed": [0]}, {"beta_a": [0.1]}]
     one.write_text("seed\n", encoding="utf-8")
     with pytest.raises(UserError, match="holds no sweep"):
-        experiments.read_grids(one)
+        read_grids(one)
 
 
-@pytest.mark.parametrize("seed", range(5))
-def test_nothing_is_made_twice_or_at_once(seed: int) -> None:
-    """Workers that take whatever the gate admits, in any order, some failing, make each part once."""
-    draw = random.Random(seed)
-    tasks = ["reach", "dial-turn", "door-lock"]
-    grids = [{"beta_a": [0.1, 1.0], "task": tasks, "dataset": ["ssv2", "demos"]}]
-    waiting, running, gate = experiments.plan(grids, "state"), list[Experiment](), Gate()
-    made: list[experiments.Part] = []
-    while waiting or running:
-        admitted = [one for one in waiting if gate.admits(one)]
-        if admitted and (not running or draw.random() < 0.5):
-            one = draw.choice(admitted)
-            waiting.remove(one)
-            gate.enter(one)
-            assert not any(gate.making.get(part) == other.name for other in running for part in one.parts)
-            running.append(one)
-            continue
-        one = draw.choice(running)
-        succeeded, early = draw.random() < 0.8, {"sample", "ssv2", "demos", "pretrain"}
-        making = {part for part, name in gate.making.items() if name == one.name}
-        if making and draw.random() < 0.5:
-            made += [part for part in making if part[0] in early]
-            gate.passed(one, early)
-            continue
-        running.remove(one)
-        gate.leave(one, succeeded)
-        if succeeded:
-            made += making
-        else:
-            waiting.append(one)
-    assert len(made) == len(set(made)) and gate.making == {}
+def test_all_of_a_seed_comes_before_the_next() -> None:
+    grid = {"seed": [1, 0], "beta_a": [0.1, 1.0], "task": ["reach", "dial-turn"]}
+    planned = plan_in(ROOT, [grid], "code")
+    assert [one.seed for one in planned] == [0] * 4 + [1] * 4
+    assert [one.changes["task"] for one in planned[:4]] == ["reach", "dial-turn"] * 2, "the grid's order"
+    names = [one.name for one in planned]
+    todo = [step.name for step in steps(planned, workers=2)]
+    assert [name for name in todo if name in names] == names
+    early = [name.split("-")[0] for name in todo[: todo.index(names[0])]]
+    assert early.count("pretrain") == 2, "those of the first seed"
+    early = [name.split("-")[0] for name in (step.name for step in steps(planned, workers=4))][:6]
+    assert early.count("pretrain") == 4, "too few for four workers, so that the next seed's begin as well"
+
+
+def test_nothing_is_made_twice_or_at_once() -> None:
+    """Steps that run in any order that their needs allow, as many at once as they like."""
+    base, stages = read_yaml(ROOT / "params.yaml"), Stages(ROOT / "dvc.yaml")
+    grid = {"beta_a": [0.1, 1.0], "task": ["reach", "push"], "dataset": ["ssv2", "demos"], "seed": [0, 1]}
+    planned = plan_in(ROOT, [grid, {"scales.smoke.evaluate.episodes": [3, 4]}], "code")
+    todo = steps(planned, workers=2)
+
+    def parts(step: Step) -> set[Part]:
+        """What a run of DVC makes: the stages it is asked for, and all before them."""
+        (one,) = (one for one in planned if one.changes == step.changes)
+        above = stages.upstream(changed(base, step.changes))
+        names = set(step.targets or above)
+        for _ in above:
+            names = names.union(*(above[name] for name in names))
+        return {part for part in one.parts if part[0] in names}
+
+    wanted = {step.name: parts(step) for step in todo}
+    for draw in range(20):
+        random_, waiting, running = random.Random(draw), list(todo), dict[str, set[Part]]()
+        made, ended = set[Part](), set[str]()
+        while waiting or running:
+            ready = [step for step in waiting if ended >= set(step.needs)]
+            if ready and (not running or random_.random() < 0.5):
+                step = random_.choice(ready)
+                waiting.remove(step)
+                running[step.name] = wanted[step.name] - made
+                others = [making for name, making in running.items() if name != step.name]
+                assert not any(running[step.name] & making for making in others)
+            else:
+                name = random_.choice(list(running))
+                made |= running.pop(name)
+                ended.add(name)
+        assert made == {part for one in planned for part in one.parts}

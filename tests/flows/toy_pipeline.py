@@ -16,14 +16,20 @@ from tests.conftest import ROOT
 STAGE = """\
 import json, os, pathlib, signal, sys, time
 from ruamel.yaml import YAML
+from prelar.utils.parents import end_with_dvc
+end_with_dvc()
 signal.signal(signal.SIGINT, signal.SIG_DFL)  # also where the tests run in the background of a shell
 name, keys, *outs = sys.argv[1:]
+snapshot = pathlib.Path(os.environ.get("PRELAR_RESUME", "data/.resume")) / name
 with open(os.environ["TOY_RUNS"], "a") as runs:
-    runs.write(name + "\\n")
+    resumed = f"{name}-resumed\\n" if snapshot.exists() else ""
+    snapshot.parent.mkdir(parents=True, exist_ok=True)
+    snapshot.touch()
+    runs.write(f"{resumed}{name}\\n")
 time.sleep(float(os.environ.get("TOY_SECONDS", "0.2")))
-if name in os.environ.get("TOY_BROKEN", "").split():
-    sys.exit("broken on purpose")
 params = YAML(typ="safe").load(pathlib.Path("params.yaml"))
+if {name, params["task"] if name == "finetune" else ""} & set(os.environ.get("TOY_BROKEN", "").split()):
+    sys.exit("broken on purpose")
 figures = {"success_rate": 0.5, "prediction_error": 0.1}
 made = figures if name == "evaluate" else {key: params[key] for key in keys.split(",")}
 for out in outs:
@@ -69,7 +75,7 @@ class Toy:
             check=check,
             capture_output=True,
             text=True,
-            timeout=300,
+            timeout=900,
         )
 
     def sweep(self, *words: str, check: bool = True, **changes: str) -> subprocess.CompletedProcess[str]:

@@ -1,0 +1,119 @@
+"""A version of the project, and experiments on it in clones of their own, beside the workspace."""
+
+from __future__ import annotations
+
+import configparser
+import contextlib
+import shutil
+import threading
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from subprocess import CalledProcessError
+from typing import Any
+
+from flows.dvc import EXPERIMENTS, dvc, git, overrides, results
+from prelar.stages import PIPELINE, Stages
+from prelar.utils.errors import UserError, printable
+from prelar.utils.files import RESUME, RESUME_FOLDER, remove
+
+COPIES = Path(".dvc/tmp/copies")
+LOGS = Path("reports/experiments")
+
+
+@dataclass(frozen=True)
+class Version:
+    """A version of the project: the commit that experiments belong to, and a commit with the files."""
+
+    commit: str
+    files: str
+
+    @classmethod
+    def named(cls, revision: str | None) -> Version:
+        """What a tag, branch or commit holds. None: the last commit and what is changed about it since."""
+        try:
+            commit = git(
+                "rev-parse", "--verify", "--end-of-options", f"{revision or 'HEAD'}^{{commit}}"
+            ).strip()
+            return cls(commit, commit if revision else git("stash", "create").strip() or commit)
+        except CalledProcessError as error:
+            told = printable(error.stderr.strip())
+            if revision:
+                raise UserError(
+                    f"code = {revision}: {told}; name a tag or a commit of this project"
+                ) from None
+            raise UserError(f"no commit to experiment on ({told}); commit the project first") from None
+
+    def code(self, root: Path) -> str:
+        """The hashes of dvc.yaml and of all code that it names, for a version whose files lie in `root`."""
+        return git("ls-tree", self.files, "--", PIPELINE.name, *Stages(root / PIPELINE).code())
+
+    @contextlib.contextmanager
+    def copy(self, folder: Path) -> Iterator[None]:
+        """A clone with this version's files, in a new folder, which lasts for the block."""
+        listed = git("config", "--get-regexp", r"^user\.(name|email)$").splitlines()
+        who = [word for line in listed for word in ("--config", line.replace(" ", "=", 1))]
+        try:
+            git("clone", "--quiet", "--shared", "--no-checkout", *who, ".", str(folder))
+            git("-C", str(folder), "checkout", "--quiet", "--detach", self.commit)
+            source = f"--source={self.files}"
+            git("-C", str(folder), "restore", "--quiet", source, "--staged", "--worktree", "--", ".")
+            yield
+        finally:
+            shutil.rmtree(folder, ignore_errors=True)
+
+    def run(
+        self,
+        name: str,
+        changes: dict[str, Any],
+        targets: tuple[str, ...],
+        on_line: Callable[[str], None],
+        stop: threading.Event,
+    ) -> None:
+        """Run an experiment, or some stages, beside the workspace, and keep its output in `LOGS`.
+
+        Of an experiment its commit is taken over; what stages made is in the cache in any case.
+        """
+        LOGS.mkdir(parents=True, exist_ok=True)
+        words = ("exp", "run", "--name", name, *overrides(changes), *targets)
+        folder = COPIES / name
+        with self.copy(folder), snapshots(name) as kept:
+            _share_cache(folder)
+            kept["DVC_SITE_CACHE_DIR"] = str((folder / ".dvc/tmp/site").absolute())
+            dvc(*words, on_line=on_line, folder=folder, log=LOGS / f"{name}.log", stop=stop, environment=kept)
+            if not targets:
+                self.fetch(str(folder), name)
+
+    def results(self) -> dict[str, str]:
+        """The references of the finished experiments of this and other versions, by name."""
+        return results()
+
+    def fetch(self, source: str, name: str) -> None:
+        """Take a finished experiment over from another clone."""
+        made = f"{EXPERIMENTS}/{self.commit[:2]}/{self.commit[2:]}/{name}"
+        git("fetch", "--quiet", "--no-auto-gc", "--no-write-fetch-head", source, f"{made}:{made}")
+
+
+@contextlib.contextmanager
+def snapshots(name: str) -> Iterator[dict[str, str]]:
+    """Variables that let a run in a copy of the project keep its snapshots outside of it.
+
+    They are removed when the block succeeds; otherwise the next run of that name goes on from them.
+    """
+    folder = (RESUME / "experiments" / name).absolute()
+    yield {RESUME_FOLDER: str(folder)}
+    remove(folder)
+
+
+def _share_cache(folder: Path) -> None:
+    """Let a clone have the project's own settings of DVC, and its cache."""
+    own = configparser.ConfigParser(interpolation=None)
+    own.read(".dvc/config.local", encoding="utf-8")
+    if not own.has_section("cache"):
+        own.add_section("cache")
+    from dvc.repo import Repo
+
+    with Repo() as repo:
+        own["cache"]["dir"] = str(Path(repo.cache.local_cache_dir).absolute())
+    with (folder / ".dvc/config.local").open("w", encoding="utf-8") as settings:
+        own.write(settings)
