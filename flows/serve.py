@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import asyncio
 import hmac
 import os
 import secrets
@@ -10,7 +11,7 @@ import socket
 import tempfile
 import threading
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import TYPE_CHECKING, Any, cast
 
@@ -125,13 +126,17 @@ class _Page(BaseHTTPRequestHandler):
 
 
 def _serve(url: str) -> None:
-    """Make the deployments known to the server and run what it asks for."""
-    from prefect import serve
+    """Make the deployments known to the server and run what it asks for, until Ctrl-C or SIGTERM."""
+    from prefect.runner import Runner
 
     print(f"The Prefect UI: {url} (Ctrl-C stops it)", flush=True)
-    with tempfile.TemporaryDirectory(prefix="prelar-") as own:
+    with tempfile.TemporaryDirectory(prefix="prelar-") as own, suppress(KeyboardInterrupt):
         tempfile.tempdir = own  # the runner's folder would have the same name for every user
-        serve(*deployments(), print_starting_message=False)
+        runner = Runner()
+        runner.handle_sigterm = lambda *_: runner.execute_in_background(runner.astop)  # type: ignore
+        for deployment in deployments():
+            runner.add_deployment(deployment)
+        asyncio.run(runner.start())
 
 
 def deployments() -> list[RunnerDeployment]:

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import os
 import signal
-from collections.abc import Callable, Iterator
+import subprocess
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import psutil
@@ -59,23 +61,43 @@ def test_cancelling_a_run_ends_dvc_and_its_stage(
     assert toy.command("git", "status", "--porcelain", "--untracked-files=no").stdout == ""
 
 
-@pytest.mark.parametrize(
-    "end", [lambda pid: os.killpg(pid, signal.SIGINT), lambda pid: os.kill(pid, signal.SIGKILL)]
-)
-def test_the_server_ends_with_what_started_it(tmp_path: Path, end: Callable[[int], None]) -> None:
-    """After Ctrl-C, which reaches the whole group, and after a kill."""
-    toy = make_toy(tmp_path)
-    with (tmp_path / "told").open("w") as told:
+@contextmanager
+def started(toy: Toy, told: Path) -> Iterator[tuple[subprocess.Popen[bytes], str]]:
+    """A process of `make ui` in a group of its own, and its API; what it tells goes to a file."""
+    with told.open("w") as handle:
         process, url = launch(
             toy.root,
-            toy.environment(),
-            stdout=told,
-            stderr=told,
+            toy.environment(TOY_SECONDS="600"),
+            stdout=handle,
+            stderr=handle,
             start_new_session=True,
             preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
         )
-        ready(admitted(toy.root, url))
-        end(process.pid)
-        process.wait(timeout=120)
-    until(lambda: not answers(f"{url}/health"), "the end of the server")
-    assert "Traceback" not in (tmp_path / "told").read_text(encoding="utf-8")
+        try:
+            api = admitted(toy.root, url)
+            ready(api)
+            yield process, api
+            until(lambda: not answers(f"{url}/health"), "the end of the server")
+        finally:
+            process.kill()
+            process.wait()
+    lines = told.read_text(encoding="utf-8").splitlines()
+    assert len(lines) == 1 and lines[0].startswith("The Prefect UI: "), lines
+
+
+def test_a_kill_of_what_started_it_ends_the_server(tmp_path: Path) -> None:
+    with started(make_toy(tmp_path), tmp_path / "told") as (process, _):
+        process.kill()
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_ends_the_server_and_what_runs(tmp_path: Path, number: signal.Signals) -> None:
+    """Ctrl-C, which reaches the whole group, and SIGTERM, which reaches one process."""
+    toy = make_toy(tmp_path)
+    with started(toy, tmp_path / "told") as (process, url):
+        start_run(url, "pipeline/pipeline", params={"seed": 1})
+        until(lambda: toy.ran("ssv2") and workers(toy), "a stage that runs")
+        (os.killpg if number == signal.SIGINT else os.kill)(process.pid, number)
+        assert process.wait(timeout=240) == 0
+        until(lambda: not workers(toy), "the end of DVC and its stage")
+    assert not list((toy.root / ".prefect").glob("auth-*"))

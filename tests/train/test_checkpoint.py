@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import errno
 import json
+import os
+import time
 from pathlib import Path
 from typing import Any
 
@@ -237,6 +239,18 @@ def test_a_finished_run_takes_those_with_it_that_never_ended(tmp_path: Path) -> 
     snapshots = Snapshots("pretrain-2", root=tmp_path)
     snapshots.remove()
     assert [path.name for path in tmp_path.iterdir()] == ["finetune-1"]
+
+
+def test_the_newest_snapshot_is_that_of_the_last_step_whatever_the_clock_said(tmp_path: Path) -> None:
+    """The clock goes back a day before each write."""
+    snapshots = Snapshots("k", root=tmp_path, keep=2)
+    for days, step in enumerate((9, 10, 11)):
+        snapshots.save(step, state(step))
+        snapshots.wait()
+        os.utime(snapshots.folder / f"step-{step:09d}.pt", (time.time() - days * 86_400,) * 2)
+    assert {path.name for path in snapshots.folder.iterdir()} == {"step-000000010.pt", "step-000000011.pt"}
+    found = snapshots.latest()
+    assert found is not None and found[0] == 11
 
 
 def test_a_snapshot_holds_the_state_of_its_moment(tmp_path: Path) -> None:
