@@ -8,6 +8,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import os
+import signal
 import sys
 import threading
 from collections.abc import Callable
@@ -134,6 +135,8 @@ def main() -> None:
     os.environ |= {CLONE: here, "PYTHONPATH": os.pathsep.join(paths), "PREFECT_LOGGING_LEVEL": "INFO"}
     named = ["--name", given.name] if given.name else []
     words = ["worker", "start", "--pool", POOL, "--type", "process", "--limit", "1", *named]
+    # Prefect's worker ends on SIGTERM by a SIGINT to itself, which a script's background job ignores.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     os.execv(sys.executable, [sys.executable, "-m", "prefect", *words])
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import signal
 import subprocess
 import sys
 from contextlib import ExitStack
@@ -37,6 +38,7 @@ def test_two_workers_share_a_sweep(tmp_path: Path) -> None:
                 [sys.executable, "-m", "flows.pool", "--name", place.root.name],
                 cwd=place.root,
                 env=place.environment(PREFECT_API_URL=url, PREFECT_API_AUTH_STRING=auth, TOY_SECONDS="2"),
+                preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_IGN),  # as a script's "&" has it
             )
             stack.callback(process.wait)
             stack.callback(process.terminate)
