@@ -105,7 +105,10 @@ def test_processes_of_their_own_change_nothing(tmp_path: Path, repeat: int) -> N
     found = []
     for processes in (False, True):
         collector = make(
-            tmp_path / str(processes), time_limit=2 + 2 * repeat, processes=processes, repeat=repeat
+            tmp_path / str(processes),
+            time_limit=5 * repeat - (repeat > 1),
+            processes=processes,
+            repeat=repeat,
         )
         metrics = []
         for number in range(11):

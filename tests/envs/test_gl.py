@@ -84,7 +84,7 @@ def test_stages_that_draw_say_so_in_a_line(tmp_path: Path, command: str) -> None
     """Before any work, where a setting from the shell cannot draw: no display answers here."""
     shutil.copy2(ROOT / "params.yaml", tmp_path)
     save_parts(tmp_path / "data/pretrain", {}, {"model": {"method": "prelar"}})
-    save_parts(tmp_path / "data/finetune", {}, {"method": "prelar", "task": "drawer-open"})
+    save_parts(tmp_path / "data/finetune", {}, {"method": "prelar", "task": "reach", "action_repeat": 4})
     settings = {name: value for name, value in os.environ.items() if name not in ("DISPLAY", gl.TRIED)}
     done = subprocess.run(
         [sys.executable, "-m", *command.split()],

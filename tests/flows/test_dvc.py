@@ -69,10 +69,10 @@ def test_it_ends_with_the_process_that_started_it() -> None:
 
 
 def test_what_sets_stop_interrupts_it() -> None:
-    stop = threading.Event()
+    stop, before = threading.Event(), psutil.Process().children(recursive=True)
     with pytest.raises(UserError, match="dvc exp sleep was interrupted"):
         dvc("exp", "sleep", on_line=lambda _: stop.set(), stop=stop)
-    assert psutil.Process().children() == []
+    assert set(psutil.Process().children(recursive=True)) <= set(before)
 
 
 def test_snapshots_stay_until_a_run_succeeds() -> None:
