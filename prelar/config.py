@@ -207,6 +207,9 @@ class Pretrain(_Frozen):
     deter: Width = Field(description="size of the deterministic state, the GRU's")
     stoch: Width = Field(description="categorical variables of the stochastic state")
     discrete: int = Field(ge=2, le=WIDEST, description="classes of each of these variables")
+    action_dim: Annotated[int, Field(ge=1, le=WIDEST, multiple_of=CLASSES)] = Field(
+        description="size of the latent action"
+    )
     beta: Weight = Field(description="weight of the dynamics KL while pre-training")
     beta_a: Weight = Field(description="weight of the action KL against N(0, I)")
     beta_c: Weight = Field(description="weight of the action-state consistency")
@@ -378,7 +381,7 @@ class Config(_Frozen):
     consistency: Literal["order", "sign"] = Field(
         description="order (smooth pairwise) | sign (as published: no gradient reaches the encoder)"
     )
-    action_dim: Width = Field(description="size of the latent action")
+    action_dim: Width | None = Field(description="size of the latent action; null: the scale's own")
     action_kind: Literal["gaussian", "deterministic", "discrete"] = Field(
         description="gaussian | deterministic (a point, no action KL) | discrete"
     )
@@ -430,7 +433,7 @@ class Config(_Frozen):
     @field_validator("action_kind")
     @classmethod
     def _divides(cls, kind: str, given: ValidationInfo) -> str:
-        size = given.data.get("action_dim", 0)
+        size = given.data.get("action_dim") or 0
         if kind == "discrete" and size % CLASSES:
             raise ValueError(f"discrete needs an action_dim that is a multiple of {CLASSES}; it is {size}")
         return kind

@@ -85,13 +85,12 @@ def build(cfg: Config) -> WorldModel:
     """The untrained world model that the params ask for, its weights drawn from `seed`."""
     torch.manual_seed(cfg.seed)
     preset = cfg.pretrain.model_dump(include={field.name for field in fields(ModelSpec)})
-    weights = {"beta": cfg.beta, "beta_a": cfg.beta_a, "beta_c": cfg.beta_c}
-    preset |= {name: weight for name, weight in weights.items() if weight is not None}
+    own = {"beta": cfg.beta, "beta_a": cfg.beta_a, "beta_c": cfg.beta_c, "action_dim": cfg.action_dim}
+    preset |= {name: value for name, value in own.items() if value is not None}
     spec = ModelSpec(
         **preset,
         stage="pretrain",
         method=cfg.method,
-        action_dim=cfg.action_dim,
         action_kind=cfg.action_kind,
         action_window=cfg.action_window,
         consistency=cfg.consistency,

@@ -214,7 +214,7 @@ def test_places_that_stay_where_they_are_are_taken(tmp_path: Path, params: str, 
             "naive: true does not fit method dreamerv2, which is not pre-trained; set it to false",
         ),
         (
-            {"action_dim: 64": "action_dim: 60", "action_kind: gaussian": "action_kind: discrete"},
+            {"action_dim: null": "action_dim: 60", "action_kind: gaussian": "action_kind: discrete"},
             "action_kind: discrete needs an action_dim that is a multiple of 8; it is 60",
         ),
         (

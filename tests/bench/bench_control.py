@@ -58,7 +58,7 @@ def reading(envs: int) -> float:
         ModelSpec(
             stage="finetune",
             method=config.method,
-            action_dim=config.action_dim,
+            action_dim=config.action_dim or config.pretrain.action_dim,
             robot_action_dim=ACTION_DIM,
             units=preset.units,
             layers=preset.layers,

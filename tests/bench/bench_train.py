@@ -244,7 +244,7 @@ def finetuning(cfg: Config, fabric: Fabric, plain: bool) -> Step:
             robot_action_dim=ROBOT,
             units=sizes.units,
             layers=sizes.layers,
-            action_dim=cfg.action_dim,
+            action_dim=cfg.action_dim or cfg.pretrain.action_dim,
             **{name: getattr(small, name) for name in ("cnn_depth", "hidden", "deter", "stoch", "discrete")},
         )
     )
