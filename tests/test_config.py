@@ -156,7 +156,7 @@ def test_a_preset_belongs_to_one_stage_and_one_scale() -> None:
         ("data_root: data ", "data_root: http://shelf/x ", ["data_root: http:// is no kind of storage"]),
         ("data_root: data ", "data_root: s3://a/b::http://h ", ["data_root: a chain of URLs"]),
         ("method: prelar", "method: [prelar", ["not YAML"]),
-        ("steps: 200", f"steps: {'9' * 30}", ["scales.smoke.pretrain.steps = 99", "less than or equal to"]),
+        ("steps: 320", f"steps: {'9' * 30}", ["scales.smoke.pretrain.steps = 99", "less than or equal to"]),
         ("seed: 0", f"seed: {2**63}", ["seed = 9223372036854775808", "less than or equal to"]),
         ("beta: null", f"beta: 1{'0' * 400}", ["beta = 1000"]),
         ("deter: 128", "deter: 100000", ["scales.smoke.pretrain.deter = 100000", "65536"]),
