@@ -16,7 +16,8 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
-from prelar.config import read_yaml
+from prelar.config import PARAMS, read_yaml
+from prelar.stages import PIPELINE
 from prelar.utils.errors import UserError, printable
 from prelar.utils.parents import child
 
@@ -115,9 +116,6 @@ def metrics(name: str) -> dict[str, float]:
 
 
 IN_STAGE = ("DVC_STAGE", "DVC_ROOT")
-PIPELINE, PARAMS = Path("dvc.yaml"), Path("params.yaml")
-
-
 Stamps = dict[Path, list[tuple[str, int, int, int]]]
 
 

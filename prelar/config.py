@@ -258,7 +258,33 @@ class Finetune(_Frozen):
 
     @model_validator(mode="after")
     def _fits(self) -> Finetune:
-        self.check(self.action_repeat or 1)
+        repeat = self.action_repeat or 1
+        actions = self.actions(repeat)
+        if actions + 1 < self.length:
+            raise ValueError(
+                f"time_limit is {self.time_limit}, which leaves an episode {actions} actions; "
+                f"make it at least {(self.length - 2) * repeat + 1}, for length {self.length}"
+            )
+        if self.prefill < self.time_limit * self.envs:
+            raise ValueError(
+                f"prefill is {self.prefill}, which ends before an episode does; "
+                f"make it at least time_limit * envs ({self.time_limit * self.envs})"
+            )
+        if self.train_every % (self.envs * repeat):
+            raise ValueError(
+                f"train_every is {self.train_every}; "
+                f"make it a multiple of envs * action_repeat ({self.envs * repeat})"
+            )
+        if self.replay // repeat <= actions:
+            raise ValueError(
+                f"replay is {self.replay}, too small for an episode; "
+                f"make it at least {(actions + 1) * repeat}"
+            )
+        if self.env_steps <= self.prefill:
+            raise ValueError(
+                f"env_steps is {self.env_steps}, so that nothing is learnt; "
+                f"make it larger than prefill ({self.prefill})"
+            )
         return self
 
     def actions(self, action_repeat: int) -> int:
@@ -268,35 +294,6 @@ class Finetune(_Frozen):
     def acts(self, step: int, action_repeat: int) -> bool:
         """Whether the environments, which act together, choose their actions at `step`, counted over all."""
         return step % (self.time_limit * self.envs) % (action_repeat * self.envs) == 0
-
-    def check(self, action_repeat: int) -> None:
-        """Raise `ValueError` where nothing can be learnt with actions of so many environment steps."""
-        actions = self.actions(action_repeat)
-        if actions + 1 < self.length:
-            raise ValueError(
-                f"time_limit is {self.time_limit}, which leaves an episode {actions} actions; "
-                f"make it at least {(self.length - 2) * action_repeat + 1}, for length {self.length}"
-            )
-        if self.prefill < self.time_limit * self.envs:
-            raise ValueError(
-                f"prefill is {self.prefill}, which ends before an episode does; "
-                f"make it at least time_limit * envs ({self.time_limit * self.envs})"
-            )
-        if self.train_every % (self.envs * action_repeat):
-            raise ValueError(
-                f"train_every is {self.train_every}; "
-                f"make it a multiple of envs * action_repeat ({self.envs * action_repeat})"
-            )
-        if self.replay // action_repeat <= actions:
-            raise ValueError(
-                f"replay is {self.replay}, too small for an episode; "
-                f"make it at least {(actions + 1) * action_repeat}"
-            )
-        if self.env_steps <= self.prefill:
-            raise ValueError(
-                f"env_steps is {self.env_steps}, so that nothing is learnt; "
-                f"make it larger than prefill ({self.prefill})"
-            )
 
 
 class Evaluate(_Frozen):
@@ -327,14 +324,6 @@ class Evaluate(_Frozen):
             raise ValueError(f"observed is {self.observed}; make it less than length ({self.length})")
         return self
 
-    def check(self, action_repeat: int) -> None:
-        """Raise `ValueError` where episodes with actions of so many environment steps have no segment."""
-        frames = -(-self.time_limit // action_repeat) + 1
-        if frames < self.length:
-            raise ValueError(
-                f"evaluate.length is {self.length}; make it at most {frames}, frames of an episode"
-            )
-
 
 class Scale(_Frozen):
     """The presets of one scale, a group per stage."""
@@ -345,7 +334,11 @@ class Scale(_Frozen):
 
     @model_validator(mode="after")
     def _fits(self) -> Scale:
-        self.evaluate.check(self.finetune.action_repeat or 1)
+        frames = -(-self.evaluate.time_limit // (self.finetune.action_repeat or 1)) + 1
+        if frames < self.evaluate.length:
+            raise ValueError(
+                f"evaluate.length is {self.evaluate.length}; make it at most {frames}, frames of an episode"
+            )
         return self
 
 

@@ -26,10 +26,10 @@ from prelar.envs import gl, make_env, suite
 from prelar.envs.metaworld import Simulator
 from prelar.envs.pixels import PixelEnv
 from prelar.evaluation import offline
-from prelar.evaluation.controllability import Controllability, controllability, interval, swap_directions
+from prelar.evaluation.controllability import Controllability, controllability, interval
 from prelar.evaluation.panels import describe, overview, tile_horizontally, write_png, write_previews
 from prelar.evaluation.prediction import Prediction, measure, write_prediction
-from prelar.evaluation.probe import collect, demonstrations, run_probe, swap_actions
+from prelar.evaluation.probe import collect, demonstrations, run_probe, swap_actions, swap_directions
 from prelar.methods import METHODS, build_model, load_pretrained, restore
 from prelar.model.spec import ModelSpec
 from prelar.model.world_model import WorldModel
@@ -372,12 +372,13 @@ def evaluate_actions(config: Config, model: WorldModel, store: Store, folder: Pa
                 }
             )
     shown = held_out(store, length=settings.length, count=settings.clips, seed=config.seed, gap=gap)
-    if shown is None or len(shown[0]) < 2:
+    if shown is None:
         return found
     clips, _ = shown
     picture = swap_actions(model, clips, observed=settings.observed, device=device)
-    if picture is not None:
-        write_png(folder / "action_swap.png", picture)
+    if picture is None:
+        return found
+    write_png(folder / "action_swap.png", picture)
     torch.manual_seed(config.seed)
     untrained = build_model(model.spec).to(device).eval()
     for name, measured in (("controllability", model), ("controllability_untrained", untrained)):

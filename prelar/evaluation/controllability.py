@@ -14,19 +14,17 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from prelar.evaluation.panels import grid
-from prelar.model.images import denormalise, first_steps, normalise
+from prelar.evaluation.prediction import LEAST_ERROR
+from prelar.model.images import first_steps, normalise
 from prelar.model.rssm import State
 from prelar.model.world_model import WorldModel
 
 Doubles = npt.NDArray[np.float64]
 Frames = npt.NDArray[np.uint8]
 
-LEAST_ERROR = 1e-10
 CHANGED = 0.1
 """Least change of a pixel's brightest channel, of a range of 1, from the last frame seen: it moves, then."""
 RESAMPLES, LEVEL = 2000, 0.95
-ROWS, AXES, STEPS = 4, 3, 3
 
 
 @dataclass(frozen=True)
@@ -96,39 +94,6 @@ def controllability(
     by_clip = torch.stack(gain, 1).double().mean(1).cpu().numpy()
     low, high = interval(by_clip, seed=seed)
     return Controllability(by_clip, low, high, len(frames) * len(steps), *errors)
-
-
-@torch.no_grad()
-def swap_directions(
-    model: WorldModel,
-    frames: Frames,
-    actions: npt.NDArray[np.float32],
-    *,
-    observed: int,
-    device: torch.device,
-) -> Frames:
-    """The same states under the robot's directions, as one picture.
-
-    Frames uint8 (N, T, 64, 64, 3), actions (N, T, A) as for `controllability`. Each row is a clip: its state
-    after `observed` frames, decoded, then what becomes of it in `STEPS` actions to either side along each of
-    the first `AXES` axes, the positive side first.
-    """
-    images = normalise(torch.from_numpy(frames[:ROWS, :observed]).to(device))
-    led = torch.from_numpy(actions[:ROWS, :observed]).to(device)
-    seen = model.observe(images, first_steps(len(images), observed, device), led, sample=False)
-    start = {key: value[:, -1] for key, value in seen.post.items()}
-    columns = [start]
-    for axis in range(min(AXES, led.shape[2])):
-        for side in (1.0, -1.0):
-            action = torch.zeros_like(led[:, 0])
-            action[:, axis] = side
-            state = start
-            for _ in range(STEPS):
-                state = model.imagine_step(state, action, sample=False)
-            columns.append(state)
-    decoded = [model.decode(model.feature(state)[:, None], seen.context)[:, 0] for state in columns]
-    cells: Frames = denormalise(torch.stack(decoded, 1)).cpu().numpy()
-    return grid(cells)
 
 
 def _psnr(guess: Tensor, truth: Tensor) -> Tensor:

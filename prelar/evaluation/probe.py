@@ -42,7 +42,7 @@ PENALTIES = tuple(10.0**k for k in range(-3, 6))
 BATCH, SHIFT, LEARNING_RATE = 64, 4, 1e-3
 GAPS = (1, 2, 4, 8)
 LATENT, UNTRAINED, DIFFERENCE = "latent action, pre-trained", "untrained encoder", "raw frame difference"
-SWAP_ROWS, SWAP_COLUMNS, SWAP_STEPS = 4, 6, 3
+SWAP_ROWS, SWAP_COLUMNS, SWAP_AXES, SWAP_STEPS = 4, 6, 3, 3
 
 
 @dataclass(frozen=True)
@@ -345,6 +345,37 @@ def swap_actions(model: WorldModel, frames: Frames, *, observed: int, device: to
         columns.append([*pair, *_decode(model, state, seen.context)])
     cells = np.stack([np.stack(column) for column in columns], axis=1)
     return grid(cells)
+
+
+@torch.no_grad()
+def swap_directions(
+    model: WorldModel,
+    frames: Frames,
+    actions: npt.NDArray[np.float32],
+    *,
+    observed: int,
+    device: torch.device,
+) -> Frames:
+    """The same states under the robot's directions, as one picture.
+
+    Frames uint8 (N, T, 64, 64, 3), actions (N, T, A), the one that led to each frame. Each row is a clip: its
+    state after `observed` frames, decoded, then what becomes of it in `SWAP_STEPS` actions to either side
+    along each of the first `SWAP_AXES` axes, the positive side first.
+    """
+    images = normalise(torch.from_numpy(frames[:SWAP_ROWS, :observed]).to(device))
+    led = torch.from_numpy(actions[:SWAP_ROWS, :observed]).to(device)
+    seen = model.observe(images, first_steps(len(images), observed, device), led, sample=False)
+    start = {key: value[:, -1] for key, value in seen.post.items()}
+    columns = [_decode(model, start, seen.context)]
+    for axis in range(min(SWAP_AXES, led.shape[2])):
+        for side in (1.0, -1.0):
+            action = torch.zeros_like(led[:, 0])
+            action[:, axis] = side
+            state = start
+            for _ in range(SWAP_STEPS):
+                state = model.imagine_step(state, action, sample=False)
+            columns.append(_decode(model, state, seen.context))
+    return grid(np.stack(columns, axis=1))
 
 
 def _decode(model: WorldModel, state: dict[str, Tensor], context: Any) -> Frames:

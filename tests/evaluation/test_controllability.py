@@ -7,7 +7,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from prelar.evaluation.controllability import controllability, interval, swap_directions
+from prelar.evaluation.controllability import controllability, interval
+from prelar.evaluation.probe import swap_directions
 from prelar.methods import build_model
 from prelar.model.rssm import State
 from prelar.model.spec import ModelSpec
