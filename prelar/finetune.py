@@ -64,7 +64,6 @@ def run(cfg: Config) -> None:
         functools.partial(make_env, cfg.task, time_limit=preset.time_limit, action_repeat=action_repeat),
         preset,
         seed=cfg.seed,
-        bonus=model.spec.bonus,
         snapshots=snapshots,
         log_folder=LOGS,
     )
@@ -132,16 +131,15 @@ def learn(
     preset: Finetune,
     *,
     seed: int,
-    bonus: float,
     snapshots: Snapshots,
     log_folder: Path,
     on_end: Callable[[Speed], object] = print,
 ) -> ActorCritic:
     """Fine-tune `model` in place in the simulators that `make_simulator` makes; returns actor and critic.
 
-    bonus: weight of the exploration bonus, for models that have one. on_end: takes what this process did.
+    on_end: takes what this process did.
     """
-    learner = make_learner(fabric, model, preset, bonus=bonus, seed=seed)
+    learner = make_learner(fabric, model, preset, seed=seed)
     with contextlib.ExitStack() as stack:
         watched = PixelEnv(make_simulator(), seed=episode_seed(RngStream.CURVE_EPISODES, 0))
         stack.callback(watched.close)
@@ -187,7 +185,7 @@ def learn(
     return learner.actor_critic
 
 
-def make_learner(fabric: Fabric, model: WorldModel, preset: Finetune, *, bonus: float, seed: int) -> Learner:
+def make_learner(fabric: Fabric, model: WorldModel, preset: Finetune, *, seed: int) -> Learner:
     """What updates the model, with actor and critic as they are born."""
     actor_critic = ActorCritic(
         model.feature_dim,
@@ -204,7 +202,7 @@ def make_learner(fabric: Fabric, model: WorldModel, preset: Finetune, *, bonus: 
         fabric,
         model,
         actor_critic,
-        make_bonus(model, bonus, seed=seed, device=fabric.device),
+        make_bonus(model, seed=seed, device=fabric.device),
         lr=preset.lr,
         actor_lr=preset.actor_lr,
         critic_lr=preset.critic_lr,
@@ -213,9 +211,11 @@ def make_learner(fabric: Fabric, model: WorldModel, preset: Finetune, *, bonus: 
     )
 
 
-def make_bonus(model: WorldModel, weight: float, *, seed: int, device: torch.device) -> Bonus | None:
+def make_bonus(model: WorldModel, *, seed: int, device: torch.device) -> Bonus | None:
     """The exploration bonus of a model; None where its method, or a weight of 0, has none."""
-    return Bonus(model.bonus_dim, weight=weight, seed=seed, device=device) if model.bonus_dim else None
+    return (
+        Bonus(model.bonus_dim, weight=model.spec.bonus, seed=seed, device=device) if model.bonus_dim else None
+    )
 
 
 def updates_after(env_steps: int, preset: Finetune) -> int:

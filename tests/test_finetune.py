@@ -147,9 +147,9 @@ def test_without_a_pretrained_model_the_remedy_is_named() -> None:
 def test_a_bonus_of_zero_is_none() -> None:
     pretrained("prelar")
     model = finetune.load_model(config(bonus=0.0))
-    assert finetune.make_bonus(model, 0.0, seed=0, device=torch.device("cpu")) is None
+    assert finetune.make_bonus(model, seed=0, device=torch.device("cpu")) is None
     model = finetune.load_model(config(bonus=0.5))
-    bonus = finetune.make_bonus(model, 0.5, seed=0, device=torch.device("cpu"))
+    bonus = finetune.make_bonus(model, seed=0, device=torch.device("cpu"))
     assert isinstance(bonus, Bonus) and bonus.weight == 0.5
     assert bonus.projection.shape == (model.embed_dim, 128)
 

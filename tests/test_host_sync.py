@@ -87,7 +87,7 @@ def learner(method: str) -> Learner:
         entropy=1e-4,
         slow_every=2,
     )
-    bonus = make_bonus(model, 1.0, seed=0, device=fabric.device)
+    bonus = make_bonus(model, seed=0, device=fabric.device)
     return Learner(
         fabric, model, actor_critic, bonus, lr=1e-3, actor_lr=1e-3, critic_lr=1e-3, freeze_updates=1
     )

@@ -73,7 +73,6 @@ def reading(envs: int) -> float:
             lambda: Simulator("reach", time_limit=50),
             preset,
             seed=0,
-            bonus=model.spec.bonus,
             snapshots=Snapshots("bench", root=Path(folder)),
             log_folder=Path(folder) / "log",
             on_end=speeds.append,

@@ -255,7 +255,7 @@ def finetuning(cfg: Config, fabric: Fabric, plain: bool) -> Step:
         entropy=sizes.entropy,
         slow_every=sizes.slow_every,
     )
-    bonus = make_bonus(model, 1.0, seed=0, device=fabric.device)
+    bonus = make_bonus(model, seed=0, device=fabric.device)
     rates: dict[str, Any] = {name: getattr(sizes, name) for name in ("lr", "actor_lr", "critic_lr")}
     shape = (sizes.batch, sizes.length)
     random = np.random.default_rng(0)

@@ -38,7 +38,7 @@ def make(method: str, precision: str = "fp32") -> Learner:
     )
     settings = {"horizon": 3, "discount": 0.99, "lam": 0.95, "entropy": 1e-4, "slow_every": 100}
     actor_critic = ActorCritic(model.feature_dim, ACTIONS, units=16, layers=2, **settings)  # type: ignore[arg-type]
-    bonus = make_bonus(model, 1.0, seed=0, device=fabric.device)
+    bonus = make_bonus(model, seed=0, device=fabric.device)
     return Learner(
         fabric, model, actor_critic, bonus, lr=1e-3, actor_lr=1e-3, critic_lr=1e-3, freeze_updates=0
     )

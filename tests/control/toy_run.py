@@ -55,8 +55,8 @@ TINY: dict[str, Any] = {
 SIZES = {"cnn_depth": 4, "hidden": 16, "deter": 16, "stoch": 4, "discrete": 4}
 
 
-def build(method: str, preset: Finetune, sizes: dict[str, int]) -> WorldModel:
-    heads = {"units": preset.units, "layers": preset.layers}
+def build(method: str, preset: Finetune, sizes: dict[str, int], bonus: float) -> WorldModel:
+    heads = {"units": preset.units, "layers": preset.layers, "bonus": bonus}
     return build_model(
         ModelSpec(stage="finetune", method=method, robot_action_dim=ACTIONS, action_dim=8, **heads, **sizes)
     )
@@ -76,7 +76,7 @@ def run(
     preset = Finetune(**(TINY | changes))
     fabric = set_up(device="cpu", precision="fp32", threads=1)
     torch.manual_seed(0)
-    model = build(method, preset, SIZES if sizes is None else sizes)
+    model = build(method, preset, SIZES if sizes is None else sizes, bonus)
     snapshots = Snapshots(
         resume_key("toy", "", known=changes | {"action_repeat": action_repeat}, inputs=[]),
         root=root / "resume",
@@ -87,7 +87,6 @@ def run(
         functools.partial(DotWorld, preset.time_limit, action_repeat),
         preset,
         seed=seed,
-        bonus=bonus,
         snapshots=snapshots,
         log_folder=root / "log",
     )
