@@ -25,7 +25,6 @@ from flows.sweep import (
     PRESETS,
     Experiment,
     Preset,
-    Values,
     grids,
     plan,
     points,
@@ -33,7 +32,7 @@ from flows.sweep import (
     steps,
     words_to_grid,
 )
-from flows.version import COPIES, LOGS, Version
+from flows.version import COPIES, LOGS, Step, Version
 from prelar.envs.names import checked_config
 from prelar.utils import files
 from prelar.utils.errors import UserError, one_line
@@ -75,16 +74,16 @@ def experiments(
         return Sweep(wanted, version).run(workers)
 
 
-@task(name="experiment", task_run_name="{name}", cache_policy=NO_CACHE)
-def run_step(name: str, changes: Values, targets: tuple[str, ...], sweep: Sweep) -> None:
+@task(name="experiment", task_run_name="{step.name}", cache_policy=NO_CACHE)
+def run_step(step: Step, sweep: Sweep) -> None:
     """Run an experiment, or shared stages, with its output as the task's log."""
-    sweep.states[name] = "running"
+    sweep.states[step.name] = "running"
     try:
-        sweep.place.run(name, changes, targets, get_run_logger().info, sweep.stop)
+        sweep.place.run(step, get_run_logger().info, sweep.stop)
     except BaseException as error:
-        sweep.states[name], sweep.errors[name] = "failed", one_line(error)
+        sweep.states[step.name], sweep.errors[step.name] = "failed", one_line(error)
         raise
-    sweep.states[name] = "done"
+    sweep.states[step.name] = "done"
 
 
 class Sweep:
@@ -110,9 +109,8 @@ class Sweep:
         with runner, contextlib.ExitStack() as stack:
             stack.callback(self.stop.set)
             for step in todo:
-                given = {"name": step.name, "changes": step.changes, "targets": step.targets, "sweep": self}
                 needs = [futures[name] for name in step.needs]
-                futures[step.name] = runner.submit(run_step, given, wait_for=needs)
+                futures[step.name] = runner.submit(run_step, {"step": step, "sweep": self}, wait_for=needs)
                 futures[step.name].add_done_callback(ended.append)
             while len(ended) < len(todo):
                 self._show()

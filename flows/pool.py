@@ -25,7 +25,7 @@ from prefect.states import Cancelling
 
 from flows import runtime
 from flows.dvc import EXPERIMENTS, dvc, git, overrides, results
-from flows.version import Version, snapshots
+from flows.version import Step, Version, snapshots
 from prelar.config import load_config
 from prelar.utils.errors import UserError
 
@@ -87,30 +87,24 @@ class Pool:
             git("fetch", "--quiet", "origin", f"{EXPERIMENTS}/*:{EXPERIMENTS}/*")
         return results()
 
-    def run(
-        self,
-        name: str,
-        changes: dict[str, Any],
-        targets: tuple[str, ...],
-        on_line: Callable[[str], None],
-        stop: threading.Event,
-    ) -> None:
-        """Let the next worker that is free run an experiment, and wait for it; `stop` cancels it."""
-        given = {"name": name, "changes": changes, "revision": self._version.commit, "targets": targets}
+    def run(self, step: Step, on_line: Callable[[str], None], stop: threading.Event) -> None:
+        """Let the next worker that is free run a step, and wait for it; `stop` cancels it."""
+        given = {"name": step.name, "changes": step.changes, "targets": step.targets}
+        given["revision"] = self._version.commit
         run = cast(
             FlowRun,
-            run_deployment(f"experiment/{DEPLOYMENT}", parameters=given, flow_run_name=name, timeout=0),
+            run_deployment(f"experiment/{DEPLOYMENT}", parameters=given, flow_run_name=step.name, timeout=0),
         )
         on_line(f"flow run {run.id}")
         with get_client(sync_client=True) as client:
             while not ((state := client.read_flow_run(run.id).state) and state.is_final()):
                 if stop.wait(PACE):
                     client.set_flow_run_state(run.id, Cancelling())
-                    raise UserError(f"{name} was interrupted")
+                    raise UserError(f"{step.name} was interrupted")
         if not state.is_completed():
             raise UserError(f"its flow run {run.id} is {state.name}: {state.message}")
-        if self._origin and not targets:
-            self._version.fetch("origin", name)
+        if self._origin and not step.targets:
+            self._version.fetch("origin", step.name)
 
 
 _RESULTS = [":(top,exclude)dvc.lock", ":(top,exclude)metrics.json"]

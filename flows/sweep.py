@@ -14,13 +14,12 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Any, Literal, get_args
 
-from flows.version import Version
+from flows.version import Step, Values, Version
 from prelar.config import PARAMS, Config, parse_config, parse_yaml, read_yaml
 from prelar.envs.names import check_names
 from prelar.stages import PIPELINE, Stages
 from prelar.utils.errors import UserError
 
-Values = dict[str, Any]
 Grid = Mapping[str, list[Any]]
 Preset = Literal["demos", "ssv2", "action-representation", "beta-a"]
 Part = tuple[str, str]
@@ -135,16 +134,6 @@ class Experiment:
     seed: int
     changes: Values
     parts: tuple[Part, ...]
-
-
-@dataclass(frozen=True)
-class Step:
-    """A run of DVC: an experiment, or the stages `targets` that several share; after the steps it `needs`."""
-
-    name: str
-    changes: Values
-    targets: tuple[str, ...]
-    needs: tuple[str, ...]
 
 
 def plan(grids: Iterable[Grid], version: Version) -> list[Experiment]:

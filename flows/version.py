@@ -17,8 +17,20 @@ from prelar.stages import PIPELINE, Stages
 from prelar.utils.errors import UserError, printable
 from prelar.utils.files import RESUME, RESUME_FOLDER, remove
 
+Values = dict[str, Any]
+
 COPIES = Path(".dvc/tmp/copies")
 LOGS = Path("reports/experiments")
+
+
+@dataclass(frozen=True)
+class Step:
+    """A run of DVC: an experiment, or the stages `targets` that several share; after the steps it `needs`."""
+
+    name: str
+    changes: Values
+    targets: tuple[str, ...]
+    needs: tuple[str, ...]
 
 
 @dataclass(frozen=True)
@@ -62,27 +74,20 @@ class Version:
         finally:
             shutil.rmtree(folder, ignore_errors=True)
 
-    def run(
-        self,
-        name: str,
-        changes: dict[str, Any],
-        targets: tuple[str, ...],
-        on_line: Callable[[str], None],
-        stop: threading.Event,
-    ) -> None:
-        """Run an experiment, or some stages, beside the workspace, and keep its output in `LOGS`.
+    def run(self, step: Step, on_line: Callable[[str], None], stop: threading.Event) -> None:
+        """Run a step beside the workspace, and keep its output in `LOGS`.
 
         Of an experiment its commit is taken over; what stages made is in the cache in any case.
         """
         LOGS.mkdir(parents=True, exist_ok=True)
-        words = ("exp", "run", "--name", name, *overrides(changes), *targets)
-        folder = COPIES / name
-        with self.copy(folder), snapshots(name) as kept:
+        words = ("exp", "run", "--name", step.name, *overrides(step.changes), *step.targets)
+        folder, log = COPIES / step.name, LOGS / f"{step.name}.log"
+        with self.copy(folder), snapshots(step.name) as kept:
             _share_cache(folder)
             kept["DVC_SITE_CACHE_DIR"] = str((folder / ".dvc/tmp/site").absolute())
-            dvc(*words, on_line=on_line, folder=folder, log=LOGS / f"{name}.log", stop=stop, environment=kept)
-            if not targets:
-                self.fetch(str(folder), name)
+            dvc(*words, on_line=on_line, folder=folder, log=log, stop=stop, environment=kept)
+            if not step.targets:
+                self.fetch(str(folder), step.name)
 
     def results(self) -> dict[str, str]:
         """The references of the finished experiments of this and other versions, by name."""
