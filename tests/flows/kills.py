@@ -101,13 +101,15 @@ class FlowProcess:
     """A flow that runs in `root` as a process, to be killed with its descendants."""
 
     def __init__(self, root: Path, flow: str) -> None:
-        self._flow = subprocess.Popen(
-            [sys.executable, "-m", flow],
-            cwd=root,
-            stdout=subprocess.DEVNULL,
-            stderr=subprocess.DEVNULL,
-            preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
-        )
+        self._log = root.with_name(f"{flow}.log")
+        with self._log.open("wb") as log:
+            self._flow = subprocess.Popen(
+                [sys.executable, "-m", flow],
+                cwd=root,
+                stdout=log,
+                stderr=log,
+                preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
+            )
         self._self = psutil.Process(self._flow.pid)
 
     def descendants(self, word: str) -> list[psutil.Process]:
@@ -121,10 +123,11 @@ class FlowProcess:
         return found
 
     def wait_for(self, ready: Callable[[], object]) -> bool:
-        """Wait until something is so; whether it has not ended first."""
+        """Wait until something is so. Where the flow ends first, print what it said and return False."""
         end = time.monotonic() + SECONDS
         while not ready():
             if self._flow.poll() is not None:
+                print(f"ended with {self._flow.returncode}:", self._log.read_text(errors="replace"))
                 return False
             assert time.monotonic() < end
             time.sleep(0.05)

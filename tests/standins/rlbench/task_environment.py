@@ -1,5 +1,6 @@
 """A loaded task, which draws one moving square and does what it is ordered to, as slowly as it is told."""
 
+import fcntl
 import json
 import logging
 import os
@@ -153,11 +154,10 @@ def order(name: str) -> str | None:
     folder = Path(os.environ.get("RLBENCH_ORDERS", "/nonexistent"))
     if not folder.exists():
         return None
-    with (folder / "asked").open("a") as asked:
-        asked.write(f"{name}\n")
     path = folder / name
-    if not path.exists():
-        return None
-    first, _, rest = path.read_text().partition("\n")
-    path.write_text(rest)
+    with (folder / "asked").open("a") as asked:
+        fcntl.flock(asked, fcntl.LOCK_EX)  # simulators ask at the same time
+        first, _, rest = path.read_text().partition("\n") if path.exists() else ("", "", "")
+        path.write_text(rest)
+        asked.write(f"{name}\n")
     return first or None
