@@ -150,8 +150,8 @@ def record(stage: str, begun: Stamps) -> None:
         print(f"{stage}: recorded with DVC; `dvc status` tells what depends on it")
         return
     lines = [line.strip() for line in done.stderr.splitlines() if line.strip()]
-    told = next((line for line in lines if line.startswith("ERROR")), lines[-1] if lines else "no reason")
-    reason = printable(told.removeprefix("ERROR: "))
+    error = next((line for line in lines if line.startswith("ERROR")), lines[-1] if lines else "no reason")
+    reason = printable(error.removeprefix("ERROR: "))
     print(
         f"{stage}: not recorded with DVC: {reason}; mend that and run `dvc commit {stage}`", file=sys.stderr
     )

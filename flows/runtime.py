@@ -145,9 +145,9 @@ def admitted(url: str) -> None:
     with contextlib.suppress(httpx.HTTPError):
         answer = httpx.get(f"{url.rstrip('/')}/admin/version", headers=headers, timeout=5.0)
         if answer.status_code in (401, 403):
-            told = "is wrong" if auth else "is not set"
+            problem = "is wrong" if auth else "is not set"
             raise UserError(
-                f"{API}={_shown(url)}: the server asks for its string, and {AUTH} {told}; export it"
+                f"{API}={_shown(url)}: the server asks for its string, and {AUTH} {problem}; export it"
             )
 
 

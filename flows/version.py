@@ -49,12 +49,12 @@ class Version:
             ).strip()
             return cls(commit, commit if revision else git("stash", "create").strip() or commit)
         except CalledProcessError as error:
-            told = printable(error.stderr.strip())
+            reason = printable(error.stderr.strip())
             if revision:
                 raise UserError(
-                    f"code = {revision}: {told}; name a tag or a commit of this project"
+                    f"code = {revision}: {reason}; name a tag or a commit of this project"
                 ) from None
-            raise UserError(f"no commit to experiment on ({told}); commit the project first") from None
+            raise UserError(f"no commit to experiment on ({reason}); commit the project first") from None
 
     def code(self, root: Path) -> str:
         """The hashes of dvc.yaml and of all code that it names, for a version whose files lie in `root`."""

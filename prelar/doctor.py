@@ -169,8 +169,8 @@ def gpu(device: str) -> Finding:
 
     if torch.cuda.is_available():
         cards = [torch.cuda.get_device_properties(k) for k in range(torch.cuda.device_count())]
-        told = ", ".join(f"{card.name} ({disk.shown(card.total_memory)})" for card in cards)
-        return Finding("GPU", "ok", told)
+        detail = ", ".join(f"{card.name} ({disk.shown(card.total_memory)})" for card in cards)
+        return Finding("GPU", "ok", detail)
     if device == "cuda":
         return Finding("GPU", "MISSING", "torch sees none; set device to auto, or install a driver for CUDA")
     return Finding("GPU", "note", "torch sees none; training runs on the CPU")
@@ -185,28 +185,28 @@ def compiler(choice: str) -> Finding:
         done = subprocess.run(
             words, input=source, capture_output=True, text=True, timeout=TIMEOUT, check=False
         )
-        told = "" if done.returncode == 0 else f"{name} compiles nothing that includes Python.h"
+        detail = "" if done.returncode == 0 else f"{name} compiles nothing that includes Python.h"
     except (OSError, subprocess.TimeoutExpired):
-        told = f"{name}: no such compiler"
-    if not told:
+        detail = f"{name}: no such compiler"
+    if not detail:
         return Finding("compiler", "ok", f"{name}, for torch.compile")
     remedy = "install g++ and Python's headers (`apt-get install g++ python3-dev`)"
     if choice == "always":
-        return Finding("compiler", "MISSING", f"{told}; {remedy}, or set compile to never")
-    return Finding("compiler", "note", f"{told}; {remedy} for torch.compile, without which steps are plain")
+        return Finding("compiler", "MISSING", f"{detail}; {remedy}, or set compile to never")
+    return Finding("compiler", "note", f"{detail}; {remedy} for torch.compile, without which steps are plain")
 
 
 def disk_space(config: Config) -> Finding:
     """Free room against what the training stages of the current parameters write."""
 
     free, needed = disk.free_bytes(Path("data")), sum(estimates(config).values())
-    told = (
+    detail = (
         f"{disk.shown(free)} free; pretrain and finetune at scale {config.scale} take about "
         f"{disk.shown(needed)}, Something-Something V2 whole {disk.shown(disk.archive_bytes(CLIPS, None))}"
     )
     if free < needed:
-        return Finding("disk", "MISSING", f"{told}; free space, or put the project on a larger disk")
-    return Finding("disk", "ok", told)
+        return Finding("disk", "MISSING", f"{detail}; free space, or put the project on a larger disk")
+    return Finding("disk", "ok", detail)
 
 
 def git() -> Finding:
@@ -243,8 +243,8 @@ def prefect(url: str) -> Finding:
         answered = False
     if answered:
         return Finding("Prefect", "ok", f"a server answers at {_without_secrets(url)}")
-    told = f"no server at {_without_secrets(url)}; `make ui` starts one, and flows do without"
-    return Finding("Prefect", "note", told)
+    detail = f"no server at {_without_secrets(url)}; `make ui` starts one, and flows do without"
+    return Finding("Prefect", "note", detail)
 
 
 def coppeliasim(*, needed: bool) -> Finding:

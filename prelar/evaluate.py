@@ -129,10 +129,10 @@ def run(config: Config) -> None:
     _write_json(folder / METRICS.name, metrics)
     publish(folder, REPORT)
     _write_json(METRICS, {name: metrics[name] for name in HEADLINE_METRICS if name in metrics})
-    print(f"evaluate: {told(found.metrics)} -> {METRICS}, {REPORT}", flush=True)
+    print(f"evaluate: {headline(found.metrics)} -> {METRICS}, {REPORT}", flush=True)
 
 
-def told(metrics: Mapping[str, float]) -> str:
+def headline(metrics: Mapping[str, float]) -> str:
     """The chief metrics in a line: success, return, and the error of the best model there is to predict."""
     words = [f"success {metrics['success_rate']:.0%}", f"return {metrics['return']:.4g}"]
     error = next((key for key in ("prediction_error", "prediction_error_policy") if key in metrics), None)

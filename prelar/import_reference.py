@@ -22,7 +22,7 @@ from prelar.config import Config, Scales, misfits
 from prelar.methods import build_model, find_method, loads
 from prelar.model.spec import ModelSpec
 from prelar.model.world_model import WorldModel
-from prelar.torch_file import Told
+from prelar.torch_file import TensorView
 from prelar.train.checkpoint import check_finite, load_config, load_parts, save_parts
 from prelar.utils import zips
 from prelar.utils.errors import UserError, one_line, printable
@@ -194,17 +194,17 @@ def run(cfg: Config, file: Path, *, method: str, part: str | None = None, output
     _check_size(file, spec, weights, candidates)
     torch.manual_seed(cfg.seed)
     model = build_model(ModelSpec(**spec))
-    told = [f"{file.name}: {method}, {', '.join(f'{size} {spec[size]}' for size in SIZES)}"]
-    told += _load(file, model, found, kept, cfg.seed)
+    lines = [f"{file.name}: {method}, {', '.join(f'{size} {spec[size]}' for size in SIZES)}"]
+    lines += _load(file, model, found, kept, cfg.seed)
     if unknown:
-        told.append(f"  not used: {_summary(unknown)}")
+        lines.append(f"  not used: {_summary(unknown)}")
     imported = {key: value for key, value in imported.items() if key in kept}
     config = {"stage": "pretrain", "model": model.spec, "step": 0}
     config["imported"] = imported | {key: file.name for key in found if key in model.parts()}
     save_parts(output, model.state(), config)
     needed = ", ".join(loads(method)) or "only the sizes"
-    told.append(f"-> {output}; fine-tuning loads of it: {needed}")
-    print("\n".join(map(printable, told)), flush=True)
+    lines.append(f"-> {output}; fine-tuning loads of it: {needed}")
+    print("\n".join(map(printable, lines)), flush=True)
 
 
 # --- The file ---------------------------------------------------------------------------------------------
@@ -219,9 +219,9 @@ def read_weights(file: Path) -> dict[str, Tensor]:
     try:
         size = file.stat().st_size
         content, storages = torch_file.read(file)
-        told = max(_state_dicts(content), key=len, default={})
-        _check_claims(file, told, size)
-        weights = {name: value.tensor(storages) for name, value in told.items()}
+        tensors = max(_state_dicts(content), key=len, default={})
+        _check_claims(file, tensors, size)
+        weights = {name: value.tensor(storages) for name, value in tensors.items()}
     except FileNotFoundError:
         raise UserError(f"{file}: no such file; name a published checkpoint") from None
     except PermissionError as error:
@@ -238,21 +238,21 @@ def read_weights(file: Path) -> dict[str, Tensor]:
     return weights
 
 
-def _check_claims(file: Path, told: Mapping[str, Told], size: int) -> None:
+def _check_claims(file: Path, tensors: Mapping[str, TensorView], size: int) -> None:
     """Raise `UserError` where a file holds no state dict, too many tensors, or fewer bytes than they claim.
 
     Several names may stand for the same numbers.
     """
-    if not told:
+    if not tensors:
         raise UserError(f"{file}: holds no state dict; name a published checkpoint")
-    if len(told) > MOST:
-        raise UserError(f"{file}: {len(told)} tensors in a state dict, more than {MOST}; take another")
-    largest = max(told, key=lambda name: told[name].nbytes)
-    if told[largest].nbytes > size or sum(one.nbytes for one in told.values()) > SHARED * size:
+    if len(tensors) > MOST:
+        raise UserError(f"{file}: {len(tensors)} tensors in a state dict, more than {MOST}; take another")
+    largest = max(tensors, key=lambda name: tensors[name].nbytes)
+    if tensors[largest].nbytes > size or sum(one.nbytes for one in tensors.values()) > SHARED * size:
         raise UserError(f"{file}: {largest} claims more numbers than the file holds; download it again")
 
 
-def _state_dicts(content: Any) -> list[dict[str, Told]]:
+def _state_dicts(content: Any) -> list[dict[str, TensorView]]:
     """Every mapping in nested mappings that holds weights: names with dense tensors of floats.
 
     Each is looked at once, wherever it stands.
@@ -265,7 +265,7 @@ def _state_dicts(content: Any) -> list[dict[str, Told]]:
         weights = {
             name.removeprefix("module."): value
             for name, value in mapping.items()
-            if isinstance(name, str) and isinstance(value, Told) and value.storage.dtype in FLOATS
+            if isinstance(name, str) and isinstance(value, TensorView) and value.storage.dtype in FLOATS
         }
         if weights:
             found.append(weights)
@@ -385,8 +385,8 @@ def _check_size(file: Path, spec: Spec, weights: Mapping[str, Tensor], candidate
 
     A file may hold one part of several, and the others then start from the seed.
     """
-    if told := misfits(spec):
-        raise UserError(f"{file}: its shapes say {told}; name a published checkpoint")
+    if problem := misfits(spec):
+        raise UserError(f"{file}: its shapes say {problem}; name a published checkpoint")
     with torch.device("meta"):
         models = [build_model(ModelSpec(**one)) for one in (spec, *candidates)]
     size, *known = [sum(value.numel() for value in model.parameters()) for model in models]
@@ -423,7 +423,7 @@ def _present(output: Path, method: str) -> tuple[Parts, list[Spec], dict[str, st
 
 def _load(file: Path, model: WorldModel, found: Parts, kept: Parts, seed: int) -> list[str]:
     """Load what fits into the model; lines that say what did, a part each. `kept` loses what does not fit."""
-    told, loaded = [], 0
+    lines, loaded = [], 0
     for name, module in model.parts().items():
         own = module.state_dict()
         fit = Fit.of(own, found.get(name, {}))
@@ -431,23 +431,23 @@ def _load(file: Path, model: WorldModel, found: Parts, kept: Parts, seed: int) -
             kept.pop(name, None)
             module.load_state_dict(own | fit.fitting)
             loaded += len(fit.fitting)
-            told.append(f"  {name}: {len(fit.fitting)} of {len(own)} tensors")
-            told += _named("does not fit", fit.misfits)
-            told += _named("not found", fit.missing)
-            told += _named("not used", fit.extra)
+            lines.append(f"  {name}: {len(fit.fitting)} of {len(own)} tensors")
+            lines += _named("does not fit", fit.misfits)
+            lines += _named("not found", fit.missing)
+            lines += _named("not used", fit.extra)
         elif name in kept and (old := Fit.of(own, kept[name])).whole:
             module.load_state_dict(old.fitting)
-            told.append(f"  {name}: kept as it was")
+            lines.append(f"  {name}: kept as it was")
         else:
             kept.pop(name, None)
-            told.append(f"  {name}: not found; initialised from seed {seed}")
-    told += [f"  {name}: not used; the method has none" for name in found if name not in model.parts()]
+            lines.append(f"  {name}: not found; initialised from seed {seed}")
+    lines += [f"  {name}: not used; the method has none" for name in found if name not in model.parts()]
     if not loaded:
         raise UserError(
             f"{file}: no weight in it fits {model.spec.method} under its published names; "
             "give --part for a file of one part, or another --method"
         )
-    return told
+    return lines
 
 
 def _named(what: str, lines: Sequence[str]) -> list[str]:

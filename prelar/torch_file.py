@@ -53,7 +53,7 @@ class Storage:
 
 
 @dataclasses.dataclass(frozen=True)
-class Told:
+class TensorView:
     """A tensor as a file tells of it: a view of a storage."""
 
     storage: Storage
@@ -93,7 +93,7 @@ class _Nothing:
         """Pass the state over."""
 
 
-def _tensor(storage: Any, offset: Any, size: Any, stride: Any, *_: object) -> Told | _Nothing:
+def _tensor(storage: Any, offset: Any, size: Any, stride: Any, *_: object) -> TensorView | _Nothing:
     """Stands in for what makes a dense tensor."""
     if not isinstance(storage, Storage):
         return _Nothing()
@@ -101,7 +101,7 @@ def _tensor(storage: Any, offset: Any, size: Any, stride: Any, *_: object) -> To
         raise ValueError("a tensor without a size, or with too many axes")
     if len(size) != len(stride) or not all(_is_size(number) for number in (offset, *size, *stride)):
         raise ValueError("a tensor of an impossible size")
-    return Told(storage, offset, size, stride)
+    return TensorView(storage, offset, size, stride)
 
 
 def _is_size(number: Any) -> bool:
@@ -141,9 +141,9 @@ _KNOWN: pickles.Known = {
 class _Storages(dict[str, Storage]):
     """The storages that a pickle names, by key."""
 
-    def name(self, told: Any) -> Storage:
+    def name(self, identifier: Any) -> Storage:
         """The storage of a persistent id: a word, its type, its key, where it was and its count."""
-        match told:
+        match identifier:
             case ("storage", Name(name=kind), str(key), _, _) | (
                 "storage",
                 Name(name=kind),
@@ -159,7 +159,7 @@ class _Storages(dict[str, Storage]):
 
 
 def read(file: Path) -> tuple[Any, dict[str, Tensor]]:
-    """What a file holds: plain values with a `Told` for each tensor, and the bytes of the storages by key.
+    """What a file holds: plain values, a `TensorView` for each tensor, and the bytes of the storages by key.
 
     A storage is uint8 (bytes). Raises one of `zips.ERRORS` where the file is damaged, needs anything else, or
     claims more than it has.

@@ -201,10 +201,10 @@ def test_the_closing_line_tells_the_pretrained_models_error_where_there_is_one()
     metrics = {"success_rate": 1 / 3, "return": 412.345, "prediction_error_policy": 0.5}
     metrics["prediction_error_policy_copy"] = 0.25
     end = "(copying the last frame: 0.25)"
-    assert evaluate.told(metrics) == f"success 33%, return 412.3, prediction error 0.5 {end}"
+    assert evaluate.headline(metrics) == f"success 33%, return 412.3, prediction error 0.5 {end}"
     metrics |= {"prediction_error": 0.125, "prediction_error_copy": 0.25}
-    assert evaluate.told(metrics) == f"success 33%, return 412.3, prediction error 0.125 {end}"
-    assert evaluate.told({"success_rate": 0, "return": -1}) == "success 0%, return -1"
+    assert evaluate.headline(metrics) == f"success 33%, return 412.3, prediction error 0.125 {end}"
+    assert evaluate.headline({"success_rate": 0, "return": -1}) == "success 0%, return -1"
 
 
 def test_everything_follows_the_frames_that_the_model_was_trained_on(place: Path) -> None:

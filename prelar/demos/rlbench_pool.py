@@ -596,8 +596,8 @@ class SimulatorPool:
                 if answer.get("loading") and simulator.fresh:
                     return f"{NOT_LOADED}: {answer['reason']}"
         simulator.drop()
-        told = "; ".join(f"{count} × {reason}" for reason, count in reasons.most_common())
-        return f"no demo in {reasons.total()} attempts: {told}"
+        summary = "; ".join(f"{count} × {reason}" for reason, count in reasons.most_common())
+        return f"no demo in {reasons.total()} attempts: {summary}"
 
 
 def _at_size(frames: Frames) -> Frames:

@@ -97,14 +97,14 @@ def interval_figure(
     ends = [value for _, *values in rows for value in values]
     x_axis = _Axis(*_y_limits(min(0.0, *ends), max(ends), log=False), ROW_LABELS, WIDTH - RIGHT)
     bottom = ROW * len(rows) + 8
-    told = " ".join(
+    description = " ".join(
         f"{name}: {number(mean)}, from {number(low)} to {number(high)}." for name, mean, low, high in rows
     )
     parts = [
         f'<svg viewBox="0 0 {WIDTH} {bottom + BOTTOM}" role="img"'
         f' aria-labelledby="{identifier}-t {identifier}-d">',
         f'<title id="{identifier}-t">{escape(title)}</title>',
-        f'<desc id="{identifier}-d">{escape(told)}</desc>',
+        f'<desc id="{identifier}-d">{escape(description)}</desc>',
         f'<path class="axis" d="M{ROW_LABELS} {bottom}H{WIDTH - RIGHT}"/>',
         _text(WIDTH - RIGHT, bottom + BOTTOM - 6, unit, "label", "end"),
     ]

@@ -150,8 +150,10 @@ def publish(
     """
     parts = {f"{store.name}/{path.relative_to(store).as_posix()}": path for path in store.rglob("*")}
     parts = {name: path for name, path in sorted(parts.items()) if path.is_file()} | {index.name: index}
-    told = {name: {"size": path.stat().st_size, "sha256": files.digest(path)} for name, path in parts.items()}
-    manifest = {"schema": SCHEMA, "store": store.name, "index": index.name, "objects": told}
+    listed = {
+        name: {"size": path.stat().st_size, "sha256": files.digest(path)} for name, path in parts.items()
+    }
+    manifest = {"schema": SCHEMA, "store": store.name, "index": index.name, "objects": listed}
     content = json.dumps(manifest, indent=1, sort_keys=True).encode()
     digest = hashlib.sha256(content).hexdigest()
     objects = Objects(f"{root.rstrip('/')}/{store.stem}/{digest[:16]}")
@@ -271,17 +273,17 @@ def _parsed(shown_as: str, content: bytes) -> dict[str, Any]:
 def _read_manifest(shown_as: str, content: bytes) -> tuple[str, str, dict[str, dict[str, Any]]]:
     """Names of the store and of its index, and size and sha256 of every object by name."""
     manifest = _parsed(shown_as, content)
-    store, index, told = manifest.get("store"), manifest.get("index"), manifest.get("objects")
-    if not (isinstance(store, str) and isinstance(index, str) and isinstance(told, dict)) or not (
+    store, index, objects = manifest.get("store"), manifest.get("index"), manifest.get("objects")
+    if not (isinstance(store, str) and isinstance(index, str) and isinstance(objects, dict)) or not (
         all(map(_is_name, (store, index)))
-        and all(name == index or name.startswith(f"{store}/") for name in told)
-        and all(all(map(_is_name, name.split("/"))) for name in told)
-        and all(map(_is_object, told.values()))
+        and all(name == index or name.startswith(f"{store}/") for name in objects)
+        and all(all(map(_is_name, name.split("/"))) for name in objects)
+        and all(map(_is_object, objects.values()))
     ):
         raise UserError(
             f"{shown_as}: names no store with an index and objects below it; publish the store again"
         )
-    return store, index, told
+    return store, index, objects
 
 
 def _is_object(value: object) -> bool:

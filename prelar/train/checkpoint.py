@@ -88,8 +88,8 @@ def load_config(folder: Path) -> dict[str, Any]:
     for name, kind in KINDS.items():
         if not isinstance(config.get(name, kind()), kind):
             raise UserError(f"{path}: {name} = {shown(config[name])} is none; run `dvc repro {folder.name}`")
-    if told := misfits(config.get("model", {})):
-        raise UserError(f"{path}: model.{told}; run `dvc repro {folder.name}`")
+    if problem := misfits(config.get("model", {})):
+        raise UserError(f"{path}: model.{problem}; run `dvc repro {folder.name}`")
     return config
 
 

@@ -101,11 +101,11 @@ def compiles(choice: str, fabric: Fabric) -> bool:
         torch.compile(lambda x: x + 1, dynamic=False)(torch.ones(2, device=fabric.device))
     except Exception as error:  # of many kinds, by what is missing
         reason = printable(str(error).partition("\n")[0] or type(error).__name__, 200)
-        told = f"compile = {choice}: torch.compile fails here ({reason}); install g++ and Python's headers"
+        message = f"compile = {choice}: torch.compile fails here ({reason}); install g++ and Python's headers"
         if choice == "always":
-            raise UserError(f"{told}, or set compile to never") from None
+            raise UserError(f"{message}, or set compile to never") from None
         if fabric.is_global_zero:
-            print(f"{told}; steps are not compiled", file=sys.stderr)
+            print(f"{message}; steps are not compiled", file=sys.stderr)
         return False
     return True
 
@@ -272,8 +272,8 @@ class GracefulShutdown:
             os.kill(os.getpid(), number)
         self.received = number
         if number == signal.SIGINT:
-            told = f"\n{self.name}: finishing the step under way to keep it; Ctrl-C again stops at once\n"
-            os.write(STDERR, told.encode())  # print is not safe within a signal handler
+            message = f"\n{self.name}: finishing the step under way to keep it; Ctrl-C again stops at once\n"
+            os.write(STDERR, message.encode())  # print is not safe within a signal handler
 
     @staticmethod
     def exit(number: int) -> None:
@@ -394,7 +394,7 @@ class _Run:
         return self.bar
 
     def check(self) -> None:
-        """Look at the scalars so far. What is wrong with them is told by the first process."""
+        """Look at the scalars so far. What is wrong with them is printed by the first process."""
         try:
             self.averages.flush()
         except UserError:

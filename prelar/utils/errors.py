@@ -78,8 +78,8 @@ def run_main(main: Callable[[], None]) -> None:
         sys.exit(130)
 
 
-def _end(told: str) -> None:
-    print(printable(f"error: {told}"), file=sys.stderr)
+def _end(message: str) -> None:
+    print(printable(f"error: {message}"), file=sys.stderr)
     sys.exit(2)
 
 

@@ -136,8 +136,8 @@ def walk(folder: Path) -> Iterator[Path]:
             entered.add((status.st_dev, status.st_ino))
             entries = [(path, path.is_dir()) for path in sorted(place.iterdir())]
         except OSError as error:
-            told = printable(f"{place}: cannot be looked into ({error.strerror}); passed over")
-            print(told, file=sys.stderr, flush=True)
+            message = printable(f"{place}: cannot be looked into ({error.strerror}); passed over")
+            print(message, file=sys.stderr, flush=True)
             continue
         for path, enclosing in entries:
             if enclosing:

@@ -275,8 +275,8 @@ def _heads(stream: IO[bytes]) -> Iterator[tuple[tarfile.TarInfo, str, int]]:
         extensions += 1
         content = _content(stream, info.size, MAX_EXTENSION)
         if content is None or extensions > MAX_EXTENSIONS:
-            told = f"a name of {info.size} bytes" if content is None else f"{extensions} names of one file"
-            raise UserError(f"the archive holds {told}; this is not Something-Something V2")
+            found = f"a name of {info.size} bytes" if content is None else f"{extensions} names of one file"
+            raise UserError(f"the archive holds {found}; this is not Something-Something V2")
         if info.type == tarfile.GNUTYPE_LONGNAME:
             name = content.rstrip(b"\0").decode("utf-8", "surrogateescape")
         else:
@@ -306,11 +306,11 @@ def _extended(content: bytes, name: str | None) -> tuple[str | None, int | None]
     size: int | None = None
     begin = 0
     while begin < len(content):
-        told = _LENGTH.match(content, begin)
-        end = begin + int(told[1]) if told else 0
-        if told is None or not told.end() <= end <= len(content):
+        match = _LENGTH.match(content, begin)
+        end = begin + int(match[1]) if match else 0
+        if match is None or not match.end() <= end <= len(content):
             raise UserError("the archive is damaged (an unreadable pax header); download it again")
-        key, _, value = content[told.end() : end - 1].partition(b"=")
+        key, _, value = content[match.end() : end - 1].partition(b"=")
         begin = end
         if key == b"path":
             name = value.decode("utf-8", "surrogateescape")

@@ -287,8 +287,8 @@ def command(binary: str, source: int, output: int, thorough: bool = False) -> li
 def joined_command(binary: str, playlist: int, output: int, times: int, clips: int) -> list[str]:
     """The arguments that decode the clips of a playlist in turn; `times` is what `frames_each` reads."""
     one_video = {"format": "concat", "safe": 0, "format_whitelist": f"concat,{FORMATS}"}
-    told = {"stats_enc_pre": f"/proc/self/fd/{times}", "stats_enc_pre_fmt": "{ptsi} {tbi}"}
-    return _command(binary, playlist, output, one_video, {**told, "frames:v": clips * MAX_FRAMES + 1})
+    timing = {"stats_enc_pre": f"/proc/self/fd/{times}", "stats_enc_pre_fmt": "{ptsi} {tbi}"}
+    return _command(binary, playlist, output, one_video, {**timing, "frames:v": clips * MAX_FRAMES + 1})
 
 
 def straight_command(binary: str, source: int, times: int, threads: int, traced: bool) -> list[str]:
@@ -296,9 +296,9 @@ def straight_command(binary: str, source: int, times: int, threads: int, traced:
 
     traced: every packet and frame has its line in the log.
     """
-    told = {"stats_enc_pre": f"/proc/self/fd/{times}", "stats_enc_pre_fmt": "{pts} {tb}"}
+    timing = {"stats_enc_pre": f"/proc/self/fd/{times}", "stats_enc_pre_fmt": "{pts} {tb}"}
     reading = {"format_whitelist": FORMATS, "threads": threads}
-    return _command(binary, source, 1, reading, told, ["-debug_ts"] if traced else [], timelimit=False)
+    return _command(binary, source, 1, reading, timing, ["-debug_ts"] if traced else [], timelimit=False)
 
 
 def _opened(source: int, **options: Any) -> Any:
@@ -358,7 +358,7 @@ def _playlist(inputs: Sequence[int]) -> bytes:
 def frames_each(times: bytes, clips: int) -> npt.NDArray[np.int64] | None:
     """How many frames each clip of a playlist has, given a line a frame of its time and unit (`83 1/1000`).
 
-    None where that is not told, or is not as it should be: every clip with 1 to `MAX_FRAMES`, one by one.
+    None where they are unknown, or not as they should be: every clip with 1 to `MAX_FRAMES`, one by one.
     """
     try:
         words = np.array(times.replace(b"/", b" ").split(), dtype=np.int64)

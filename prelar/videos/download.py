@@ -313,10 +313,10 @@ def _validators(answer: httpx.Response, length: int | None) -> dict[str, str | i
 
 def _length(answer: httpx.Response) -> int | None:
     """Length of a whole answer, None where the server does not tell."""
-    told = answer.headers.get("Content-Length")
-    if told is not None and not re.fullmatch(r"[0-9]{1,18}", told):
+    length = answer.headers.get("Content-Length")
+    if length is not None and not re.fullmatch(r"[0-9]{1,18}", length):
         raise _Broken("the server tells a Content-Length that is no number of bytes")
-    return None if told is None else int(told)
+    return None if length is None else int(length)
 
 
 def _content_range(answer: httpx.Response) -> tuple[int, int | None]:

@@ -122,15 +122,15 @@ class Log:
         if " decoder -> " in line:
             self._decoded(line)
         elif "demuxer+ffmpeg -> " in line:
-            told = _PACKET_TIME.search(line)
-            if told:
-                self._packets.append(float(told[1]))
+            match = _PACKET_TIME.search(line)
+            if match:
+                self._packets.append(float(match[1]))
         elif _TROUBLE.match(line):
             self._complaint(line)
 
     def _decoded(self, line: str) -> None:
-        told = _TIME.search(line)
-        self._time = float(told[1]) if told else self._time
+        match = _TIME.search(line)
+        self._time = float(match[1]) if match else self._time
         for one in self.spoilt:
             if one.first is None and self._time >= one.time:
                 one.first = self._frames
