@@ -7,6 +7,7 @@ import collections
 import contextlib
 import functools
 import itertools
+import threading
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures.process import BrokenProcessPool
@@ -21,12 +22,10 @@ from tqdm import tqdm
 from flows import dvc, runtime, staging
 from flows.staging import Parcel
 from prelar.config import Demos, load_config
-from prelar.demos import apv_npz, rlbench_folder
 from prelar.demos.episodes import Episode, Job, Source, Splits, clips, staging_key
-from prelar.demos.metaworld import Metaworld
 from prelar.demos.rlbench_live import RlbenchLive
-from prelar.envs import gl
-from prelar.envs.names import CAMERAS, DEMONSTRATED, RLBENCH_CAMERAS, SEEN_FROM, TASKS, checked_config, chosen
+from prelar.demos.sources import open_source
+from prelar.envs.names import checked_config
 from prelar.store.store import Store, StoreWriter, index_path
 from prelar.utils import files
 from prelar.utils.errors import UserError, printable
@@ -99,7 +98,7 @@ def demos() -> str:
 
 def planned(settings: Demos) -> CollectionPlan:
     """What params.yaml asks for. Raises `UserError` where that is impossible."""
-    source = find(settings)
+    source = open_source(settings)
     jobs = source.jobs()
     return CollectionPlan(source, jobs, files.STAGING / f"{NAME}-{staging_key(source, jobs, settings.fps)}")
 
@@ -143,37 +142,6 @@ def suites(store: Store, source: Source, max_bad: float) -> list[Suite]:
     return demonstration_suites(store, source, max_bad=max_bad)
 
 
-def find(settings: Demos) -> Source:
-    """The source that params.yaml names. Raises `UserError` where it cannot be used."""
-    tasks, cameras = chosen(settings.tasks), chosen(settings.cameras)
-    if settings.source == "metaworld":
-        gl.ensure()
-        return Metaworld(
-            tasks=tasks or (TASKS if settings.tasks else DEMONSTRATED),
-            episodes=settings.episodes,
-            cameras=cameras or (CAMERAS if settings.cameras else SEEN_FROM),
-            noise=settings.noise,
-            keep_failures=settings.keep_failures,
-            seed=settings.seed,
-        )
-    if settings.source == "rlbench":
-        return RlbenchLive(
-            tasks=tasks or (),
-            variations=settings.variations,
-            episodes=settings.episodes,
-            cameras=cameras or RLBENCH_CAMERAS,
-            size=settings.image_size,
-            renderer=settings.renderer,
-            action_mode=settings.action_mode,
-            seed=settings.seed,
-            timeout=settings.timeout,
-        )
-    folder = Path(str(settings.path))
-    if settings.source == "apv_npz":
-        return apv_npz.open_folder(folder, tasks, cameras)
-    return rlbench_folder.open_folder(folder, settings.action_mode, tasks, cameras)
-
-
 def fill(writer: StoreWriter, source: Source, jobs: list[Job], workers: int, fps: float | None = None) -> int:
     """Collect the episodes that the writer lacks, in worker processes, and append them in the jobs' order.
 
@@ -205,14 +173,37 @@ def fill(writer: StoreWriter, source: Source, jobs: list[Job], workers: int, fps
     return sound
 
 
+class InTurn:
+    """Collects jobs one after the other, whatever thread asks for them."""
+
+    def __init__(self, source: Source, jobs: list[Job]) -> None:
+        self._source, self._left = source, collections.deque(jobs)
+        self._turn = threading.Condition()
+
+    def collect(self, job: Job) -> Episode:
+        """The episode of a job, when it is this job's turn."""
+        with self._turn:
+            self._turn.wait_for(lambda: self._left[0] is job)
+        try:
+            return self._source.collect(job)
+        finally:
+            with self._turn:
+                self._left.popleft()
+                self._turn.notify_all()
+
+
 @contextlib.contextmanager
 def episode_workers(
     source: Source, jobs: list[Job], workers: int, folder: Path
 ) -> Iterator[tuple[Callable[[Job], Later], Callable[[Job], None]]]:
-    """Worker processes, or simulators that use `folder`: what starts a job, and what ends it."""
+    """Worker processes, threads in turn, or simulators that use `folder`: what starts and what ends a job."""
     if isinstance(source, RlbenchLive):
         with source.pool(jobs, workers, folder) as simulators:
             yield lambda job: functools.partial(simulators.result, job), simulators.discard
+    elif getattr(source, "in_turn", False):
+        turns = InTurn(source, jobs)
+        with contextlib.closing(source):  # type: ignore[type-var]
+            yield lambda job: functools.partial(turns.collect, job), lambda job: None
     else:
         with worker_pool(workers) as pool:
             yield lambda job: pool.submit(source.collect, job).result, lambda job: None

@@ -19,7 +19,7 @@ from prelar.envs.names import checked_config
 from prelar.store.store import Store, StoreWriter
 from prelar.utils import disk, files
 from prelar.utils.frames import FRAME_BYTES
-from prelar.videos import download, ingest
+from prelar.videos import download, ingest, lerobot
 from prelar.videos.decode import Decoder
 from prelar.videos.ingest import Source
 from prelar.videos.labels import Labels, read_labels
@@ -97,6 +97,9 @@ def find(settings: Ssv2, decoder: Decoder) -> tuple[Source, Labels]:
     """The source that params.yaml names, and what is known of its clips."""
     labels = Path(settings.labels) if settings.labels else None
     folder = Path(settings.source) if isinstance(settings.source, str) else None
+    if folder and labels is None and lerobot.is_set(folder):
+        parts, known = lerobot.plan(lerobot.open_set(folder, "ssv2.source"), settings.clip_seconds)
+        return Source((), (), None, tuple(parts)), known
     own = ingest.own_videos(folder, labels) if folder else []
     if folder and own:
         with tqdm(desc="videos", total=len(own), unit="video", disable=None) as bar:

@@ -34,6 +34,7 @@ WRITES = {
 LONG = ("pretrain", "finetune")
 HELPERS = {
     "doctor": "look at this machine: packages, ffmpeg, OpenGL, GPU, disk, git, DVC, Prefect, CoppeliaSim",
+    "sources": "list where videos and demonstrations may come from",
     "check": "validate the whole of params.yaml and exit",
     "actions": "write the latent actions of videos, or of a store, to a Parquet file",
     "import-reference": "turn a published checkpoint into data/pretrain, for fine-tuning to start from",
@@ -48,6 +49,11 @@ def main() -> None:
         from prelar import doctor
 
         sys.exit(doctor.run())
+    if arguments.command == "sources":
+        from prelar.demos import sources
+
+        print(sources.listing())
+        return
     config = checked_config()
     if arguments.command == "check":
         print("params.yaml is valid")

@@ -7,8 +7,10 @@ expensive starts. Presets of the scales that are not chosen are checked too.
 
 from __future__ import annotations
 
+import importlib.metadata
 import itertools
 import os
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -36,6 +38,10 @@ RENAMED = {"rlbench": "demos"} | {
 }
 """Keys of params.yaml by the names that they had before."""
 YAML_BYTES, YAML_DEPTH, YAML_NODES = 1 << 17, 64, 100_000
+RECORDED = ("apv_npz", "rlbench_folder", "lerobot")
+SOURCES = ("metaworld", "rlbench", *RECORDED)
+"""Of demonstrations, as in prelar.demos.sources; others are entry points of the group `OWN_SOURCES`."""
+OWN_SOURCES = "prelar.sources"
 EPISODE = 500  # steps of Meta-World's episodes
 CLASSES = 8  # of a group of a discrete latent action, as in prelar.model.actions
 MOST = 10**9  # of what a run counts
@@ -138,8 +144,9 @@ class Ssv2(_Frozen):
 class Demos(_Frozen):
     """Which demonstrations are made or read."""
 
-    source: Literal["metaworld", "rlbench", "apv_npz", "rlbench_folder"] = Field(
-        description="metaworld (scripted experts) | rlbench (live) | apv_npz | rlbench_folder (both recorded)"
+    source: Text = Field(
+        description="metaworld (scripted experts) | rlbench (live) | recorded: apv_npz | rlbench_folder | "
+        "lerobot | your own, module:Class"
     )
     path: Text | None = Field(
         description="folder of recorded episodes; keys from episodes to seed are for the other sources"
@@ -177,9 +184,23 @@ class Demos(_Frozen):
 
     _places = field_validator("path")(_found_anywhere)
 
+    @field_validator("source")
+    @classmethod
+    def _known(cls, source: str) -> str:
+        if source in SOURCES or re.fullmatch(r"[A-Za-z_][\w.]*:[A-Za-z_]\w*", source):
+            return source
+        points = importlib.metadata.entry_points(group=OWN_SOURCES)
+        if source not in points.names:
+            close = nearest(source, (*SOURCES, *points.names)) or SOURCES
+            raise ValueError(
+                f"no source {shown(source)}; did you mean {', '.join(close)}? "
+                "`python -m prelar sources` lists them; one of your own is named module:Class"
+            )
+        return source
+
     @model_validator(mode="after")
     def _has_folder(self) -> Demos:
-        if self.source in ("apv_npz", "rlbench_folder") and self.path is None:
+        if self.source in RECORDED and self.path is None:
             raise ValueError(f"path is null; name the folder that source {self.source} reads")
         return self
 

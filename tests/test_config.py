@@ -120,6 +120,7 @@ def test_a_preset_belongs_to_one_stage_and_one_scale() -> None:
         ("beta_a: null", "beta_a: high", ["beta_a = 'high'", "number"]),
         ("beta_a: null", "beta_a: .nan", ["beta_a", "finite"]),
         ("method: prelar", "method: prlar", ["method = 'prlar'", "'contextwm' or 'prelar'"]),
+        ("source: metaworld", "source: lerobt", ["demos.source: no source 'lerobt'", "did you mean lerobot"]),
         ("seed: 0", "seed: 1.5", ["seed = 1.5", "integer"]),
         ("frame_gap: 0.05", "frame_gap: 0", ["frame_gap = 0", "greater than 0"]),
         ("  fps: null", "  fps: -20", ["demos.fps = -20", "greater than 0"]),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -12,11 +13,13 @@ import pytest
 from flows import demos
 from prelar import pretrain
 from prelar.demos.rlbench_folder import CAMERAS
+from prelar.demos.sources import open_source
 from prelar.envs import gl
 from prelar.store.store import Store, StoreWriter
 from prelar.train.checkpoint import load_parts
 from prelar.validation import suites
 from tests.demos import test_rlbench_folder as folders
+from tests.demos.test_lerobot import GOLDEN, write_image_set
 from tests.flows.inline import work_inline
 from tests.rlbench_standin import use_standins
 from tests.test_pretrain import config
@@ -62,10 +65,25 @@ def apv_npz(tmp_path: Path, request: pytest.FixtureRequest) -> Settings:
     return {"source": "apv_npz", "path": str(tmp_path / "recorded"), "fps": 20.0}
 
 
+def lerobot_videos(tmp_path: Path, request: pytest.FixtureRequest) -> Settings:
+    """A LeRobotDataset of v2.1 with two cameras, without its longest episode."""
+    place = shutil.copytree(GOLDEN / "v21_two_cameras_av1/set", tmp_path / "recorded")
+    lines = (place / "meta/episodes.jsonl").read_text(encoding="utf-8").splitlines()
+    (place / "meta/episodes.jsonl").write_text(f"{lines[0]}\n{lines[2]}\n", encoding="utf-8")
+    return {"source": "lerobot", "path": str(place)}
+
+
+def lerobot_images(tmp_path: Path, request: pytest.FixtureRequest) -> Settings:
+    """A LeRobotDataset whose pictures lie in its rows."""
+    return {"source": "lerobot", "path": str(write_image_set(tmp_path / "recorded", [LENGTH] * EPISODES))}
+
+
 rlbench_classes = folders.rlbench
 
 
-@pytest.mark.parametrize("prepare", [metaworld, live, rlbench_folder, apv_npz])
+@pytest.mark.parametrize(
+    "prepare", [metaworld, live, rlbench_folder, apv_npz, lerobot_videos, lerobot_images]
+)
 def test_source_becomes_a_store_that_is_pretrained_on(
     prepare: Callable[[Path, pytest.FixtureRequest], Settings],
     tmp_path: Path,
@@ -75,7 +93,7 @@ def test_source_becomes_a_store_that_is_pretrained_on(
     chosen = prepare(tmp_path, request)
     monkeypatch.chdir(tmp_path)
     cfg = config(dataset="demos", demos={"episodes": EPISODES, "workers": 1, "tasks": None, **chosen})
-    source = demos.find(cfg.demos)
+    source = open_source(cfg.demos)
     jobs = source.jobs()
     work_inline(monkeypatch)
     with StoreWriter(Path("data/demos.zarr"), arrays=source.arrays) as writer:

@@ -17,6 +17,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import importlib.metadata
+import io
 import json
 import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -39,6 +40,7 @@ ALIGNMENT = "actions[t] is taken after frame t and leads to frame t + 1; zero at
 HELD_OUT, ENOUGH, TURN = 10, 4, 5
 TAIL = 10
 MOTION = 8
+MAX_PIXELS = 2048 * 2048
 FIRST_EPISODE = 1_000_000
 VERSIONS = ("mujoco", "metaworld", "numpy", "pillow")
 
@@ -74,7 +76,7 @@ class Episode:
     frames: camera to uint8 (T, 64, 64, 3), upright. arrays: name to float32 (T, D), aligned as this module
     says. success: whether the task was solved, None if unknown. fps: frames a second of simulated time.
     reason: why there is nothing to store, else None. digests: camera to sha256 of the file that held its
-    frames, where there is one.
+    frames, where there is one. split: "train", "validation" or "test" if the source decides, else None.
     """
 
     job: Job
@@ -84,10 +86,15 @@ class Episode:
     fps: float | None = None
     reason: str | None = None
     digests: Mapping[str, str] = dataclasses.field(default_factory=dict)
+    split: str | None = None
 
 
 class Source(Protocol):
-    """Where demonstrations come from: a picklable value, so that workers can collect."""
+    """Where demonstrations come from: a picklable value, so that workers can collect.
+
+    A source may also have `in_turn = True`: then its jobs are collected one after the other in their order,
+    in one process, and `close()` ends it; and `code`, names of modules beside its own that decide the result.
+    """
 
     @property
     def cameras(self) -> tuple[str, ...]:
@@ -120,8 +127,9 @@ class Source(Protocol):
 
 def staging_key(source: Source, jobs: Sequence[Job], fps: float | None = None) -> str:
     """A name for all that decides the result, so that only work towards the same result is continued."""
-    kinds = [kind.__module__ for kind in type(source).__mro__ if kind.__module__.startswith("prelar.")]
-    code = (gl.__name__, metaworld.__name__, store.__name__, __name__, *kinds)
+    kinds = [kind.__module__ for kind in type(source).__mro__ if kind.__module__ != "builtins"]
+    own = [*kinds, *getattr(source, "code", ())]
+    code = (gl.__name__, metaworld.__name__, store.__name__, __name__, *own)
     found = [path for job in jobs for path in source.files(job) if path.exists()]
     decides = {
         "schema": store.SCHEMA,
@@ -145,6 +153,18 @@ def at_size(picture: Image.Image) -> Image.Image:
     if width % SIZE or height % SIZE:
         return picture.resize((SIZE, SIZE), Image.Resampling.BICUBIC)
     return picture.reduce((width // SIZE, height // SIZE))
+
+
+def read_picture(content: bytes, formats: tuple[str, ...] = ("PNG",)) -> Frames:
+    """A picture as uint8 (64, 64, 3); its header is judged before it is decoded. `ValueError` if unfit."""
+    try:
+        picture = Image.open(io.BytesIO(content), formats=formats)
+    except Image.UnidentifiedImageError:
+        raise ValueError(f"cannot identify a {' or '.join(formats)} in it") from None
+    with picture:
+        if picture.width * picture.height > MAX_PIXELS:
+            raise ValueError(f"{picture.width}x{picture.height} pixels, more than {MAX_PIXELS}")
+        return np.asarray(at_size(picture.convert("RGB")))
 
 
 def fault(episode: Episode, cameras: Iterable[str], arrays: Mapping[str, int]) -> str | None:
@@ -222,7 +242,7 @@ def clips(
     job = episode.job
     beyond = store.misfit({"variation": job.variation, "episode": job.episode})
     reason = episode.reason or beyond or fault(episode, source.cameras, source.arrays)
-    split = None if reason else splits.deal(job.task)
+    split = None if reason else episode.split or splits.deal(job.task)
     for camera in source.cameras:
         row = {
             "id": job.clip_id(camera),

@@ -26,9 +26,8 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-from PIL import Image
 
-from prelar.demos.episodes import RESIZE, Array, Episode, Job, at_size, same_episode
+from prelar.demos.episodes import RESIZE, Array, Episode, Job, read_picture, same_episode
 from prelar.envs.names import RLBENCH_CAMERAS, among
 from prelar.store.store import Frames
 from prelar.utils import files, pickles
@@ -91,7 +90,6 @@ def ahead(recorded: npt.NDArray[Any]) -> npt.NDArray[np.float32]:
 
 
 CAMERAS = RLBENCH_CAMERAS
-MAX_PIXELS = 2048 * 2048
 MAX_PICTURE = 64 << 20
 MAX_BYTES = 256 << 20
 MAX_VARIATION = 4 << 10
@@ -199,22 +197,10 @@ def read_pictures(folder: Path, length: int) -> Frames:
     frames = np.empty((length, SIZE, SIZE, 3), dtype=np.uint8)
     for number in range(length):
         try:
-            frames[number] = _picture(files.read_bytes(paths[number], MAX_PICTURE))
+            frames[number] = read_picture(files.read_bytes(paths[number], MAX_PICTURE))
         except Exception as error:
             raise ValueError(f"{folder.name}/{paths[number].name}: {one_line(error)}") from None
     return frames
-
-
-def _picture(content: bytes) -> Frames:
-    """A PNG as uint8 (64, 64, 3); its header is judged before anything is decoded."""
-    try:
-        picture = Image.open(io.BytesIO(content), formats=["PNG"])
-    except Image.UnidentifiedImageError:
-        raise ValueError("cannot identify a PNG in it") from None
-    with picture:
-        if picture.width * picture.height > MAX_PIXELS:
-            raise ValueError(f"{picture.width}x{picture.height} pixels, more than {MAX_PIXELS}")
-        return np.asarray(at_size(picture.convert("RGB")))
 
 
 def read_low_dim(path: Path, action_mode: str = "joint_velocity") -> dict[str, Array]:

@@ -7,6 +7,7 @@ dictionaries, and their length is known before they are written out.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from typing import Any
 
@@ -54,14 +55,33 @@ def read_parquet(content: bytes, schema: pa.Schema) -> pa.Table:
     return table
 
 
+def open_parquet(content: bytes, most: int) -> pq.ParquetFile:
+    """A Parquet file of whatever columns, opened after a look at its pages; lists of texts are dictionaries.
+
+    Raises `ValueError` with a short reason where it is damaged, or its pages unpacked, or its values at eight
+    bytes each, are more than `most` bytes.
+    """
+    try:
+        footer = pq.ParquetFile(pa.BufferReader(content), thrift_container_size_limit=CONTAINERS).metadata
+        _check_pages(content, most, most // 8)
+        leaves = [footer.schema.column(number) for number in range(len(footer.schema.names))]
+        texts = [
+            leaf.path for leaf in leaves if leaf.max_repetition_level and leaf.physical_type == "BYTE_ARRAY"
+        ]
+        return pq.ParquetFile(pa.BufferReader(content), metadata=footer, read_dictionary=texts)
+    except Exception as error:  # Arrow raises many kinds for a damaged file
+        raise ValueError(one_line(error)[:300]) from None
+
+
 def _text_bytes(column: pa.ChunkedArray) -> int:
     """Bytes of the texts of a column of dictionaries, written out."""
     lengths = (pc.binary_length(chunk.dictionary).take(chunk.indices) for chunk in column.chunks)
     return sum(pc.sum(pc.cast(found, pa.int64())).as_py() or 0 for found in lengths)
 
 
-def _check_pages(content: bytes, most: int) -> int:
-    """How many rows there are. Raises `ValueError` where they, or the pages unpacked, are more than may be.
+def _check_pages(content: bytes, most: int, values: float = math.inf) -> int:
+    """How many rows there are. Raises `ValueError` where they, the pages unpacked, or their `values` are more
+    than may be.
 
     Arrow's own view of a damaged footer may end the process, so the footer is read here.
     """
@@ -75,19 +95,19 @@ def _check_pages(content: bytes, most: int) -> int:
     columns = [column[3] for group in groups if group[3] for column in group[1]]
     if min((column[7] for column in columns), default=0) < 0 or sum(c[7] for c in columns) > len(content):
         raise ValueError("columns that are larger than the file")
-    unpacked = 0
+    unpacked = held = 0
     for column in columns:
         start, dictionary = column[9], column.get(11, 0)
         start = dictionary if 0 < dictionary < start else start
-        for size, encoding in _pages(content, start, start + column[7]):
-            unpacked += size
-            if encoding not in ENCODINGS or unpacked > most:
+        for size, encoding, count in _pages(content, start, start + column[7]):
+            unpacked, held = unpacked + size, held + count
+            if encoding not in ENCODINGS or unpacked > most or not 0 <= held <= values:
                 raise ValueError("pages that no writer of stores makes")
     return sum(rows)
 
 
-def _pages(content: bytes, at: int, end: int) -> Iterator[tuple[int, int]]:
-    """The bytes when unpacked, and the encoding, of each page of a column that lies from `at` to `end`."""
+def _pages(content: bytes, at: int, end: int) -> Iterator[tuple[int, int, int]]:
+    """Bytes when unpacked, encoding and number of values of each page of a column from `at` to `end`."""
     if not 0 <= at <= end <= len(content):
         raise ValueError("a column outside of the file")
     while at < end:
@@ -100,7 +120,7 @@ def _pages(content: bytes, at: int, end: int) -> Iterator[tuple[int, int]]:
         at = header.at + packed
         if min(unpacked, packed) < 0 or at > end:
             raise ValueError("a damaged page")
-        yield unpacked, about[place]
+        yield unpacked, about[place], about[1]
 
 
 class _Thrift:

@@ -149,14 +149,20 @@ def with_digests(members: Sequence[Member]) -> Iterator[Member]:
 
 def _splits(names: Sequence[str], counts: Sequence[int]) -> list[list[str]]:
     """The split of every clip of every video, given the videos' names and numbers of clips."""
-    drawn = [int.from_bytes(hashlib.sha256(name.encode()).digest()[:8]) for name in names]
     if len(names) == 1:
         held_out = -(-counts[0] // HELD_OUT) if counts[0] > 1 else 0
         return [["train"] * (counts[0] - held_out) + ["validation"] * held_out]
-    chosen = {number for number, value in enumerate(drawn) if value % HELD_OUT == 0}
-    chosen = chosen or {drawn.index(min(drawn))}
-    chosen = chosen if len(chosen) < len(names) else {drawn.index(min(drawn))}
-    return [["validation" if number in chosen else "train"] * count for number, count in enumerate(counts)]
+    splits = hashed_splits(names)
+    return [[splits[name]] * count for name, count in zip(names, counts, strict=True)]
+
+
+def hashed_splits(names: Sequence[str]) -> dict[str, str]:
+    """The split of each name: about every tenth is for validation, at least one, but no single one."""
+    drawn = {name: int.from_bytes(hashlib.sha256(name.encode()).digest()[:8]) for name in names}
+    chosen = {name for name, value in drawn.items() if value % HELD_OUT == 0}
+    if not 0 < len(chosen) < len(drawn):
+        chosen = {min(drawn, key=drawn.__getitem__)} if len(drawn) > 1 else set()
+    return {name: "validation" if name in chosen else "train" for name in drawn}
 
 
 def _shown(path: Path) -> str:

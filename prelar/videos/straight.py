@@ -43,13 +43,32 @@ Times = npt.NDArray[np.float64]
 class Part:
     """The frames of a video file whose times (seconds) are from `begin` up to `end`: at first all of them.
 
-    `frames` is about how many those are, 0 where that is not known.
+    `frames` is about how many those are, 0 where that is not known. `exact`: they are so many, each in its
+    own of so many equal spans of time, most near its middle, or the part is refused. `final`: no later part
+    of the file is read.
     """
 
     path: Path
     begin: float = -math.inf
     end: float = math.inf
     frames: int = 0
+    exact: bool = False
+    final: bool = False
+
+    def misfit(self, times: Times) -> str | None:
+        """Why frames of these times are not those of an exact part; None where they are."""
+        if not self.exact:
+            return None
+        if len(times) != self.frames:
+            return f"{len(times)} pictures in the video where {self.frames} are told"
+        span = (self.end - self.begin) / self.frames
+        off = times - self.begin - span * (np.arange(self.frames) + 0.5)
+        worst, between = int(np.abs(off).argmax()), abs(float(np.median(off)))
+        if abs(off[worst]) >= span / 2:
+            return f"picture {worst} lies {abs(off[worst]):.4f} s beside its time, more than half a frame"
+        if between >= span / 4:
+            return f"pictures lie {between:.4f} s beside their times, more than a quarter of a frame"
+        return None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -267,10 +286,10 @@ class Reader:
             self._traced = True
             self.close()
             return self._read(part)
-        return self._judged(straight, frames, times)
+        return self._judged(part, straight, frames, times)
 
-    def _judged(self, straight: Straight, frames: Frames, times: Times) -> Clip:
-        """The clip of the frames that were read last."""
+    def _judged(self, part: Part, straight: Straight, frames: Frames, times: Times) -> Clip:
+        """The clip of the frames that were read last, which are those of `part`."""
         width, height, fps = stream(straight.log.head)
         if len(frames) > 1 and times[-1] > times[0]:
             mean = (len(frames) - 1) / (times[-1] - times[0])
@@ -280,7 +299,7 @@ class Reader:
             return Clip(None, f"more than {self._most} frames", *about)
         said = straight.log.complaints(straight.count - len(frames), max(straight.count, 1))
         wrong = reason(said, 0 if straight.log.spoilt else straight.status or 0)
-        if wrong:
+        if wrong := wrong or part.misfit(times):
             return Clip(None, wrong, *about)
         return Clip(frames, None, *about) if len(frames) else Clip(None, "no video frame", *about)
 
@@ -324,7 +343,7 @@ class Readers:
         except BaseException:
             reader.close()
             raise
-        self._leave(path, reader, ended=parts[-1].end == math.inf)
+        self._leave(path, reader, ended=parts[-1].final or parts[-1].end == math.inf)
         return clips
 
     def _take(self, path: Path, part: Part) -> Reader:

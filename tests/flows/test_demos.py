@@ -16,16 +16,18 @@ import pytest
 
 from flows import demos, staging
 from prelar.config import load_config
-from prelar.demos import apv_npz, episodes
-from prelar.demos.episodes import Source, staging_key
+from prelar.demos import apv_npz, episodes, lerobot
+from prelar.demos.episodes import Episode, Job, Source, staging_key
 from prelar.demos.metaworld import Metaworld
 from prelar.demos.rlbench_folder import RlbenchFolder
 from prelar.demos.rlbench_live import RlbenchLive
+from prelar.demos.sources import open_source
 from prelar.envs import metaworld
 from prelar.store.store import Store, StoreWriter, checks_path
 from prelar.utils import files
 from prelar.utils.errors import UserError
 from tests.conftest import Project
+from tests.demos.test_lerobot import GOLDEN, write_image_set
 from tests.flows.inline import work_inline
 from tests.flows.kills import FlowProcess, kill_until_done, tree
 
@@ -149,6 +151,26 @@ def test_bytes_do_not_depend_on_workers_batches_or_interruption(
     assert first == second
 
 
+def test_episodes_of_shared_files_are_collected_in_turn(
+    tmp_path: Path, threads: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shared = lerobot.open_folder(GOLDEN / "v30_deleted/set")
+    monkeypatch.setattr(demos, "BATCH", 1)
+    seen = []
+    collect = lerobot.Lerobot.collect
+
+    def noted(self: lerobot.Lerobot, job: Job) -> Episode:
+        seen.append(job)
+        return collect(self, job)
+
+    monkeypatch.setattr(lerobot.Lerobot, "collect", noted)
+    fill(tmp_path / "a/x.zarr", shared, 3)
+    assert seen == shared.jobs()
+    fill(tmp_path / "b/x.zarr", shared, 1)
+    first, second = (digest(tmp_path / name / "x.zarr", tmp_path / name / "x.parquet") for name in "ab")
+    assert first == second
+
+
 def test_dead_worker_is_told_in_one_line(
     tmp_path: Path, recorded: apv_npz.ApvNpz, threads: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -194,16 +216,16 @@ def test_work_that_other_code_drew_is_not_continued(tmp_path: Path, monkeypatch:
 
 def test_params_choose_the_source(recorded: apv_npz.ApvNpz) -> None:
     settings = load_config().demos
-    made = demos.find(settings)
+    made = open_source(settings)
     assert isinstance(made, Metaworld)
     assert (made.tasks, made.cameras) == (("drawer-open", "reach", "dial-turn"), ("corner",))
-    every = demos.find(settings.model_copy(update={"tasks": ["all"], "cameras": ["all"]}))
+    every = open_source(settings.model_copy(update={"tasks": ["all"], "cameras": ["all"]}))
     assert isinstance(every, Metaworld) and (len(every.tasks), len(every.cameras)) == (50, 7)
     folder = str(recorded.folder)
     asked: dict[str, Any] = {"source": "apv_npz", "path": folder}
-    assert demos.find(settings.model_copy(update=asked)) == recorded
+    assert open_source(settings.model_copy(update=asked)) == recorded
     few = asked | {"tasks": ["lamp_on"], "cameras": ["wrist"]}
-    assert demos.find(settings.model_copy(update=few)) == dataclasses.replace(
+    assert open_source(settings.model_copy(update=few)) == dataclasses.replace(
         recorded, cameras=("wrist",), tasks=("lamp_on",)
     )
     episode = recorded.folder / "push_button/variation0/episodes/episode0"
@@ -211,8 +233,8 @@ def test_params_choose_the_source(recorded: apv_npz.ApvNpz) -> None:
         (episode / f"{camera}_rgb").mkdir(parents=True)
     changes = {"source": "rlbench_folder", "path": folder, "action_mode": "gripper_pose"}
     expected = RlbenchFolder(recorded.folder, ("wrist", "front"), "gripper_pose")
-    assert demos.find(settings.model_copy(update=changes)) == expected
-    live = demos.find(settings.model_copy(update={"source": "rlbench", "tasks": ["push_button"]}))
+    assert open_source(settings.model_copy(update=changes)) == expected
+    live = open_source(settings.model_copy(update={"source": "rlbench", "tasks": ["push_button"]}))
     assert isinstance(live, RlbenchLive) and (live.tasks, len(live.cameras)) == (("push_button",), 5)
 
 
@@ -283,10 +305,17 @@ def kills_survived(source: Source, folder: Path, seed: int, monkeypatch: pytest.
     return kill_until_done("demos", functools.partial(work_once, source), wanted, seed, monkeypatch)
 
 
+@pytest.fixture
+def images(tmp_path: Path) -> Source:
+    """A LeRobotDataset whose pictures lie in its rows."""
+    return lerobot.open_folder(write_image_set(tmp_path / "set", [5, 9, 6, 7]))
+
+
+@pytest.mark.parametrize("kind", ["recorded", "images"])
 def test_killed_at_many_operations_and_still_the_same_bytes(
-    tmp_path: Path, recorded: apv_npz.ApvNpz, monkeypatch: pytest.MonkeyPatch
+    kind: str, tmp_path: Path, request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    assert kills_survived(recorded, tmp_path, 0, monkeypatch) >= 20
+    assert kills_survived(request.getfixturevalue(kind), tmp_path, 0, monkeypatch) >= 20
 
 
 @pytest.mark.long
