@@ -49,7 +49,7 @@ format: $(READY) ## format the code and mend what the linter can
 bench: $(READY) ## measure against the peers and bounds, to reports/bench.json
 	@python -m tests.bench
 
-bench-learning: $(READY) ## show that the agent learns: three seeds against chance, in at most an hour
+bench-learning: $(READY) ## show that the agent learns: five seeds of three tasks against chance, in about two hours
 	@python -m tests.bench.learning
 
 ui: $(READY) ## serve the flows in the Prefect UI on this machine

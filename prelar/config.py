@@ -367,6 +367,7 @@ class Scales(_Frozen):
     """All presets."""
 
     smoke: Scale
+    small: Scale
     lite: Scale
     paper: Scale
 
@@ -380,8 +381,8 @@ class Config(_Frozen):
     dataset: Literal["ssv2", "demos"] = Field(description="store to pre-train on: ssv2 | demos")
     task: Text = Field(description="Meta-World task to fine-tune on")
     seed: Seed = Field(description="seed of training, evaluation and the agent's episodes")
-    scale: Literal["smoke", "lite", "paper"] = Field(
-        description="presets: smoke (minutes on 2 cores) | lite (a GPU-hour) | paper"
+    scale: Literal["smoke", "small", "lite", "paper"] = Field(
+        description="presets: smoke (minutes on 2 cores) | small (an evening) | lite (a GPU-hour) | paper"
     )
     beta: Weight | None = Field(
         description="weight of the dynamics KL while pre-training; null: the scale's own"

@@ -85,7 +85,7 @@ def test_every_key_is_described_in_params_yaml_as_in_config() -> None:
     assert described(params) == {key: text for key, text in fields.items() if not key.startswith("scales")}
 
 
-@pytest.mark.parametrize("scale", ["smoke", "lite", "paper"])
+@pytest.mark.parametrize("scale", ["smoke", "small", "lite", "paper"])
 def test_every_field_is_a_param_of_some_stage(scale: str) -> None:
     stages = read_yaml(ROOT / "dvc.yaml")["stages"].values()
     tracked = [name.replace("${scale}", scale) for stage in stages for name in stage.get("params", [])]

@@ -134,6 +134,8 @@ def test_the_reference_of_params_names_types_bounds_and_descriptions() -> None:
     text = params_page.page()
     assert "| `demos.variations` | integer ≥ 1, ≤ 1,000,000,000 or null | `1` |" in text
     assert "| `ssv2.max_bad` | number ≥ 0, ≤ 1 | `0.01` | share of bad clips" in text
-    assert "| `lam` | number ≥ 0, ≤ 1 | `0.95` | `0.95` | `0.95` | lambda of the lambda-returns" in text
-    listed = [key for key in keys() if not key.startswith(("scales.lite", "scales.paper"))]
+    assert (
+        "| `lam` | number ≥ 0, ≤ 1 | `0.95` | `0.95` | `0.95` | `0.95` | lambda of the lambda-returns" in text
+    )
+    listed = [key for key in keys() if not key.startswith(("scales.small", "scales.lite", "scales.paper"))]
     assert len(re.findall(r"^\| `", text, re.MULTILINE)) == len(listed)

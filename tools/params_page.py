@@ -17,7 +17,7 @@ HEAD = """# Parameters
 Written by `make params` from `prelar/config.py` and `params.yaml`; a test holds them together. Values are
 those of `params.yaml`, which `dvc exp run -S key=value` changes for one experiment.
 """
-SCALES = ("smoke", "lite", "paper")
+SCALES = ("smoke", "small", "lite", "paper")
 GROUPS = {
     "": "Ablations and machine",
     "sample": "The embedded archive",

@@ -65,22 +65,31 @@ def curve_figures(curves: Mapping[str, Curve], *names: str) -> list[Figure]:
 def learning(config: Config, run: Run) -> Values | None:
     """The learning bench; None where it was not run."""
     summary = run.files.load(LEARNING / "summary.json")
-    if summary is None:
+    if summary is None or "tasks" not in summary:
         return None
     table = run.files.table(LEARNING / "curves.tsv")
-    steps, seeds = table["step"], [table[name] for name in table if name.startswith("return_")]
+    curves = [
+        _bench_figure(
+            row, table["step"], [table[f"{row['task']} return {n}"] for n in range(summary["seeds"])]
+        )
+        for row in summary["tasks"]
+    ]
+    return {"bench": summary, "learner": METHODS[summary["method"]][0], "curves": curves}
+
+
+def _bench_figure(row: Mapping[str, Any], steps: list[float], seeds: list[list[float]]) -> Figure:
+    """The learning bench on one task: mean of the seeds and their range against random actions."""
     points = list(zip(*seeds, strict=True))
     mean = [sum(point) / len(point) for point in points]
-    title = f"Return on {summary['task']} against random actions"
-    curve = figure(
+    title = f"Return on {row['task']} against random actions"
+    return figure(
         CurveSpec(str(LEARNING / "curves.tsv"), "return", title, ENVIRONMENT_STEPS, "return", ""),
         [Series("mean of the seeds", steps, mean, [min(p) for p in points], [max(p) for p in points])],
-        identifier="learning-bench",
-        behind=[Series("random actions", [0.0, steps[-1]], [summary["chance"]] * 2)],
+        identifier=f"learning-bench-{row['task']}",
+        behind=[Series("random actions", [0.0, steps[-1]], [row["chance"]] * 2)],
         columns={"Environment steps": steps, "Mean": mean}
         | {f"Seed {seed}": values for seed, values in enumerate(seeds)},
     )
-    return {"bench": summary, "learner": METHODS[summary["method"]][0], "curve": curve}
 
 
 def prediction(config: Config, run: Run) -> Values:
