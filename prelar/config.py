@@ -34,7 +34,7 @@ from prelar.utils.urls import check_url
 PARAMS = Path("params.yaml")
 RENAMED = {"rlbench": "demos"} | {
     f"scales.{scale}.finetune.hold": f"scales.{scale}.finetune.freeze_updates"
-    for scale in ("smoke", "lite", "paper")
+    for scale in ("smoke", "small", "lite", "paper")
 }
 """Keys of params.yaml by the names that they had before."""
 YAML_BYTES, YAML_DEPTH, YAML_NODES = 1 << 17, 64, 100_000
@@ -270,6 +270,9 @@ class Finetune(_Frozen):
     )
     eval_every: Count = Field(description="environment steps between two evaluations")
     eval_episodes: Count = Field(description="episodes of such an evaluation")
+    eval_action: Literal["mode", "mean", "sample"] = Field(
+        description="what the agent does of its policy when it is evaluated: mode (published) | mean | sample"
+    )
     time_limit: int = Field(ge=1, le=EPISODE, description="environment steps after which an episode ends")
     action_repeat: Annotated[int, Field(ge=1, le=EPISODE)] | None = Field(
         description="environment steps that an action is applied for; null: Meta-World's own, 1"

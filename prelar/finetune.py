@@ -73,6 +73,7 @@ def run(cfg: Config) -> None:
         "method": cfg.method,
         "task": cfg.task,
         "action_repeat": action_repeat,
+        "eval_action": preset.eval_action,
         "model": model.spec,
         "env_steps": preset.env_steps,
         "updates": updates_after(preset.env_steps, preset),
@@ -178,7 +179,7 @@ def learn(
             snapshot_every=preset.checkpoint_every,
             log_folder=log_folder,
             log_every=preset.log_every,
-            hooks=[Hook(preset.eval_every, curve(watched, learner, preset.eval_episodes, seed))],
+            hooks=[Hook(preset.eval_every, curve(watched, learner, preset, seed))],
             fabric=fabric,
         )
         on_end(Speed(stepper.steps, time.perf_counter() - begin, stepper.seconds | envs.seconds()))
@@ -245,7 +246,7 @@ class Stepper:
         self.steps = 0
         self.seconds = {"acting": 0.0, "learning": 0.0, "waiting for environments": 0.0}
         device = learner.fabric.device
-        self._agent = Agent(learner.model, learner.actor_critic.actor, device=device, explore=True)
+        self._agent = Agent(learner.model, learner.actor_critic.actor, device=device, choose="sample")
         self._random = RandomPolicy(learner.actor_critic.actor.actions)
 
     def __call__(self, index: int) -> Scalars:
@@ -274,12 +275,13 @@ class Stepper:
         self.seconds[what] += time.perf_counter() - begin
 
 
-def curve(env: PixelEnv, learner: Learner, episodes: int, seed: int) -> Callable[[int], Scalars]:
-    """A hook that adds a point to the learning curve: success and return of the policy's mode.
+def curve(env: PixelEnv, learner: Learner, preset: Finetune, seed: int) -> Callable[[int], Scalars]:
+    """A hook that adds a point to the learning curve: success and return of the agent.
 
     Each point has episodes of its own, the same in every run of a task, whatever its method and `seed`.
     """
-    agent = Agent(learner.model, learner.actor_critic.actor, device=learner.fabric.device, explore=False)
+    model, actor, episodes = learner.model, learner.actor_critic.actor, preset.eval_episodes
+    agent = Agent(model, actor, device=learner.fabric.device, choose=preset.eval_action)
 
     def evaluate(done: int) -> Scalars:
         played = play_episodes(env, agent, episodes=episodes, seed=seed, first=done * episodes)

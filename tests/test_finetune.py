@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import json
 import os
 import random
 import signal
@@ -13,6 +14,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
@@ -93,11 +95,37 @@ def test_the_stage_leaves_an_agent_that_acts(method: str) -> None:
     assert description == load_description(finetune.OUTPUT)
     assert (description["method"], description["task"]) == (method, "reach")
     assert (description["env_steps"], description["updates"]) == (24, 6)
-    assert agent.actor(torch.zeros(1, agent.model.feature_dim)).mean.shape == (1, 4)
+    assert agent.actor(torch.zeros(1, agent.model.feature_dim)).loc.shape == (1, 4)
     assert not list(Path("data/.resume").iterdir()), "a finished run leaves nothing to resume"
     logged = {path.stem for path in finetune.LOGS.glob("plots/metrics/*/*.tsv")}
     assert {"success", "return", "image", "kl", "actor", "critic"} <= logged
     assert ("mean" in logged) == (method != "dreamerv2"), "the exploration bonus"
+
+
+@pytest.mark.parametrize(
+    ("given", "chosen"), [("sample", "sample"), ("mean", "mean"), (None, "mode"), ("std", None)]
+)
+def test_an_agent_chooses_as_it_was_evaluated(given: str | None, chosen: str | None) -> None:
+    """A checkpoint of before, which does not say how, acts by the mode."""
+    pretrained("dreamerv2")
+    finetune.run(config(method="dreamerv2", finetune={"eval_action": "mean"}))
+    path = finetune.OUTPUT / "config.json"
+    described = json.loads(path.read_text())
+    assert described.pop("eval_action") == "mean"
+    path.write_text(json.dumps(described | ({"eval_action": given} if given else {})))
+    if chosen is None:
+        with pytest.raises(UserError, match="eval_action = std: choose sample, mode or mean"):
+            load_agent(finetune.OUTPUT, device=torch.device("cpu"))
+    else:
+        agent, _ = load_agent(finetune.OUTPUT, device=torch.device("cpu"))
+        image, first = np.zeros((1, 64, 64, 3), np.uint8), np.ones(1, bool)
+        torch.manual_seed(0)
+        action, memory = agent.act(None, image, first)
+        policy = agent.actor(agent.model.feature(memory["state"]))
+        if chosen != "sample":
+            assert (action == getattr(policy, chosen)().detach().numpy()).all()
+        else:
+            assert not (action == policy.mode().detach().numpy()).any()
 
 
 def test_the_stage_reads_the_params_that_its_key_and_dvc_track(capsys: pytest.CaptureFixture[str]) -> None:

@@ -34,34 +34,40 @@ class Imaginable(Protocol):
 
 @dataclass(frozen=True)
 class TruncatedNormal:
-    """Independent normals restricted to [-1, 1]; mean and std (…, A) are those before the restriction.
+    """Independent normals restricted to [-1, 1]; loc and scale (…, A) are mean and deviation before that.
 
     Pure tensor arithmetic in float32, without the host synchronisation of torchrl's class of the same name.
     """
 
-    mean: Tensor
-    std: Tensor
+    loc: Tensor
+    scale: Tensor
 
     def _bounds(self) -> tuple[Tensor, Tensor]:
-        return (-1 - self.mean) / self.std, (1 - self.mean) / self.std
+        return (-1 - self.loc) / self.scale, (1 - self.loc) / self.scale
 
     def sample(self) -> Tensor:
         """Draw (…, A) through the inverse distribution function, so that gradients reach mean and std."""
         low, high = (torch.special.ndtr(bound) for bound in self._bounds())
-        quantile = torch.lerp(low, high, torch.rand_like(self.mean)).clamp(_EDGE, 1 - _EDGE)
-        drawn = self.mean + self.std * torch.special.ndtri(quantile)
+        quantile = torch.lerp(low, high, torch.rand_like(self.loc)).clamp(_EDGE, 1 - _EDGE)
+        drawn = self.loc + self.scale * torch.special.ndtri(quantile)
         return drawn + (drawn.clamp(_EDGE - 1, 1 - _EDGE) - drawn).detach()
 
     def mode(self) -> Tensor:
         """The most likely value (…, A)."""
-        return self.mean.clamp(-1, 1)
+        return self.loc.clamp(-1, 1)
+
+    def mean(self) -> Tensor:
+        """The expected value (…, A): far from the mode where a wide normal is cut at one end."""
+        low, high = self._bounds()
+        mass = torch.special.ndtr(high) - torch.special.ndtr(low)
+        return (self.loc + self.scale * (_density(low) - _density(high)) / mass).clamp(-1, 1)
 
     def entropy(self) -> Tensor:
         """Differential entropy in nats, summed over the action's dimensions: (…)."""
         low, high = self._bounds()
         mass = torch.special.ndtr(high) - torch.special.ndtr(low)
         slope = (low * _density(low) - high * _density(high)) / (2 * mass)
-        return (0.5 * math.log(2 * math.pi * math.e) + (self.std * mass).log() + slope).sum(-1)
+        return (0.5 * math.log(2 * math.pi * math.e) + (self.scale * mass).log() + slope).sum(-1)
 
 
 def _density(x: Tensor) -> Tensor:
@@ -72,7 +78,7 @@ def _density(x: Tensor) -> Tensor:
 class Actor(nn.Module):
     """Policy: features (…, F) to a truncated normal over actions (…, A).
 
-    mean = tanh(x), std = 2 · sigmoid(y / 2) + 0.1, of the two halves x and y of an MLP's output.
+    loc = tanh(x), scale = 2 · sigmoid(y / 2) + 0.1, of the two halves x and y of an MLP's output.
     """
 
     def __init__(self, features: int, actions: int, *, units: int, layers: int) -> None:
@@ -83,8 +89,8 @@ class Actor(nn.Module):
 
     def forward(self, feature: Tensor) -> TruncatedNormal:
         """(…, F) -> distribution over actions (…, A)."""
-        mean, std = self.mlp(feature).float().chunk(2, -1)
-        return TruncatedNormal(torch.tanh(mean), 2 * torch.sigmoid(std / 2) + MIN_STD)
+        loc, scale = self.mlp(feature).float().chunk(2, -1)
+        return TruncatedNormal(torch.tanh(loc), 2 * torch.sigmoid(scale / 2) + MIN_STD)
 
 
 @dataclass(frozen=True)
@@ -138,8 +144,8 @@ class ActorCritic(nn.Module):
             policies.append(self.actor(features[-1].detach()))
             state = model.imagine_step(state, policies[-1].sample())
             features.append(model.feature(state))
-        mean, std = (torch.stack([getattr(one, name) for one in policies]) for name in ("mean", "std"))
-        return ImaginedRollout(torch.stack(features), TruncatedNormal(mean, std))
+        loc, scale = (torch.stack([getattr(one, name) for one in policies]) for name in ("loc", "scale"))
+        return ImaginedRollout(torch.stack(features), TruncatedNormal(loc, scale))
 
     def losses(self, model: Imaginable, start: State) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
         """Loss of the actor, loss of the critic, and metrics (detached scalars), from start states (N, …)."""

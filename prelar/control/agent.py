@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any, TypedDict
+from typing import Any, Literal, TypedDict
 
 import numpy as np
 import numpy.typing as npt
@@ -18,7 +18,7 @@ from prelar.model.layers import load_weights
 from prelar.model.spec import ModelSpec
 from prelar.model.world_model import WorldModel
 from prelar.train.checkpoint import load_parts
-from prelar.utils.errors import UserError
+from prelar.utils.errors import UserError, shown
 
 State = dict[str, Tensor]
 
@@ -33,13 +33,20 @@ class Memory(TypedDict):
 class Agent:
     """World model and actor as a `rollout.Policy`.
 
-    explore: draw actions from the policy instead of taking its mode. Latents are drawn either way, from
-    torch's global generator.
+    choose: what of the policy's distribution is done: a sample, which explores, its mode or its mean. Latents
+    are drawn in any case, from torch's global generator.
     """
 
-    def __init__(self, model: WorldModel, actor: Actor, *, device: torch.device, explore: bool) -> None:
+    def __init__(
+        self,
+        model: WorldModel,
+        actor: Actor,
+        *,
+        device: torch.device,
+        choose: Literal["sample", "mode", "mean"],
+    ) -> None:
         self.model, self.actor = model, actor
-        self.device, self.explore = device, explore
+        self.device, self.choose = device, choose
 
     @torch.no_grad()
     def act(
@@ -51,7 +58,7 @@ class Agent:
         state, action = self._recall(memory, len(images))
         state = self.model.act_state(state, seen, action, starts)
         policy = self.actor(self.model.feature(state))
-        action = policy.sample() if self.explore else policy.mode()
+        action = getattr(policy, self.choose)()
         return action.cpu().numpy(), Memory(state=state, action=action)
 
     def _recall(self, memory: Memory | None, count: int) -> tuple[State | None, Tensor]:
@@ -63,7 +70,7 @@ class Agent:
 
 
 def load_agent(folder: Path, *, device: torch.device) -> tuple[Agent, dict[str, Any]]:
-    """The agent of a fine-tuning checkpoint, acting by its policy's mode, and the checkpoint's config.
+    """The agent of a fine-tuning checkpoint, acting as in its evaluations, and the checkpoint's config.
 
     Raises `UserError` where the folder is no such checkpoint.
     """
@@ -77,4 +84,7 @@ def load_agent(folder: Path, *, device: torch.device) -> tuple[Agent, dict[str, 
         lambda: Actor(model.feature_dim, spec.robot_action_dim, units=spec.units, layers=spec.layers),
         lambda made: load_weights(made, parts["actor"], source),
     )
-    return Agent(model.to(device).eval(), actor.to(device), device=device, explore=False), config
+    choose = config.get("eval_action", "mode")
+    if choose not in ("sample", "mode", "mean"):
+        raise UserError(f"{folder}/config.json: eval_action = {shown(choose)}: choose sample, mode or mean")
+    return Agent(model.to(device).eval(), actor.to(device), device=device, choose=choose), config

@@ -49,7 +49,7 @@ def test_the_page_shows_the_curves_where_there_are_any(
     assert [row["ends"] for row in summary["tasks"]] == [[245, 295, 345], [495, 495, 495]]
     assert summary["tasks"][1]["interval"] == [495, 495] and summary["tasks"][0]["chance"] == 120
     text = page.render(config, tmp_path)
-    assert 'id="learning"' in text and text.count("n = 3 seeds") == 2 and "reach 245, 295, 345" in text
+    assert 'id="learning"' in text and text.count("learning-bench-push") > 0 and "reach 245, 295, 345" in text
     assert "random actions" in text and "<i>push</i>" in text
     (tmp_path / LEARNING / "summary.json").write_text(json.dumps({"task": "reach", "ends": [1]}))
     assert 'id="learning"' not in page.render(config, tmp_path), "a summary of an earlier version"

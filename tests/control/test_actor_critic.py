@@ -45,6 +45,7 @@ def test_the_truncated_normal_agrees_with_scipy(mean: float, std: float) -> None
     entropy = TruncatedNormal(torch.tensor([mean, mean]), torch.tensor([std, std])).entropy()
     assert entropy.item() == pytest.approx(2 * theirs.entropy(), rel=1e-3, abs=1e-3)
     assert ours.mode()[0].item() == pytest.approx(mean)
+    assert ours.mean()[0].item() == pytest.approx(theirs.mean(), abs=1e-4)
 
 
 @pytest.mark.parametrize(("mean", "std"), PAIRS)
@@ -73,15 +74,15 @@ def test_the_actor_at_birth_is_broad_and_has_the_published_size() -> None:
     actor = Actor(2048, 4, units=400, layers=4)
     assert sum(p.numel() for p in actor.parameters()) == 1_304_008
     policy = actor(torch.zeros(1, 2048))
-    torch.testing.assert_close(policy.std, torch.full((1, 4), 1.1))
-    torch.testing.assert_close(policy.mean, torch.zeros(1, 4))
+    torch.testing.assert_close(policy.scale, torch.full((1, 4), 1.1))
+    torch.testing.assert_close(policy.loc, torch.zeros(1, 4))
 
 
 def test_the_least_std_is_a_tenth() -> None:
     actor = Actor(2, 1, units=4, layers=1)
     with torch.no_grad():
         actor.mlp.out.bias[1] = -1e4
-    torch.testing.assert_close(actor(torch.zeros(1, 2)).std, torch.full((1, 1), 0.1))
+    torch.testing.assert_close(actor(torch.zeros(1, 2)).scale, torch.full((1, 1), 0.1))
 
 
 def test_losses_by_hand() -> None:
@@ -154,4 +155,4 @@ def test_it_learns_where_the_best_action_is_known() -> None:
         x = torch.rand(256, 3) * 2 - 1
         policy = actor_critic.actor(x)
         assert (policy.mode() - (0.2 - 0.5 * x)).abs().mean() < 0.1
-        assert policy.std.mean() < 0.2
+        assert policy.scale.mean() < 0.2

@@ -48,6 +48,7 @@ TINY: dict[str, Any] = {
     "envs": 2,
     "eval_every": 25,
     "eval_episodes": 1,
+    "eval_action": "mode",
     "time_limit": 7,
     "log_every": 5,
     "checkpoint_every": 9,

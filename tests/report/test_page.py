@@ -208,7 +208,7 @@ def test_the_learning_curves_are_those_that_finetuning_logs(
     played = [Episode(np.ones(3, np.float32), np.zeros((3, 4), np.float32), True, None)]
     monkeypatch.setattr(finetune, "Agent", MagicMock())
     monkeypatch.setattr(finetune, "play_episodes", lambda *arguments, **options: played)
-    for name, value in finetune.curve(MagicMock(), MagicMock(), 1, 0)(500).items():
+    for name, value in finetune.curve(MagicMock(), MagicMock(), MagicMock(eval_episodes=1), 0)(500).items():
         path = tmp_path / EVALUATION_CURVES.parent / f"{name}.tsv"
         write_tsv(path, {"step": [500], path.stem: [value]})
     write_tsv(tmp_path / EVALUATION_CURVES / "success_rate.tsv", {"step": [7], "success_rate": [0.7]})
