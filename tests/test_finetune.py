@@ -114,7 +114,7 @@ def test_an_agent_chooses_as_it_was_evaluated(given: str | None, chosen: str | N
     assert described.pop("eval_action") == "mean"
     path.write_text(json.dumps(described | ({"eval_action": given} if given else {})))
     if chosen is None:
-        with pytest.raises(UserError, match="eval_action = std: choose sample, mode or mean"):
+        with pytest.raises(UserError, match="eval_action = 'std': choose sample, mode or mean"):
             load_agent(finetune.OUTPUT, device=torch.device("cpu"))
     else:
         agent, _ = load_agent(finetune.OUTPUT, device=torch.device("cpu"))
