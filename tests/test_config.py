@@ -269,7 +269,7 @@ def test_actions_take_their_steps_and_the_last_of_an_episode_what_is_left(envs: 
         ),
         ({"train_every: 16": "train_every: 12"}, None),
         (
-            {"eval_episodes: 5, time_limit: 100": "eval_episodes: 5, time_limit: 32"},
+            {"eval_action: mean, time_limit: 100": "eval_action: mean, time_limit: 32"},
             "time_limit is 32, which leaves an episode 8 actions; make it at least 33, for length 10",
         ),
         ({"replay: 10000": "replay: 103"}, "replay is 103, too small for an episode; make it at least 104"),
