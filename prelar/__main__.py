@@ -37,6 +37,7 @@ HELPERS = {
     "sources": "list where videos and demonstrations may come from",
     "check": "validate the whole of params.yaml and exit",
     "actions": "write the latent actions of videos, or of a store, to a Parquet file",
+    "export-lerobot": "write a store as a LeRobotDataset v3.0, with latent actions if a model is named",
     "import-reference": "turn a published checkpoint into data/pretrain, for fine-tuning to start from",
 }
 
@@ -61,6 +62,8 @@ def main() -> None:
         run_import(config, arguments)
     elif arguments.command == "actions":
         run_actions(config, arguments)
+    elif arguments.command == "export-lerobot":
+        run_export(config, arguments)
     elif arguments.command == "report" and arguments.experiments:
         run_comparison(arguments)
     else:
@@ -80,6 +83,7 @@ def build_parser() -> argparse.ArgumentParser:
     }
     add_report_arguments(parsers["report"])
     add_action_arguments(parsers["actions"])
+    add_export_arguments(parsers["export-lerobot"])
     add_import_arguments(parsers["import-reference"])
     return parser
 
@@ -126,6 +130,33 @@ def run_actions(config: Config, arguments: argparse.Namespace) -> None:
             arguments.sources,
             arguments.output,
             checkpoint=arguments.checkpoint,
+            device=str(fabric.device),
+            ffmpeg=config.ssv2.ffmpeg,
+        )
+
+
+def add_export_arguments(parser: argparse.ArgumentParser) -> None:
+    """The arguments of export-lerobot."""
+    parser.add_argument("store", metavar="STORE", type=Path, help="the store, a folder ….zarr")
+    parser.add_argument("folder", metavar="DIR", type=Path, help="the set's folder, which is made")
+    parser.add_argument("--checkpoint", type=Path, help="the model whose latent actions become a feature")
+    parser.add_argument("--codec", choices=["av1", "h264"], default="av1", help="of the videos; default: av1")
+    parser.add_argument("--fps", type=float, help="of several rates, the one whose clips are written")
+
+
+def run_export(config: Config, arguments: argparse.Namespace) -> None:
+    """Write a store as a LeRobotDataset, on the device and with the ffmpeg of params.yaml."""
+    from prelar import export_lerobot
+    from prelar.train.loop import set_up
+
+    fabric = set_up(device=config.device, precision=config.precision, threads=config.threads)
+    with exclusive(arguments.folder):
+        export_lerobot.run(
+            arguments.store,
+            arguments.folder,
+            checkpoint=arguments.checkpoint,
+            codec=arguments.codec,
+            fps=arguments.fps,
             device=str(fabric.device),
             ffmpeg=config.ssv2.ffmpeg,
         )
