@@ -2,10 +2,16 @@
 
 from __future__ import annotations
 
+import fcntl
+import functools
+import importlib.metadata
+import multiprocessing
+import multiprocessing.forkserver
 import os
 import shutil
 import subprocess
 import sys
+import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -73,6 +79,56 @@ TINY: dict[str, Any] = {
         }
     },
 }
+
+
+OUTPUT = ROOT / "tests/output"
+MIGRATE = """
+import asyncio
+import flows
+from prefect.server.database import provide_database_interface
+asyncio.run(provide_database_interface().create_db())
+"""
+FIRST = ("tests/test_end_to_end.py",)
+
+
+FORKED = [
+    "prelar.envs.pixels",
+    "tests.control.toy_run",
+    "tests.test_pretrain",
+    "tests.toy",
+    "tests.utils.test_synchronised",
+    "torch._dynamo",
+]
+
+
+def pytest_collection_finish(session: pytest.Session) -> None:
+    """Have one process import what all forked ones need: whoever forks first would decide for the others."""
+    if any(hasattr(getattr(item, "module", None), "PROCESSES") for item in session.items):
+        multiprocessing.set_forkserver_preload(FORKED)
+        multiprocessing.forkserver.ensure_running()
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Begin with the files that take longest, so that none of them keeps one worker at work in the end."""
+    items.sort(key=lambda item: str(item.path.relative_to(ROOT)) not in FIRST)
+
+
+@functools.cache
+def prefect_home() -> Path:
+    """A folder with the empty data base of a Prefect server, to be copied; a server takes seconds to make it.
+
+    It is made once for each version of Prefect, by the first process of the tests that asks.
+    """
+    home = OUTPUT / f"prefect-{importlib.metadata.version('prefect')}"
+    OUTPUT.mkdir(parents=True, exist_ok=True)
+    with (OUTPUT / "prefect.lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if not home.is_dir():
+            with tempfile.TemporaryDirectory(dir=OUTPUT) as made:
+                settings = os.environ | {"PREFECT_HOME": made}
+                subprocess.run([sys.executable, "-c", MIGRATE], cwd=ROOT, env=settings, check=True)
+                shutil.copytree(made, home)
+    return home
 
 
 def merge(tree: dict[str, Any], changes: dict[str, Any]) -> None:
@@ -147,6 +203,7 @@ def make_project() -> Callable[[Path], Project]:
             if (ROOT / name).is_file():
                 (root / name).parent.mkdir(parents=True, exist_ok=True)
                 shutil.copy2(ROOT / name, root / name)
+        shutil.copytree(prefect_home(), root / ".prefect")
         project = Project(root)
         project.edit(**TINY)
         project.run("git", "init", "-q", "-b", "main")

@@ -4,11 +4,9 @@ from __future__ import annotations
 
 import csv
 import json
-import os
+import multiprocessing
 import random
 import signal
-import subprocess
-import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -36,6 +34,7 @@ from tests.control.toy import ACTIONS, DotWorld
 from tests.control.toy_run import TINY, run
 
 ROOT = Path(__file__).parents[1]
+PROCESSES = multiprocessing.get_context("forkserver")
 SIZES = {"cnn_depth": 4, "hidden": 16, "deter": 16, "stoch": 4, "discrete": 4}
 
 
@@ -309,39 +308,48 @@ def test_an_agent_at_another_pace_says_so_and_the_suites_own_changes_nothing() -
     assert found[0] == found[1] != found[2]
 
 
-def survive_kills(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kills: int, steps: int) -> None:
+def survive_kills(
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    kills: int,
+    steps: int,
+) -> None:
     """Kill a run again and again, each time after a new snapshot, and compare it with a straight one."""
     run(in_folder(tmp_path / "straight", monkeypatch), env_steps=steps)
     root = in_folder(tmp_path / "killed", monkeypatch)
-    environment = os.environ | {"PYTHONPATH": str(ROOT)}
-    command = [sys.executable, "-m", "tests.control.toy_run", f"env_steps={steps}"]
     moments = random.Random(0)
     done = 0
     while done < kills:
         before = {path.name for path in root.glob("resume/*/step-*.pt")}
-        process = subprocess.Popen(command, cwd=root, env=environment, stderr=subprocess.PIPE)
-        while process.poll() is None and {p.name for p in root.glob("resume/*/step-*.pt")} <= before:
+        process = PROCESSES.Process(target=run, args=(root,), kwargs={"env_steps": steps})
+        process.start()
+        while process.is_alive() and {p.name for p in root.glob("resume/*/step-*.pt")} <= before:
             time.sleep(0.005)
         time.sleep(moments.uniform(0, 0.5))
-        if process.poll() is not None:
+        process.kill()
+        process.join()
+        if process.exitcode != -signal.SIGKILL:
             break
-        process.send_signal(signal.SIGKILL)
-        process.wait()
         done += 1
     assert done == kills, "the run ended before it was killed often enough"
-    ended = subprocess.run(command, cwd=root, env=environment, capture_output=True, text=True, check=False)
-    assert ended.returncode == 0, ended.stderr
-    assert "going on from step" in ended.stdout
+    capsys.readouterr()
+    run(root, env_steps=steps)
+    assert "going on from step" in capsys.readouterr().out
     assert results(root) == results(tmp_path / "straight")
 
 
-def test_a_killed_run_goes_on_bit_for_bit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    survive_kills(tmp_path, monkeypatch, kills=2, steps=150)
+def test_a_killed_run_goes_on_bit_for_bit(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    survive_kills(tmp_path, monkeypatch, capsys, kills=2, steps=150)
 
 
 @pytest.mark.long
-def test_a_run_survives_many_kills(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    survive_kills(tmp_path, monkeypatch, kills=20, steps=1500)
+def test_a_run_survives_many_kills(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    survive_kills(tmp_path, monkeypatch, capsys, kills=20, steps=1500)
 
 
 def column(path: Path) -> list[float]:

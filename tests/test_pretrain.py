@@ -33,7 +33,6 @@ from prelar.utils.files import remove
 from tests.conftest import ROOT, TINY, Spy, merge
 
 PROCESSES = multiprocessing.get_context("forkserver")
-PROCESSES.set_forkserver_preload(["tests.test_pretrain"])
 
 
 def config(**changes: Any) -> Config:

@@ -323,7 +323,7 @@ def test_third_hang_of_a_demo_is_its_last(standin: Path, tmp_path: Path) -> None
 
 
 def test_killed_simulators_and_display_are_replaced(standin: Path, tmp_path: Path) -> None:
-    source = replace(SOURCE, episodes=6)
+    source = replace(SOURCE, episodes=6, timeout=10.0)
     stop = threading.Event()
 
     def kill_children() -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import io
+import shutil
 import signal
 import socket
 import subprocess
@@ -15,7 +16,7 @@ import psutil
 import pytest
 
 from flows import access, runtime
-from tests.conftest import Project
+from tests.conftest import Project, prefect_home
 from tests.flows.toy_pipeline import Toy, make_toy
 from tests.serving import until
 
@@ -28,7 +29,8 @@ def api(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Api]:
     """The variables that name one Prefect server for all sweeps here."""
     auth = access.draw()
     with pytest.MonkeyPatch.context() as patch, socket.create_server(("127.0.0.1", 0)) as listener:
-        patch.setenv("PREFECT_HOME", str(tmp_path_factory.mktemp("prefect")))
+        home = shutil.copytree(prefect_home(), tmp_path_factory.mktemp("served") / "prefect")
+        patch.setenv("PREFECT_HOME", str(home))
         with runtime.started(listener, auth, "server.log", ui=False) as url:
             yield {"PREFECT_API_URL": url, "PREFECT_API_AUTH_STRING": auth}
 

@@ -30,7 +30,7 @@ from prelar.videos.decode import Decoder
 from prelar.videos.ingest import Ingested, after_committed, append, append_missing, attributes, batches
 from prelar.videos.labels import read_labels
 from tests import archives
-from tests.conftest import ROOT, merge
+from tests.conftest import ROOT, merge, prefect_home
 from tests.flows.kills import Interruption, kill_until_done, tree
 from tests.webserver import Behaviour, serve
 
@@ -43,6 +43,7 @@ def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.chdir(tmp_path)
     archives.source(tmp_path / "data/sample", CONTENTS, "zip")
     shutil.copy(ROOT / "params.yaml", tmp_path)
+    shutil.copytree(prefect_home(), tmp_path / ".prefect")
     change(batch=2, max_bad=0.1)
     return tmp_path
 

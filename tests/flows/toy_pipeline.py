@@ -11,7 +11,7 @@ from pathlib import Path
 
 from ruamel.yaml import YAML
 
-from tests.conftest import ROOT
+from tests.conftest import ROOT, prefect_home
 
 STAGE = """\
 import json, os, pathlib, signal, sys, time
@@ -91,6 +91,7 @@ def make_toy(folder: Path) -> Toy:
     toy = Toy(folder / "project", folder / "runs")
     toy.root.mkdir(parents=True)
     shutil.copy(ROOT / "params.yaml", toy.root)
+    shutil.copytree(prefect_home(), toy.root / ".prefect")
     (toy.root / "stage.py").write_text(STAGE, encoding="utf-8")
     stages = {}
     for name, stage in STAGES.items():

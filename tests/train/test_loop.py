@@ -37,7 +37,6 @@ from prelar.utils.files import remove
 from tests import toy
 
 PROCESSES = multiprocessing.get_context("forkserver")
-PROCESSES.set_forkserver_preload(["tests.toy"])
 KILLED = -signal.SIGKILL
 
 

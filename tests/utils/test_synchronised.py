@@ -16,7 +16,6 @@ from prelar.model.spec import ModelSpec
 from prelar.utils.distributed import all_gather_rows, dropout, local_rows, sample_global, world
 
 PROCESSES = multiprocessing.get_context("forkserver")
-PROCESSES.set_forkserver_preload(["tests.utils.test_synchronised"])
 BATCH, TIME = 4, 5
 SIZES = {"cnn_depth": 4, "hidden": 12, "deter": 10, "stoch": 4, "discrete": 4, "action_dim": 8}
 CASES: dict[str, dict[str, Any]] = {
