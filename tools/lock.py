@@ -9,7 +9,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-CUDA = re.compile(r"(nvidia-(?!ml-py)|cuda-|triton)")
+CUDA = re.compile(r"(nvidia-|cuda-|triton)")
 HEAD = "# Written by `make lock` from pyproject.toml. Install with: pip install -r requirements.lock\n"
 
 

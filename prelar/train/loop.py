@@ -21,7 +21,6 @@ from types import FrameType, TracebackType
 from typing import Any, Protocol
 
 import torch
-from dvclive import Live
 from lightning_fabric import Fabric
 from torch import Tensor, nn
 from torch.optim import Adam, Optimizer
@@ -137,7 +136,7 @@ def seed_step(seed: int, step: int, *, hook: bool = False) -> None:
 
 
 class MetricLog:
-    """Scalars by step, written by DVCLive: `metrics.json` and `plots/metrics/<name>.tsv`, without times.
+    """Scalars by step, in files that DVC plots: `metrics.json` and `plots/metrics/<name>.tsv`, without times.
 
     What the folder held before is removed; `content` puts back the log of the run that is resumed. The log is
     kept in memory as well and never read from the disk again, so that it stays whole where somebody removes
@@ -147,26 +146,32 @@ class MetricLog:
     def __init__(self, folder: Path, content: Mapping[str, str] | None = None) -> None:
         self.folder = folder
         self._texts = dict(content or {})
+        self._summary: dict[str, Any] = json.loads(self._texts.get(SUMMARY, "{}"))
         remove(folder)
         folder.mkdir(parents=True)
         self.write()
-        self._live = Live(
-            str(folder), resume=True, dvcyaml=None, save_dvc_exp=False, report=None, monitor_system=False
-        )
 
     def log(self, step: int, values: Mapping[str, float]) -> None:
         """Append one row for each value, to six significant digits."""
         if not (self.folder / SUMMARY).exists():
             self.write()
-        self._live.step = step
         for name, value in values.items():
-            rounded = float(f"{value:.6g}")
-            self._live.log_metric(name, rounded)
+            *groups, last = name.split("/")
+            group = self._summary
+            for outer in groups:
+                group = group.setdefault(outer, {})
+            group[last] = float(f"{value:.6g}")
             path = f"plots/metrics/{name}.tsv"
-            before = self._texts.get(path, f"step\t{name.rpartition('/')[2]}\n")
-            self._texts[path] = f"{before}{step}\t{rounded}\n"
-        self._live.make_summary()
-        self._texts[SUMMARY] = json.dumps(self._live.summary, indent=4) + "\n"
+            row = f"{step}\t{group[last]}\n"
+            if path not in self._texts:
+                row = f"step\t{last}\n{row}"
+            self._texts[path] = self._texts.get(path, "") + row
+            (self.folder / path).parent.mkdir(parents=True, exist_ok=True)
+            with (self.folder / path).open("a", encoding="utf-8") as file:
+                file.write(row)
+        self._summary["step"] = step
+        self._texts[SUMMARY] = json.dumps(self._summary, indent=4) + "\n"
+        write_text(self.folder / SUMMARY, self._texts[SUMMARY])
 
     def content(self) -> dict[str, str]:
         """The text of every file of the log, by its path in the folder."""
