@@ -11,6 +11,7 @@ if TYPE_CHECKING:
     from prelar.api import Loaded
 
 __all__ = ["load"]
+__version__ = "0.1.0"
 
 if importlib.util.find_spec("pydantic") is None:
     raise ModuleNotFoundError(

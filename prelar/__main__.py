@@ -10,6 +10,7 @@ import sys
 from pathlib import Path
 from typing import get_args
 
+from prelar import __version__
 from prelar.config import Config
 from prelar.envs.names import checked_config
 from prelar.utils.errors import run_main
@@ -73,9 +74,10 @@ def main() -> None:
 def build_parser() -> argparse.ArgumentParser:
     """The parser of the command line."""
     parser = argparse.ArgumentParser(
-        prog="python -m prelar",
+        prog="prelar" if Path(sys.argv[0]).stem == "prelar" else "python -m prelar",
         description="World models pre-trained on action-free video. Reads params.yaml.",
     )
+    parser.add_argument("--version", action="version", version=f"prelar {__version__}")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     parsers = {
         name: commands.add_parser(name, help=text, description=f"{text[0].upper()}{text[1:]}.")
@@ -207,5 +209,10 @@ def _is_first() -> bool:
     return int(os.environ.get("RANK", os.environ.get("LOCAL_RANK", "0"))) == 0
 
 
-if __name__ == "__main__":
+def run() -> None:
+    """The command `prelar`."""
     run_main(main)
+
+
+if __name__ == "__main__":
+    run()

@@ -12,7 +12,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-import httpx
 import torch
 from packaging.requirements import Requirement
 
@@ -237,6 +236,8 @@ def dvc() -> Finding:
 
 def prefect(url: str) -> Finding:
     """Whether a Prefect server answers; flows start one of their own where none does."""
+    import httpx
+
     try:
         answered = httpx.get(f"{url.rstrip('/')}/health", timeout=5).is_success
     except (httpx.HTTPError, httpx.InvalidURL):

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import difflib
 import errno
+import importlib.metadata
 import io
 import os
+import re
 import reprlib
 import sys
 from collections.abc import Callable, Iterable
@@ -68,6 +70,10 @@ def run_main(main: Callable[[], None]) -> None:
         main()
     except UserError as error:
         _end(str(error))
+    except ModuleNotFoundError as error:
+        if (remedy := _installation(error.name or "")) is None:
+            raise
+        _end(f"{error.name} is not installed; {remedy}")
     except OSError as error:
         if error.errno not in (errno.EROFS, errno.EACCES) or error.filename is None:
             raise
@@ -76,6 +82,20 @@ def run_main(main: Callable[[], None]) -> None:
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         sys.exit(130)
+
+
+def _installation(module: str) -> str | None:
+    """How to install what a module is of: an extra of this package's; None where none has it."""
+    name = module.partition(".")[0].replace("_", "-").lower()
+    try:
+        needed = importlib.metadata.requires("prelar") or []
+    except importlib.metadata.PackageNotFoundError:
+        return None if name in ("prelar", "flows") else "run `make setup`, then `. .venv/bin/activate`"
+    for line in needed:
+        found = re.match(r"""([\w.-]+).*extra == ['"]([\w-]+)['"]""", line)
+        if found and found[2] != "all" and found[1].replace("_", "-").lower() == name:
+            return f"run: pip install 'prelar[{found[2]}]'"
+    return None
 
 
 def _end(message: str) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import importlib.metadata
 import os
 import subprocess
 import sys
@@ -106,3 +107,52 @@ def test_text_from_elsewhere_is_escaped_and_cut_once(text: str, shown: str) -> N
 def test_messages_are_printable() -> None:
     assert str(UserError("a\udcffb: no such file")) == "a\\udcffb: no such file"
     assert one_line(ValueError("a\x1b[2J")) == "a\\x1b[2J"
+
+
+@pytest.mark.parametrize(
+    ("module", "said"),
+    [
+        ("jinja2.ext", "run: pip install 'prelar[pipeline]'"),
+        ("great_expectations", "run: pip install 'prelar[pipeline]'"),
+        ("mujoco", "run: pip install 'prelar[sim]'"),
+        ("unheard_of", None),
+        ("prelar.nothing", None),
+    ],
+)
+def test_a_missing_package_is_named_with_its_extra(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], module: str, said: str | None
+) -> None:
+    needed = [
+        "torch>=2",
+        "mujoco==3.3.0; extra == 'all'",
+        'Jinja2>=3; extra == "pipeline"',
+        "great-expectations>=1 ; extra == 'pipeline'",
+        "mujoco==3.3.0; extra == 'sim'",
+    ]
+    monkeypatch.setattr(importlib.metadata, "requires", lambda name: needed)
+
+    def main() -> None:
+        raise ModuleNotFoundError(f"No module named {module!r}", name=module)
+
+    if said is None:
+        with pytest.raises(ModuleNotFoundError):
+            run_main(main)
+    else:
+        with pytest.raises(SystemExit, match="2"):
+            run_main(main)
+        assert capsys.readouterr().err == f"error: {module} is not installed; {said}\n"
+
+
+def test_a_package_that_a_checkout_lacks_is_set_up(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def main() -> None:
+        raise ModuleNotFoundError("No module named 'h5py'", name="h5py")
+
+    def missing(name: str) -> None:
+        raise importlib.metadata.PackageNotFoundError(name)
+
+    monkeypatch.setattr(importlib.metadata, "requires", missing)
+    with pytest.raises(SystemExit, match="2"):
+        run_main(main)
+    assert "error: h5py is not installed; run `make setup`" in capsys.readouterr().err

@@ -1,0 +1,54 @@
+"""The package on its own: what is in the wheel, and that it works where nothing else of the project is."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+import tomllib
+import zipfile
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from prelar import __version__
+from tests.conftest import ROOT
+from tests.docs import blocks
+from tests.test_api import save_pretrained
+
+
+def uv(*words: str | Path, cwd: Path = ROOT) -> None:
+    subprocess.run([sys.executable, "-m", "uv", *words, "--quiet"], cwd=cwd, check=True)
+
+
+def test_the_version_is_told_once_more() -> None:
+    described = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
+    assert described["project"]["version"] == __version__
+
+
+@pytest.mark.long
+def test_a_wheel_without_extras_loads_a_checkpoint(tmp_path: Path) -> None:
+    uv("build", "--wheel", "--out-dir", tmp_path)
+    (wheel,) = tmp_path.glob("*.whl")
+    names = zipfile.ZipFile(wheel).namelist()
+    assert {name.split("/")[0] for name in names} == {"prelar", f"prelar-{__version__}.dist-info"}
+    assert "prelar/report/templates/report.css" in names
+    env = tmp_path / "env"
+    uv("venv", "--python", sys.executable, env)
+    uv("pip", "install", "--python", env / "bin/python", wheel)
+    save_pretrained(tmp_path / "data/pretrain")
+    np.save(tmp_path / "frames.npy", np.zeros((5, 64, 64, 3), np.uint8))
+    (example,) = [
+        block.text for block in blocks() if block.language == "python" and block.page == "README.md"
+    ]
+    script = f"import numpy\nframes = numpy.load('frames.npy')\n{example}\nprint(film.shape)"
+    surroundings = {"cwd": tmp_path, "env": {"PATH": "/usr/bin:/bin"}, "capture_output": True, "text": True}
+    done = subprocess.run([env / "bin/python", "-c", script], check=True, **surroundings)  # type: ignore[call-overload]
+    assert done.stdout == "(4, 64, 64, 3)\n"
+    command = env / "bin/prelar"
+    told = subprocess.run([command, "--version"], check=True, **surroundings)  # type: ignore[call-overload]
+    assert told.stdout == f"prelar {__version__}\n"
+    (tmp_path / "params.yaml").write_bytes((ROOT / "params.yaml").read_bytes())
+    lacking = subprocess.run([command, "report"], check=False, **surroundings)  # type: ignore[call-overload]
+    assert lacking.returncode == 2
+    assert lacking.stderr == "error: httpx is not installed; run: pip install 'prelar[pipeline]'\n"
