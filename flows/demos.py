@@ -93,6 +93,7 @@ def demos() -> str:
     return (
         f"{counted['clips']} clips of {len(source.cameras)} camera{several}, {counted['frames']} frames, "
         f"{counted['pairs']} pairs, {counted['bad']} clips left out{rate}"
+        + (f"; {counted['repeats']}" if "repeats" in counted else "")
     )
 
 

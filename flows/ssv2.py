@@ -79,6 +79,7 @@ def build(config: Config, decoder: Decoder) -> str:
     return (
         f"{counted['clips']} clips, {counted['clips_of_25']} of them of 25 frames or more; "
         f"{counted['frames']} frames, {counted['pairs']} pairs, {counted['bad']} bad clips"
+        + (f"; {counted['repeats']}" if "repeats" in counted else "")
     )
 
 

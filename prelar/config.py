@@ -38,7 +38,7 @@ RENAMED = {"rlbench": "demos"} | {
 }
 """Keys of params.yaml by the names that they had before."""
 YAML_BYTES, YAML_DEPTH, YAML_NODES = 1 << 17, 64, 100_000
-RECORDED = ("apv_npz", "rlbench_folder", "lerobot")
+RECORDED = ("apv_npz", "rlbench_folder", "lerobot", "hdf5")
 SOURCES = ("metaworld", "rlbench", *RECORDED)
 """Of demonstrations, as in prelar.demos.sources; others are entry points of the group `OWN_SOURCES`."""
 OWN_SOURCES = "prelar.sources"
@@ -146,7 +146,7 @@ class Demos(_Frozen):
 
     source: Text = Field(
         description="metaworld (scripted experts) | rlbench (live) | recorded: apv_npz | rlbench_folder | "
-        "lerobot | your own, module:Class"
+        "lerobot | hdf5 | your own, module:Class"
     )
     path: Text | None = Field(
         description="folder of recorded episodes; keys from episodes to seed are for the other sources"

@@ -19,6 +19,7 @@ from prelar.store.store import Store, StoreWriter
 from prelar.train.checkpoint import load_parts
 from prelar.validation import suites
 from tests.demos import test_rlbench_folder as folders
+from tests.demos.test_hdf5 import write_hdf5
 from tests.demos.test_lerobot import GOLDEN, write_image_set
 from tests.flows.inline import work_inline
 from tests.rlbench_standin import use_standins
@@ -78,11 +79,17 @@ def lerobot_images(tmp_path: Path, request: pytest.FixtureRequest) -> Settings:
     return {"source": "lerobot", "path": str(write_image_set(tmp_path / "recorded", [LENGTH] * EPISODES))}
 
 
+def hdf5(tmp_path: Path, request: pytest.FixtureRequest) -> Settings:
+    """A file of LIBERO's layout."""
+    write_hdf5(tmp_path / "recorded/x.hdf5", [LENGTH] * EPISODES)
+    return {"source": "hdf5", "path": str(tmp_path / "recorded")}
+
+
 rlbench_classes = folders.rlbench
 
 
 @pytest.mark.parametrize(
-    "prepare", [metaworld, live, rlbench_folder, apv_npz, lerobot_videos, lerobot_images]
+    "prepare", [metaworld, live, rlbench_folder, apv_npz, lerobot_videos, lerobot_images, hdf5]
 )
 def test_source_becomes_a_store_that_is_pretrained_on(
     prepare: Callable[[Path, pytest.FixtureRequest], Settings],

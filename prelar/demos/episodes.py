@@ -39,7 +39,7 @@ RESIZE = f"brought to {SIZE}x{SIZE} by means of whole blocks of pixels, or else 
 ALIGNMENT = "actions[t] is taken after frame t and leads to frame t + 1; zero at the last frame of a clip"
 HELD_OUT, ENOUGH, TURN = 10, 4, 5
 TAIL = 10
-MOTION = 8
+MOTION, STILL = 8, 1e-6
 MAX_PIXELS = 2048 * 2048
 FIRST_EPISODE = 1_000_000
 VERSIONS = ("mujoco", "metaworld", "numpy", "pillow")
@@ -200,6 +200,16 @@ def fault(episode: Episode, cameras: Iterable[str], arrays: Mapping[str, int]) -
 def _moves(frames: Frames) -> bool:
     """Whether any pixel departs from the first frame by more than noise."""
     return any(bool((np.abs(frame.astype(np.int16) - frames[0]) > MOTION).any()) for frame in frames[1:])
+
+
+def end_actions(actions: Array) -> None:
+    """Take away the last of the actions (T, A), which leads to no frame: it becomes zero, in place.
+
+    Raises `ValueError` where the others never change.
+    """
+    actions[-1] = 0
+    if np.isfinite(actions).all() and len(actions) > 1 and (np.ptp(actions[:-1], axis=0) < STILL).all():
+        raise ValueError("its actions never change")
 
 
 class Splits:

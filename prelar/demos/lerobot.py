@@ -17,7 +17,7 @@ from typing import Any
 
 import numpy as np
 
-from prelar.demos.episodes import ALIGNMENT, RESIZE, Array, Episode, Job, read_picture
+from prelar.demos.episodes import ALIGNMENT, RESIZE, Episode, Job, end_actions, read_picture
 from prelar.envs.names import among
 from prelar.store import parquet
 from prelar.store.store import Frames
@@ -30,7 +30,6 @@ from prelar.videos.lerobot import VIDEO, LerobotSet, Told
 
 COLUMNS = {"actions": ("action", "actions"), "state": ("observation.state", "state")}
 FORMATS = ("PNG", "JPEG")
-STILL = 1e-6
 MAX_FRAMES = decode.MAX_FRAMES
 
 
@@ -106,7 +105,7 @@ class Lerobot:
                         f"{name}: {values.shape[1]} numbers a frame, info.json tells of {self.arrays[name]}"
                     )
             if "actions" in arrays:
-                _check_actions(arrays["actions"])
+                end_actions(arrays["actions"])
             frames = {camera: self._frames(told, camera, kind, rows.step) for camera, kind in self._kinds()}
         except ValueError as error:
             return Episode(job, reason=one_line(error))
@@ -160,13 +159,6 @@ class Lerobot:
 def _decoder(camera: str, process: int) -> Decoder:
     """A camera's decoder in a process, which goes on with a file where the last episode ended."""
     return Decoder(None, processors())
-
-
-def _check_actions(actions: Array) -> None:
-    """Take away the last action of (T, A), in place. Raises `ValueError` where the others never change."""
-    actions[-1] = 0
-    if np.isfinite(actions).all() and (np.ptp(actions[:-1], axis=0) < STILL).all():
-        raise ValueError("its actions never change")
 
 
 def open_folder(

@@ -14,7 +14,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from prelar.config import OWN_SOURCES, Demos
-from prelar.demos import apv_npz, lerobot, rlbench_folder
+from prelar.demos import apv_npz, hdf5, lerobot, rlbench_folder
 from prelar.demos.episodes import Source
 from prelar.demos.metaworld import Metaworld
 from prelar.demos.rlbench_live import RlbenchLive
@@ -74,6 +74,10 @@ def _lerobot(settings: Demos) -> Source:
     return lerobot.open_folder(Path(str(settings.path)), chosen(settings.tasks), chosen(settings.cameras))
 
 
+def _hdf5(settings: Demos) -> Source:
+    return hdf5.open_folder(Path(str(settings.path)), chosen(settings.tasks), chosen(settings.cameras))
+
+
 KINDS = {
     "metaworld": Kind("nothing: scripted experts act in MuJoCo", "actions, gripper, success", _metaworld),
     "rlbench": Kind("CoppeliaSim and `make rlbench-setup`", "actions, gripper", _rlbench),
@@ -84,6 +88,7 @@ KINDS = {
     "lerobot": Kind(
         "the folder of a LeRobotDataset, v2.0 to v3.0", "actions, state, where the set has them", _lerobot
     ),
+    "hdf5": Kind("a folder of HDF5 files of robomimic's or LIBERO's layout", "actions", _hdf5),
 }
 
 

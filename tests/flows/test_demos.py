@@ -16,7 +16,7 @@ import pytest
 
 from flows import demos, staging
 from prelar.config import load_config
-from prelar.demos import apv_npz, episodes, lerobot
+from prelar.demos import apv_npz, episodes, hdf5, lerobot
 from prelar.demos.episodes import Episode, Job, Source, staging_key
 from prelar.demos.metaworld import Metaworld
 from prelar.demos.rlbench_folder import RlbenchFolder
@@ -27,6 +27,7 @@ from prelar.store.store import Store, StoreWriter, checks_path
 from prelar.utils import files
 from prelar.utils.errors import UserError
 from tests.conftest import Project
+from tests.demos.test_hdf5 import write_hdf5
 from tests.demos.test_lerobot import GOLDEN, write_image_set
 from tests.flows.inline import work_inline
 from tests.flows.kills import FlowProcess, kill_until_done, tree
@@ -311,7 +312,14 @@ def images(tmp_path: Path) -> Source:
     return lerobot.open_folder(write_image_set(tmp_path / "set", [5, 9, 6, 7]))
 
 
-@pytest.mark.parametrize("kind", ["recorded", "images"])
+@pytest.fixture
+def tables(tmp_path: Path) -> Source:
+    """An HDF5 file of demonstrations."""
+    write_hdf5(tmp_path / "files/x.hdf5", [5, 9, 6, 7])
+    return hdf5.open_folder(tmp_path / "files")
+
+
+@pytest.mark.parametrize("kind", ["recorded", "images", "tables"])
 def test_killed_at_many_operations_and_still_the_same_bytes(
     kind: str, tmp_path: Path, request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
 import re
+import subprocess
 from collections.abc import Callable
 from pathlib import Path
 
@@ -13,16 +15,20 @@ import pytest
 
 from prelar.store.store import Store, StoreWriter
 from prelar.utils.errors import UserError
+from prelar.utils.video_file import ffmpeg_binary
 from prelar.validation.suites import (
     Suite,
     as_markdown,
     each_between,
     facts,
     labels_suite,
+    repeats,
     store_suites,
     stray_pairs,
     validate,
 )
+from prelar.videos.decode import Decoder
+from prelar.videos.straight import Part
 
 LENGTHS = (30, 10, 25)
 SPLITS = {"0": "train", "1": "train", "2": "validation", "3": "test"}
@@ -175,3 +181,53 @@ def test_suites_of_other_tables_fit(tmp_path: Path) -> None:
     )
     with pytest.raises(UserError, match=r"nothing is faster than 4 - 1 of 2 rows are not so, such as 5\.0"):
         validate("other", [suite], {}, tmp_path)
+
+
+def test_pictures_that_repeat_the_one_before_are_told_with_the_gap_that_avoids_it(tmp_path: Path) -> None:
+    """In the AV1 that lerobot codes by default, and not in what we write, of the same frames."""
+    y, x = np.mgrid[0:128, 0:128]
+    disc = [(x - 20 - 2 * t) ** 2 + (y - 60) ** 2 < 200 for t in range(24)]
+    background = np.stack([x, y, x + y // 2], -1).astype(np.uint8)
+    frames = np.stack([np.where(mask[..., None], np.uint8([220, 40, 40]), background) for mask in disc])
+    found = {}
+    for preset in (8, 12):
+        words = [
+            "-v",
+            "error",
+            "-f",
+            "rawvideo",
+            "-pix_fmt",
+            "rgb24",
+            "-s",
+            "128x128",
+            "-r",
+            "20",
+            "-i",
+            "pipe:",
+        ]
+        words += ["-c:v", "libsvtav1", "-preset", str(preset), "-g", "2", "-crf", "30", "-pix_fmt", "yuv420p"]
+        path = tmp_path / f"{preset}.mp4"
+        subprocess.run(
+            [ffmpeg_binary(), *words, str(path)],
+            input=frames.tobytes(),
+            env={**os.environ, "SVT_LOG": "1"},
+            check=True,
+        )
+        clip = Decoder().decode_part(Part(path))
+        assert clip.frames is not None and len(clip.frames) == 24
+        with StoreWriter(tmp_path / f"{preset}.zarr") as writer:
+            for number in range(3):
+                writer.append(clip.frames, {"id": str(number), "split": "train", "fps": 20.0})
+            found[preset] = facts(writer.finish({})).get("repeats")
+    assert found[8] is None
+    assert found[12].startswith("every second picture repeats the one before in 3 of 3 clips looked at")
+    assert found[12].endswith("a frame_gap of 0.1 or more avoids it")
+
+
+def test_only_every_second_picture_counts_as_repeated() -> None:
+    random = np.random.default_rng(0)
+    moving = random.integers(0, 256, (12, 64, 64, 3), np.uint8)
+    assert not repeats(moving) and not repeats(np.repeat(moving[:1], 12, axis=0))
+    doubled = np.repeat(moving[:6], 2, axis=0)
+    assert repeats(doubled) and repeats(doubled[1:]) and not repeats(doubled[:6])
+    assert not repeats(moving[[0, 0, 1, 2, 2, 3, 4, 4, 5, 6, 6, 7]])
