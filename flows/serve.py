@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from prefect.deployments.runner import RunnerDeployment
 
 NIGHTLY = "0 3 * * *"
+PACE = 2.0
 PAGE_HEADERS = {
     "Content-Type": "text/html; charset=utf-8",
     "Content-Security-Policy": "default-src 'none'; script-src 'none'; style-src 'unsafe-inline'; "
@@ -132,7 +133,7 @@ def _serve(url: str) -> None:
     print(f"The Prefect UI: {url} (Ctrl-C stops it)", flush=True)
     with tempfile.TemporaryDirectory(prefix="prelar-") as own, suppress(KeyboardInterrupt):
         tempfile.tempdir = own  # the runner's folder would have the same name for every user
-        runner = Runner()
+        runner = Runner(query_seconds=PACE)
         runner.handle_sigterm = lambda *_: runner.execute_in_background(runner.astop)  # type: ignore
         for deployment in deployments():
             runner.add_deployment(deployment)

@@ -59,6 +59,7 @@ TINY: dict[str, Any] = {
                 "slow_every": 3,
                 "replay": 200,
                 "eval_every": 30,
+                "eval_episodes": 1,
                 "time_limit": 20,
                 "checkpoint_every": 20,
             },

@@ -410,14 +410,17 @@ FORMATS: dict[str, Callable[[Path], Format]] = {
 
 
 def run(name: str, seconds: float, seed: int) -> None:
-    """Read mutations from `seed` on for some seconds; whatever is against the law ends the process."""
+    """Read mutations from `seed` on for some seconds, and until one of the first hundred was refused.
+
+    Whatever is against the law ends the process.
+    """
     place = Path(tempfile.mkdtemp(prefix=f"fuzz-{name}-"))
     form = FORMATS[name](place)
     form.read(form.wrap(form.good))
     held = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
     resource.setrlimit(resource.RLIMIT_AS, (held + ROOM, held + ROOM))
     end, first, refused = time.monotonic() + seconds, seed, 0
-    while time.monotonic() < end:
+    while time.monotonic() < end or (refused == 0 and seed < first + 100):
         print(f"{name} {seed} in {place}", flush=True)
         signal.alarm(LIMIT)
         try:

@@ -15,7 +15,8 @@ from pathlib import Path
 import psutil
 import pytest
 
-from flows import access, runtime
+from flows import access, experiments, runtime
+from prelar.utils.errors import UserError
 from tests.conftest import Project, prefect_home
 from tests.flows.toy_pipeline import Toy, make_toy
 from tests.serving import until
@@ -143,16 +144,27 @@ def test_the_code_of_a_tag_runs_whatever_the_workspace_holds(tmp_path: Path, api
     )
 
 
-def test_a_bad_sweep_ends_before_anything_starts(tmp_path: Path) -> None:
+def test_a_bad_sweep_ends_before_anything_starts(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     toy = make_toy(tmp_path)
+    monkeypatch.chdir(toy.root)
+
+    def told(*words: str) -> str:
+        """What the command prints, in this process."""
+        monkeypatch.setattr(sys, "argv", ["flows.experiments", *words])
+        experiments.main()
+        return capsys.readouterr().out
+
     refused = toy.sweep("beta_a=-1", check=False)
     assert refused.returncode == 2
     assert refused.stderr.startswith("error: params.yaml: beta_a = -1")
-    unknown = toy.sweep("--code", "v9", "seed=1", check=False).stderr
-    assert unknown.startswith("error: code = v9: ") and unknown.count("\n") == 1
-    listed = toy.sweep("--preset", "demos", "task=reach", "seed=0", "--dry-run").stdout.split()
+    with pytest.raises(UserError, match=r"^code = v9: ") as unknown:
+        told("--code", "v9", "seed=1")
+    assert "\n" not in str(unknown.value)
+    listed = told("--preset", "demos", "task=reach", "seed=0", "--dry-run").split()
     assert [name.split("-")[0] for name in listed] == ["dreamerv2", "apv", "contextwm", "prelar"]
-    assert "192 experiments" in toy.sweep("--list").stdout
+    assert "192 experiments" in told("--list")
     assert_untouched(toy)
 
 

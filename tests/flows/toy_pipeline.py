@@ -106,10 +106,10 @@ def make_toy(folder: Path) -> Toy:
         ("git", "config", "user.email", "tests@localhost"),
         ("git", "config", "user.name", "tests"),
         ("dvc", "init", "-q"),
-        ("dvc", "config", "core.autostage", "true"),
-        ("dvc", "config", "core.analytics", "false"),
-        ("git", "add", "-A"),
-        ("git", "commit", "-q", "-m", "Start"),
     ):
         toy.command(*words)
+    settings = "[core]\n    autostage = true\n    analytics = false\n"
+    (toy.root / ".dvc/config").write_text(settings, encoding="utf-8")
+    toy.command("git", "add", "-A")
+    toy.command("git", "commit", "-q", "-m", "Start")
     return toy
