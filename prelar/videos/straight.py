@@ -15,6 +15,7 @@ import functools
 import itertools
 import math
 import os
+import re
 import select
 import subprocess
 import threading
@@ -36,6 +37,7 @@ PIPE = 1 << 20
 STEADY = 0.01
 NO_TIME, DISCARD = -(1 << 63), 4
 """Of a packet: that it has no time, and the flag of one that is not shown."""
+_BEGINS = re.compile(r"Duration: .*?, start: (-?[\d.]+)")
 Times = npt.NDArray[np.float64]
 
 
@@ -43,9 +45,9 @@ Times = npt.NDArray[np.float64]
 class Part:
     """The frames of a video file whose times (seconds) are from `begin` up to `end`: at first all of them.
 
-    `frames` is about how many those are, 0 where that is not known. `exact`: they are so many, each in its
-    own of so many equal spans of time, most near its middle, or the part is refused. `final`: no later part
-    of the file is read.
+    `frames` is about how many those are, 0 where that is not known. `exact`: they are so many by the file's
+    own clock, each in its own of so many equal spans of time, most near its middle, or the part is refused.
+    `final`: no later part of the file is read.
     """
 
     path: Path
@@ -96,7 +98,6 @@ class Straight:
         """
         assert process.stdout is not None and process.stderr is not None
         self.log = Log()
-        self.until = -math.inf
         self.status: int | None = None
         self._process = process
         self._output, self._said = process.stdout, process.stderr
@@ -133,10 +134,19 @@ class Straight:
             self._drop(kept)
             if stop:
                 break
-        self.until = end
         self._listen()
         empty = np.empty((0, *FRAME), np.uint8)
         return np.concatenate([empty, *found]), np.concatenate([np.empty(0), *times])
+
+    def begins(self) -> float:
+        """What the file's own clock shows, in seconds, where the times told here are 0.
+
+        Raises `TimeoutError` as `read` does.
+        """
+        self._wait_for_frames(time.monotonic() + MAX_SECONDS)
+        self._listen()
+        found = _BEGINS.search(self.log.head)
+        return float(found[1]) if found else 0.0
 
     def close(self) -> None:
         """End the process, and let go of its files."""
@@ -255,6 +265,7 @@ class Reader:
         self._straight: Straight | None = None
         self._traced = False
         self._given_up = ""
+        self._until = -math.inf
 
     def read(self, part: Part) -> Clip:
         """The frames of a part, or why there are none. Raises `RuntimeError` where ffmpeg was killed."""
@@ -275,13 +286,15 @@ class Reader:
             self._straight = None
 
     def _read(self, part: Part) -> Clip:
-        if self._straight is not None and part.begin < self._straight.until:
+        if self._straight is not None and part.begin < self._until:
             self.close()
         if self._straight is None:
             with self._path.open("rb") as source:
                 self._straight = self._start(source.fileno(), self._traced)
-        straight = self._straight
-        frames, times = straight.read(part.begin, part.end, self._most)
+        straight, self._until = self._straight, part.end
+        begins = straight.begins() if part.exact else 0.0
+        frames, times = straight.read(part.begin - begins, part.end - begins, self._most)
+        times = times + begins
         if (straight.log.spoilt or straight.status) and not self._traced:
             self._traced = True
             self.close()

@@ -7,6 +7,7 @@ import io
 import json
 import re
 import shutil
+import subprocess
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -24,6 +25,7 @@ from prelar.demos.episodes import Splits, clips
 from prelar.demos.lerobot import Lerobot
 from prelar.store.store import Frames, Store, StoreWriter
 from prelar.utils.errors import UserError
+from prelar.utils.video_file import ffmpeg_binary
 from prelar.videos import decode, ingest
 from prelar.videos.decode import Decoder
 from prelar.videos.straight import Part
@@ -354,3 +356,21 @@ def test_an_exact_part_has_one_picture_in_each_span() -> None:
     assert "picture 4 lies 0.0510 s beside" in str(part.misfit(even + np.array([0, 0, 0, 0, 0.051])))
     assert "lie 0.0300 s beside" in str(part.misfit(even + 0.03))
     assert dataclasses.replace(part, exact=False).misfit(even[:2]) is None
+
+
+@pytest.mark.parametrize(("options", "begins"), [([], 0.0), (["-output_ts_offset", "0.2"], 0.2)], ids=str)
+def test_times_are_those_of_the_file_s_own_clock(options: list[str], begins: float, tmp_path: Path) -> None:
+    """A file that does not begin at 0 is no reason to take other pictures than those that are told."""
+    path = tmp_path / "x.mp4"
+    words = ["-v", "error", "-f", "lavfi", "-i", "testsrc2=s=64x64:r=20:d=1", "-c:v", "libx264", "-g", "4"]
+    subprocess.run([ffmpeg_binary(), *words, *options, str(path)], check=True)
+    decoder = Decoder()
+    whole = decoder.decode_part(Part(path)).frames
+    assert whole is not None and len(whole) == 20
+    for first in (0, 7, 12, 3):
+        begin = begins + (first - 0.5) / 20
+        clip = decoder.decode_part(Part(path, begin, begin + 5 / 20, 5, exact=True))
+        assert clip.frames is not None and np.array_equal(clip.frames, whole[first : first + 5])
+    assert "2 pictures in the video" in str(
+        decoder.decode_part(Part(path, begins - 0.175, begins + 0.075, 5, exact=True)).reason
+    )
