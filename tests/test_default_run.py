@@ -15,10 +15,9 @@ SEEDS = (0, 1, 2)
 
 @pytest.mark.long
 def test_the_default_run_beats_its_controls(tmp_path: Path, make_project: Callable[[Path], Project]) -> None:
-    """Predictions and latent actions in each of three seeds, the agent in two of them at least."""
+    """Predictions, latent actions and the agent in each of three seeds."""
     project = make_project(tmp_path)
     (tmp_path / "params.yaml").write_bytes((ROOT / "params.yaml").read_bytes())
-    learnt = []
     for seed in SEEDS:
         project.edit(seed=seed, device="cpu")
         project.run("dvc", "repro", timeout=3600)
@@ -32,5 +31,4 @@ def test_the_default_run_beats_its_controls(tmp_path: Path, make_project: Callab
         assert measured["clips"] >= 20 and measured["pairs"] >= 200
         assert measured["changed"] < measured["changed_swapped"]
         assert shown["episodes"]["count"] >= 10
-        learnt.append(found["return_low"] > found["return_random_high"])
-    assert sum(learnt) >= 2, learnt
+        assert found["return_low"] > found["return_random_high"]
