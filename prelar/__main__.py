@@ -22,6 +22,7 @@ STAGES = {
     "pretrain": "pre-train the world model of `method` on the store of `dataset`, to data/pretrain",
     "finetune": "fine-tune it with reinforcement learning on the Meta-World `task`, to data/finetune",
     "evaluate": "measure the agent and the model, to metrics.json and reports/evaluate",
+    "simulator": "write the page in which a person drives what the models imagine, to reports/simulator.html",
     "report": "write the page that shows it all from the results at hand, to reports/index.html; "
     "given experiments, the page that compares them, to reports/compare.html",
 }
@@ -30,6 +31,7 @@ WRITES = {
     "pretrain": "data/pretrain",
     "finetune": "data/finetune",
     "evaluate": "reports/evaluate",
+    "simulator": "reports/simulator.html",
     "report": "reports/index.html",
 }
 LONG = ("pretrain", "finetune")
@@ -39,6 +41,7 @@ HELPERS = {
     "check": "validate the whole of params.yaml and exit",
     "actions": "write the latent actions of videos, or of a store, to a Parquet file",
     "export-lerobot": "write a store as a LeRobotDataset v3.0, with latent actions if a model is named",
+    "play": "serve a checkpoint to a browser on this machine, to drive what its model imagines",
     "import-reference": "turn a published checkpoint into data/pretrain, for fine-tuning to start from",
 }
 
@@ -65,6 +68,8 @@ def main() -> None:
         run_actions(config, arguments)
     elif arguments.command == "export-lerobot":
         run_export(config, arguments)
+    elif arguments.command == "play":
+        run_play(config, arguments)
     elif arguments.command == "report" and arguments.experiments:
         run_comparison(arguments)
     else:
@@ -86,6 +91,7 @@ def build_parser() -> argparse.ArgumentParser:
     add_report_arguments(parsers["report"])
     add_action_arguments(parsers["actions"])
     add_export_arguments(parsers["export-lerobot"])
+    add_play_arguments(parsers["play"])
     add_import_arguments(parsers["import-reference"])
     return parser
 
@@ -162,6 +168,26 @@ def run_export(config: Config, arguments: argparse.Namespace) -> None:
             device=str(fabric.device),
             ffmpeg=config.ssv2.ffmpeg,
         )
+
+
+def add_play_arguments(parser: argparse.ArgumentParser) -> None:
+    """The arguments of play."""
+    parser.add_argument(
+        "checkpoint",
+        metavar="CHECKPOINT",
+        nargs="?",
+        type=Path,
+        default=Path("data/finetune"),
+        help="default: data/finetune",
+    )
+    parser.add_argument("--port", type=int, default=8390, help="default: 8390; 0: a free one")
+
+
+def run_play(config: Config, arguments: argparse.Namespace) -> None:
+    """Serve a checkpoint until Ctrl-C."""
+    from prelar.simulator import play
+
+    play.run(config, arguments.checkpoint, arguments.port)
 
 
 def add_import_arguments(parser: argparse.ArgumentParser) -> None:

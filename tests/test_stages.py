@@ -121,7 +121,12 @@ def test_the_project_s_own(monkeypatch: pytest.MonkeyPatch) -> None:
     pipeline = Stages(ROOT / "dvc.yaml")
     before = pipeline.fingerprints(values)
     after = pipeline.fingerprints(values | {"task": "push"})
-    assert {name for name in before if before[name] != after[name]} == {"finetune", "evaluate", "report"}
+    assert {name for name in before if before[name] != after[name]} == {
+        "finetune",
+        "evaluate",
+        "simulator",
+        "report",
+    }
     assert code_digest(["prelar/model"]) != code_digest(["prelar/train"])
 
 
@@ -131,7 +136,7 @@ def test_another_frame_gap_trains_anew_and_makes_no_data_anew(monkeypatch: pytes
     pipeline = Stages(ROOT / "dvc.yaml")
     before, after = pipeline.fingerprints(values), pipeline.fingerprints(values | {"frame_gap": 0.25})
     changed = {name for name in before if before[name] != after[name]}
-    assert changed == {"pretrain", "finetune", "evaluate", "report"}
+    assert changed == {"pretrain", "finetune", "evaluate", "simulator", "report"}
     made = {name for name in before if name not in changed}
     assert made == {"sample", "ssv2", "demos"}
     own = {name for name in before if "frame_gap" in pipeline.stages[name].get("params", [])}

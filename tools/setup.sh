@@ -29,4 +29,5 @@ if [ ! -x .venv/bin/pip ]; then
 fi
 .venv/bin/pip install --quiet --disable-pip-version-check -r requirements.lock
 .venv/bin/python -m prelar.envs.gl --install
+.venv/bin/python -m prelar.simulator.runtime --install || true  # without it the page says so
 touch .venv/.ready

@@ -47,8 +47,8 @@ def test_parts_follow_the_params_of_dvc_yaml() -> None:
         other = stages.fingerprints(changed(base, changes))
         return {name for name, key in stages.fingerprints(base).items() if other[name] != key}
 
-    after = {"pretrain", "finetune", "evaluate", "report"}
-    assert differ(task="dial-turn") == {"finetune", "evaluate", "report"}
+    after = {"pretrain", "finetune", "evaluate", "simulator", "report"}
+    assert differ(task="dial-turn") == {"finetune", "evaluate", "simulator", "report"}
     assert differ(beta_a=0.1) == after
     assert differ(**{"ssv2.batch": 5}) == {"ssv2", *after}
     assert differ(**{"scales.smoke.pretrain.steps": 5}) == after

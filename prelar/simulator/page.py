@@ -1,0 +1,188 @@
+"""The page of the simulator: one file with the models, what they start from, and what runs them.
+
+It needs no network and no server. Where the runtime could not be had, or a model is too large for a page, the
+page says so and names the command. Every text in it is data: scripts run by their hashes only.
+"""
+
+from __future__ import annotations
+
+import base64
+import functools
+import gzip
+import hashlib
+import importlib.util
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from jinja2 import Environment, FileSystemLoader, StrictUndefined
+
+from prelar.config import Config
+from prelar.simulator import runtime
+from prelar.simulator.step import Step, export, load_step
+from prelar.simulator.world import World, clips_world, episodes_world
+from prelar.store.store import Store
+from prelar.train.checkpoint import load_config
+from prelar.train.loop import set_up
+from prelar.utils.files import write_text
+from prelar.utils.tables import read_tsv
+
+PAGE = Path("reports/simulator.html")
+TEMPLATES = Path(__file__).parent / "templates"
+STYLE = TEMPLATES.parents[1] / "report/templates"
+CHECKPOINTS = Path("data/finetune"), Path("data/pretrain")
+EVALUATE = Path("reports/evaluate")
+ERRORS = {"finetune": "prediction_policy.tsv", "pretrain": "prediction.tsv"}
+EXPORTERS = ("onnx", "onnxscript")
+LARGEST = 25 << 20
+"""Bytes of a model that a page may hold; a larger one is played through a server."""
+METHODS = {"dreamerv2": "DreamerV2", "apv": "APV", "contextwm": "ContextWM", "prelar": "PreLAR"}
+
+
+@dataclass(frozen=True)
+class Entry:
+    """A model of the page.
+
+    title, notes: what it is, in words and in sentences. world: what it starts from, None where it cannot be
+    played. graph: its ONNX graph, None where a server runs it. mark: a digest of its weights.
+    """
+
+    title: str
+    notes: Sequence[str]
+    world: World | None = None
+    graph: bytes | None = None
+    mark: str = ""
+
+
+def run(config: Config, root: Path = Path()) -> None:
+    """Write reports/simulator.html under `root` from the checkpoints, the store and the evaluation there.
+
+    Raises `UserError` where a checkpoint or the store is missing.
+    """
+    set_up(device="cpu", precision="fp32", threads=config.threads)
+    start = functools.partial(find_world, config)
+    found = [
+        make_entry(folder, start, root)
+        for folder in CHECKPOINTS
+        if "dynamics" in load_config(folder)["parts"]
+    ]
+    write_text(root / PAGE, render(found, runtime.find()))
+    size = (root / PAGE).stat().st_size / 1e6
+    print(f"simulator: {root / PAGE}, {size:.1f} MB", flush=True)
+
+
+def find_world(config: Config, step: Step) -> World | None:
+    """What a model starts from in a project: episodes of its agent, else held-out clips; None without any."""
+    settings = config.evaluate
+    if step.actor is None:
+        return clips_world(step, Store.open(config.store), settings.length)
+    return episodes_world(step, seed=config.seed, time_limit=settings.time_limit)
+
+
+def make_entry(folder: Path, start: Callable[[Step], World | None], root: Path) -> Entry:
+    """What the page shows of a checkpoint."""
+    step = load_step(folder)
+    size = sum(value.nbytes for part in imagining(step) for value in part.state_dict().values())
+    title, notes = describe(step, size, root)
+    remedy = f"To play it: python -m prelar play {folder}"
+    if size > LARGEST:
+        return Entry(title, [*notes, f"That is too large for a page. {remedy}"])
+    if not all(importlib.util.find_spec(name) for name in EXPORTERS):
+        told = f"This environment lacks {' and '.join(EXPORTERS)}, which turn it into one a page can run"
+        return Entry(title, [*notes, f"{told}; run make setup. {remedy}"])
+    world = start(step)
+    if world is None:
+        return Entry(title, [*notes, "The store holds out no clip of its length to start from."])
+    return Entry(title, notes, world, export(step, world.context(0)), digest(step))
+
+
+def imagining(step: Step) -> list[Any]:
+    """The modules of which a step consists."""
+    model = step.model
+    return [model.dynamics, model.decoder, model.heads, *filter(None, (step.actor, step.critic))]
+
+
+def digest(step: Step) -> str:
+    """What tells a model's weights from another's: eight hexadecimal digits."""
+    found = hashlib.sha256()
+    for name, value in sorted(step.state_dict().items()):
+        found.update(name.encode() + value.contiguous().numpy().tobytes())
+    return found.hexdigest()[:8]
+
+
+def describe(step: Step, size: int, root: Path = Path()) -> tuple[str, list[str]]:
+    """What model this is: a title, and sentences on its kind, its size, and how its error grows."""
+    spec, described = step.spec, step.described
+    name, count = (
+        METHODS.get(spec.method, spec.method),
+        sum(p.numel() for part in imagining(step) for p in part.parameters()),
+    )
+    if spec.stage == "finetune":
+        title = f"{name}, fine-tuned on {described.get('task', 'a task')}"
+        kind = "The robot’s actions drive it; it knows rewards, and a policy that it was learnt with."
+    else:
+        title, kind = f"{name}, pre-trained on video", "It learnt from video without actions."
+    notes = [f"{kind} A step takes {count / 1e6:.2g} million weights, {size / 1e6:.1f} MB."]
+    path = root / EVALUATE / ERRORS[spec.stage]
+    table = read_tsv(path) if path.is_file() else {}
+    if table.get("step"):
+        ahead, model, copy = (table[key] for key in ("step", "model", "copy"))
+        places = sorted({0, len(ahead) // 2, len(ahead) - 1})
+        grown = ", ".join(f"{model[i]:.4f} ({copy[i]:.4f}) at {ahead[i]:.0f}" for i in places)
+        notes.append(
+            "How its error grows on frames it had not seen, by the steps since it last looked: mean squared "
+            f"error of pixels in [0, 1] (and that of repeating the last frame seen) {grown}."
+        )
+    return title, notes
+
+
+def render(entries: Sequence[Entry], found: runtime.Runtime | None, *, socket: str | None = None) -> str:
+    """The page's text. `socket` is the address of the server that steps the models, None where it does."""
+    blocks: dict[str, bytes] = {}
+    told = []
+    for number, entry in enumerate(entries):
+        described: dict[str, Any] = {"title": entry.title, "notes": list(entry.notes), "playable": False}
+        if entry.world is not None and (socket or found):
+            described |= {"playable": True, "about": entry.world.about, "mark": entry.mark}
+            blocks[f"world-{number}"] = entry.world.content()
+            if not socket:
+                assert entry.graph is not None
+                blocks[f"model-{number}"] = entry.graph
+        told.append(described)
+    if blocks and not socket:
+        assert found is not None
+        blocks |= {"runtime": found.script, "wasm": found.wasm}
+    scripts = [(TEMPLATES / name).read_text(encoding="utf-8") for name in ("core.js", "gif.js", "app.js")]
+    hashes = [base64.b64encode(hashlib.sha256(text.encode()).digest()).decode() for text in scripts]
+    page: str = (
+        environment()
+        .get_template("simulator.html.jinja")
+        .render(
+            entries=told,
+            setup={"entries": told, "socket": socket},
+            lacking=None if found or socket else runtime.COMMAND,
+            notice=runtime.NOTICE if "runtime" in blocks else None,
+            blocks={name: pack(content) for name, content in blocks.items()},
+            scripts=scripts,
+            hashes=hashes,
+            socket=socket,
+        )
+    )
+    return page
+
+
+def pack(content: bytes) -> str:
+    """Bytes as the page holds them: compressed, in base64."""
+    return base64.b64encode(gzip.compress(content, 9, mtime=0)).decode("ascii")
+
+
+def environment() -> Environment:
+    """The templates, with the report's frame and style."""
+    return Environment(
+        loader=FileSystemLoader([TEMPLATES, STYLE]),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )

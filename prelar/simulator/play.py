@@ -1,0 +1,158 @@
+"""`python -m prelar play`: the simulator's page, with the model in a server on this machine.
+
+For models too large for a page, and for checkpoints that no page was made for. The server listens on the
+loopback interface only, answers who has the address that it prints, which holds a word drawn at each start,
+under its own name and to its own page, and takes messages of one size.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import secrets
+import socket
+from collections.abc import Mapping
+from pathlib import Path
+
+import numpy as np
+import torch
+import uvicorn
+from starlette.applications import Starlette
+from starlette.concurrency import run_in_threadpool
+from starlette.middleware import Middleware
+from starlette.middleware.trustedhost import TrustedHostMiddleware
+from starlette.requests import Request
+from starlette.responses import HTMLResponse
+from starlette.routing import Route, WebSocketRoute
+from starlette.websockets import WebSocket, WebSocketDisconnect
+
+from prelar.config import Config
+from prelar.simulator.page import Entry, describe, digest, find_world, imagining, render
+from prelar.simulator.step import Step, load_step
+from prelar.simulator.world import World, read_world
+from prelar.train.loop import set_up
+from prelar.utils.errors import UserError
+
+HOST = "127.0.0.1"
+WORLD = "world.safetensors"
+"""Of a checkpoint's folder, what its model starts from, where it travels with it."""
+CONNECTIONS = 16
+PATIENCE = 2
+HEADERS = {"X-Content-Type-Options": "nosniff", "X-Frame-Options": "DENY", "Referrer-Policy": "no-referrer"}
+
+
+def run(config: Config, folder: Path, port: int) -> None:
+    """Serve a checkpoint until Ctrl-C. `port` 0 takes a free one.
+
+    Raises `UserError` where there is no model in `folder`, nothing to start from, or the port is taken.
+    """
+    set_up(device="cpu", precision="fp32", threads=config.threads)
+    step = load_step(folder)
+    kept = folder / WORLD
+    world = read_world(kept) if kept.is_file() else find_world(config, step)
+    if world is None:
+        raise UserError(f"{config.store}: holds out no clip of {config.evaluate.length} frames to start from")
+    with socket.socket() as listener:
+        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            listener.bind((HOST, port))
+        except (OSError, OverflowError) as error:
+            raise UserError(f"--port {port}: {error}; choose another, or 0 for a free one") from None
+        port = listener.getsockname()[1]
+        word = secrets.token_urlsafe(16)
+        print(f"play: http://{HOST}:{port}/{word}/  (Ctrl-C ends it)", flush=True)
+        serve(application(step, world, port, word), listener)
+
+
+def serve(app: Starlette, listener: socket.socket) -> None:
+    """Serve until a signal asks for the end."""
+    settings = uvicorn.Config(
+        app,
+        log_level="warning",
+        lifespan="off",
+        ws_max_size=1 << 20,
+        limit_concurrency=CONNECTIONS,
+        timeout_graceful_shutdown=PATIENCE,
+    )
+    uvicorn.Server(settings).run(sockets=[listener])
+
+
+def application(step: Step, world: World, port: int, word: str) -> Starlette:
+    """The page at `/<word>/`, and its steps over the WebSocket `/<word>/step`."""
+    size = sum(value.nbytes for part in imagining(step) for value in part.state_dict().values())
+    title, notes = describe(step, size)
+    page = render(
+        [Entry(title, notes, world, mark=digest(step))], None, socket=f"ws://{HOST}:{port}/{word}/step"
+    )
+    origins = {f"http://{name}:{port}" for name in (HOST, "localhost")}
+    turn = asyncio.Lock()
+
+    async def home(request: Request) -> HTMLResponse:
+        return HTMLResponse(page, headers=HEADERS)
+
+    async def steps(websocket: WebSocket) -> None:
+        if websocket.headers.get("origin") not in origins:
+            await websocket.close(1008)
+            return
+        await websocket.accept()
+        try:
+            while True:
+                message = await websocket.receive_bytes()
+                async with turn:
+                    answer = await run_in_threadpool(advance, step, world, message)
+                await websocket.send_bytes(answer)
+        except ValueError as error:
+            await websocket.close(1008, str(error))
+        except (WebSocketDisconnect, KeyError):  # a text is no bytes
+            return
+
+    return Starlette(
+        routes=[Route(f"/{word}/", home), WebSocketRoute(f"/{word}/step", steps)],
+        middleware=[Middleware(TrustedHostMiddleware, allowed_hosts=[HOST, "localhost"])],
+    )
+
+
+@torch.no_grad()
+def advance(step: Step, world: World, message: bytes) -> bytes:
+    """One step, asked for and answered in little-endian float32.
+
+    Asked: 0, the clip's number, the classes (S), deter (D), the action (A) and the noise (S·K). Answered: the
+    next classes and deter, after fine-tuning reward, value and the policy's action, then the picture's bytes.
+    Raises `ValueError` for anything else than such a message of finite numbers.
+    """
+    spec = step.spec
+    sizes = {"head": 2, "stoch": spec.stoch, "deter": spec.deter, "action": step.action_dim}
+    sizes |= {"noise": spec.stoch * spec.discrete}
+    if len(message) != 4 * sum(sizes.values()):
+        raise ValueError("a message of another size")
+    numbers = np.frombuffer(message, "<f4")
+    if not np.isfinite(numbers).all():
+        raise ValueError("numbers that are not finite")
+    given = dict(zip(sizes, np.split(numbers, np.cumsum(list(sizes.values()))[:-1]), strict=True))
+    clip, chosen = (
+        _whole(given["head"], len(world.arrays["frames"]))[1],
+        _whole(given["stoch"], spec.discrete),
+    )
+    return _answer(step, world, int(clip), chosen, given)
+
+
+def _whole(numbers: np.ndarray, count: int) -> torch.Tensor:
+    """Numbers as integers. Raises `ValueError` where one is no whole number below `count`."""
+    if not ((numbers >= 0) & (numbers < count) & (numbers == np.floor(numbers))).all():
+        raise ValueError("a number out of its range")
+    return torch.from_numpy(numbers.astype(np.int64))
+
+
+def _answer(
+    step: Step, world: World, clip: int, chosen: torch.Tensor, given: Mapping[str, np.ndarray]
+) -> bytes:
+    """The next state and what is seen of it."""
+    deter, action, noise = (torch.from_numpy(given[name].copy()) for name in ("deter", "action", "noise"))
+    classes = step.spec.discrete
+    one_hot = torch.nn.functional.one_hot(chosen, classes).float()[None]
+    stoch, deter, frame, *judged = step(
+        one_hot, deter[None], action[None], noise.view(1, -1, classes), *world.context(clip)
+    )
+    found = [stoch.argmax(-1).float(), deter, *judged]
+    return torch.cat([value.flatten() for value in found]).numpy().astype("<f4").tobytes() + (
+        frame.contiguous().numpy().tobytes()
+    )
