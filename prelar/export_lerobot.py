@@ -89,8 +89,8 @@ def run(
     files.sync(staged)
     staged.rename(folder)
     clips = len(episodes) * len(writer.cameras)
-    told = f"{len(episodes)} episodes, {clips} of {store.num_clips} clips, {rate:g} frames a second"
-    print(f"export-lerobot: {told} -> {folder}", flush=True)
+    summary = f"{len(episodes)} episodes, {clips} of {store.num_clips} clips, {rate:g} frames a second"
+    print(f"export-lerobot: {summary} -> {folder}", flush=True)
 
 
 def chosen_episodes(store: Store, fps: float | None) -> tuple[list[Exported], float]:
@@ -262,13 +262,13 @@ class _Writer:
         options = CODECS[self._codec]
         about = {"height": SIZE, "width": SIZE, "codec": self._codec, "pix_fmt": "yuv420p", "fps": fps}
         about |= {"channels": 3, "g": options["g"], "crf": options["crf"], "preset": options["preset"]}
-        told = {f"video.{name}": value for name, value in about.items()}
+        notes = {f"video.{name}": value for name, value in about.items()}
         video: dict[str, Any] = {
             "dtype": "video",
             "shape": [SIZE, SIZE, 3],
             "names": ["height", "width", "channels"],
         }
-        video["info"] = {**told, "has_audio": False, "is_depth_map": False}
+        video["info"] = {**notes, "has_audio": False, "is_depth_map": False}
         features: dict[str, Any] = dict.fromkeys(self.cameras.values(), video)
         for name, (kind, width) in self._columns().items():
             plain = name == "timestamp" or name in INDICES
@@ -364,10 +364,10 @@ def encoder(ffmpeg: str, path: Path, codec: str, fps: float) -> Iterator[Any]:
                 process.kill()
             status = process.wait()
         said.seek(0)
-        told = said.read().decode("utf-8", "replace").strip().splitlines()
+        lines = said.read().decode("utf-8", "replace").strip().splitlines()
     if status:
         raise UserError(
-            f"{path}: ffmpeg failed ({told[-1] if told else status}); free space, try --codec "
+            f"{path}: ffmpeg failed ({lines[-1] if told else status}); free space, try --codec "
             f"{'h264' if codec == 'av1' else 'av1'}, or name another ffmpeg"
         )
 

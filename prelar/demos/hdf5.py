@@ -230,7 +230,7 @@ def _text(group: h5py.Group, name: str) -> str:
     return value if isinstance(value, str) else ""
 
 
-def _told(group: h5py.Group, name: str) -> dict[str, Any]:
+def _parsed(group: h5py.Group, name: str) -> dict[str, Any]:
     """An attribute that is an object of JSON, empty where there is none."""
     try:
         found = files.parse_json(_text(group, name))
@@ -241,17 +241,17 @@ def _told(group: h5py.Group, name: str) -> dict[str, Any]:
 
 def _task(data: h5py.Group) -> str:
     """The instruction or the environment's name, empty where neither is told."""
-    spoken = _told(data, "problem_info").get("language_instruction")
+    spoken = _parsed(data, "problem_info").get("language_instruction")
     spoken = (
         "".join(spoken) if isinstance(spoken, list) and all(isinstance(t, str) for t in spoken) else spoken
     )
-    named = _told(data, "env_args").get("env_name") or _text(data, "env_name")
+    named = _parsed(data, "env_args").get("env_name") or _text(data, "env_name")
     return next((printable(text, MAX_TASK) for text in (spoken, named) if isinstance(text, str) and text), "")
 
 
 def _rate(data: h5py.Group) -> float | None:
     """Frames a second: how often the environment is controlled; None where that is not told."""
-    told = _told(data, "env_args").get("env_kwargs")
-    rate = told.get("control_freq") if isinstance(told, dict) else None
+    settings = _parsed(data, "env_args").get("env_kwargs")
+    rate = settings.get("control_freq") if isinstance(told, dict) else None
     sound = isinstance(rate, int | float) and not isinstance(rate, bool) and 0 < rate <= 1e6
     return float(rate) if sound and rate is not None else None

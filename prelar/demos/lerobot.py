@@ -26,7 +26,7 @@ from prelar.utils.frames import FRAME
 from prelar.utils.processes import processors
 from prelar.videos import decode, ffmpeg_log, lerobot, straight
 from prelar.videos.decode import SCALE, Decoder
-from prelar.videos.lerobot import VIDEO, LerobotSet, Told
+from prelar.videos.lerobot import VIDEO, EpisodeMeta, LerobotSet
 
 COLUMNS = {"actions": ("action", "actions"), "state": ("observation.state", "state")}
 FORMATS = ("PNG", "JPEG")
@@ -37,7 +37,7 @@ MAX_FRAMES = decode.MAX_FRAMES
 class LerobotJob(Job):
     """An episode, and what the set's meta tells of it."""
 
-    told: Told | None = None
+    meta: EpisodeMeta | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -85,19 +85,19 @@ class Lerobot:
     def jobs(self) -> list[Job]:
         """Episodes by number."""
         return [
-            LerobotJob(told.task, 0, told.number, told=told)
-            for told in self.held.episodes()
-            if not self.tasks or told.task in self.tasks
+            LerobotJob(meta.task, 0, meta.number, meta=meta)
+            for meta in self.held.episodes()
+            if not self.tasks or meta.task in self.tasks
         ]
 
     def collect(self, job: Job) -> Episode:
         """Read an episode; what is wrong with it is its reason."""
-        assert isinstance(job, LerobotJob) and job.told is not None
-        told = job.told
+        assert isinstance(job, LerobotJob) and job.meta is not None
+        meta = job.meta
         try:
-            if told.reason or told.length > MAX_FRAMES:
-                raise ValueError(told.reason or f"{told.length} frames, more than {MAX_FRAMES}")
-            rows = self.held.rows(told, [feature for _, feature in self.columns])
+            if meta.reason or meta.length > MAX_FRAMES:
+                raise ValueError(meta.reason or f"{meta.length} frames, more than {MAX_FRAMES}")
+            rows = self.held.rows(meta, [feature for _, feature in self.columns])
             arrays = {name: rows.values[feature] for name, feature in self.columns}
             for name, values in arrays.items():
                 if values.shape[1] != self.arrays[name]:
@@ -106,31 +106,31 @@ class Lerobot:
                     )
             if "actions" in arrays:
                 end_actions(arrays["actions"])
-            frames = {camera: self._frames(told, camera, kind, rows.step) for camera, kind in self._kinds()}
+            frames = {camera: self._frames(meta, camera, kind, rows.step) for camera, kind in self._kinds()}
         except ValueError as error:
             return Episode(job, reason=one_line(error))
         fps = self.held.fps if abs(rows.step * self.held.fps - 1) < straight.STEADY else 1 / rows.step
-        return Episode(job, frames, arrays, fps=fps, split=told.split)
+        return Episode(job, frames, arrays, fps=fps, split=meta.split)
 
-    def _frames(self, told: Told, camera: str, kind: str, step: float) -> Frames:
+    def _frames(self, meta: EpisodeMeta, camera: str, kind: str, step: float) -> Frames:
         """A camera's frames, uint8 (T, 64, 64, 3). Raises `ValueError` where they are not to be had."""
         feature = dict(self.views)[camera]
         if kind == VIDEO:
-            part = self.held.part(dict(told.shown)[feature], told.length, step)
+            part = self.held.part(dict(meta.shown)[feature], meta.length, step)
             clip = _decoder(camera, os.getpid()).decode_part(part)
             if clip.frames is None:
                 raise ValueError(f"camera {camera}: {part.path.relative_to(self.held.folder)}: {clip.reason}")
             return clip.frames
-        frames = np.empty((told.length, *FRAME), np.uint8)
+        frames = np.empty((meta.length, *FRAME), np.uint8)
         count = 0
-        for count, content in enumerate(self.held.pictures(told, feature), 1):
-            if count <= told.length:
+        for count, content in enumerate(self.held.pictures(meta, feature), 1):
+            if count <= meta.length:
                 try:
                     frames[count - 1] = read_picture(content, FORMATS)
                 except Exception as error:
                     raise ValueError(f"camera {camera}, frame {count - 1}: {one_line(error)}") from None
-        if count != told.length:
-            raise ValueError(f"camera {camera}: {count} pictures for {told.length} rows")
+        if count != meta.length:
+            raise ValueError(f"camera {camera}: {count} pictures for {meta.length} rows")
         return frames
 
     def close(self) -> None:
@@ -141,9 +141,9 @@ class Lerobot:
 
     def files(self, job: Job) -> list[Path]:
         """info.json, and the files that hold the episode."""
-        assert isinstance(job, LerobotJob) and job.told is not None
-        told = job.told
-        places = [lerobot.INFO, told.data, *(view.path for _, view in told.shown)]
+        assert isinstance(job, LerobotJob) and job.meta is not None
+        meta = job.meta
+        places = [lerobot.INFO, meta.data, *(view.path for _, view in meta.shown)]
         return [self.held.folder / place for place in places if place]
 
     def attributes(self) -> dict[str, Any]:

@@ -68,7 +68,7 @@ class Shown:
 
 
 @dataclasses.dataclass(frozen=True)
-class Told:
+class EpisodeMeta:
     """An episode as meta tells of it; `reason` says what is wrong with that, else it is None.
 
     data: file of its rows, relative to the set. shown: video features and where they show it. split:
@@ -114,12 +114,12 @@ class LerobotSet:
         """Which of `DATA` and `VIDEOS` the set follows."""
         return self.version[:2]
 
-    def episodes(self) -> list[Told]:
+    def episodes(self) -> list[EpisodeMeta]:
         """All episodes by number. Raises `UserError` where meta cannot be read, or one stands there twice."""
         rows = _episode_lines(self) if self.layout == "v2" else _episode_rows(self)
-        found: dict[int, Told] = {}
+        found: dict[int, EpisodeMeta] = {}
         for row in rows:
-            episode = self._told(row)
+            episode = self._meta(row)
             if episode.number in found:
                 raise UserError(
                     f"{self.folder}: episode {episode.number} stands twice in meta/episodes; leave one there"
@@ -129,14 +129,14 @@ class LerobotSet:
             raise UserError(f"{self.folder}: meta names no episode; name the folder of a whole set")
         return [found[number] for number in sorted(found)]
 
-    def _told(self, row: dict[str, Any]) -> Told:
+    def _meta(self, row: dict[str, Any]) -> EpisodeMeta:
         number = row.get("episode_index")
         if type(number) is not int or not 0 <= number < MAX_EPISODE:
             raise UserError(f"{self.folder}: an episode of number {shown(number)} in meta/episodes; mend it")
         tasks = row.get("tasks")
         task = "; ".join(sorted(map(str, tasks))) if isinstance(tasks, list) else ""
         split = next((name for name, begin, end in self.splits if begin <= number < end), None)
-        told = Told(number, 0, printable(task, MAX_TASK), "", (), split)
+        meta = EpisodeMeta(number, 0, printable(task, MAX_TASK), "", (), split)
         length = row.get("length")
         try:
             if type(length) is not int or length < 1:
@@ -144,8 +144,8 @@ class LerobotSet:
             data = self.place("data_path", number, row.get("data/chunk_index"), row.get("data/file_index"))
             views = tuple((key, self._shown(row, number, key)) for key, kind in self.cameras if kind == VIDEO)
         except ValueError as error:
-            return dataclasses.replace(told, reason=str(error))
-        return dataclasses.replace(told, length=length, data=data, shown=views)
+            return dataclasses.replace(meta, reason=str(error))
+        return dataclasses.replace(meta, length=length, data=data, shown=views)
 
     def _shown(self, row: dict[str, Any], number: int, key: str) -> Shown:
         """Where a camera shows an episode. Raises `ValueError` where the row does not tell."""
@@ -180,7 +180,7 @@ class LerobotSet:
             raise ValueError(f"{template}: {shown(path)} leads out of the set")
         return path
 
-    def rows(self, episode: Told, features: Sequence[str]) -> Rows:
+    def rows(self, episode: EpisodeMeta, features: Sequence[str]) -> Rows:
         """The rows of an episode. Raises `ValueError` where they are not those that it tells of."""
         path = self.folder / episode.data
         try:
@@ -189,9 +189,9 @@ class LerobotSet:
             order = of_episode
             if "frame_index" in table:
                 order = of_episode[np.argsort(table["frame_index"][of_episode, 0], kind="stable")]
-                told = table["frame_index"][order, 0]
-                if not np.array_equal(told, np.arange(len(order))):
-                    odd = int(np.flatnonzero(told != np.arange(len(order)))[0])
+                numbers = table["frame_index"][order, 0]
+                if not np.array_equal(numbers, np.arange(len(order))):
+                    odd = int(np.flatnonzero(numbers != np.arange(len(order)))[0])
                     raise ValueError(f"its frame {odd} is missing, or there twice")
             if len(order) != episode.length:
                 raise ValueError(f"{len(order)} rows of the episode, meta/episodes tells of {episode.length}")
@@ -214,7 +214,7 @@ class LerobotSet:
         begin = shown.begin + (first - 0.5) * step
         return Part(self.folder / shown.path, begin, begin + length * step, length, exact=True, final=final)
 
-    def pictures(self, episode: Told, key: str) -> Iterator[bytes]:
+    def pictures(self, episode: EpisodeMeta, key: str) -> Iterator[bytes]:
         """The encoded pictures of an image feature in order. Raises `ValueError` where one is missing."""
         path = self.folder / episode.data
         try:
@@ -257,8 +257,8 @@ def open_set(folder: Path, key: str = "demos.path") -> LerobotSet:
     """
     if not (folder / INFO).is_file():
         old = (folder / "meta_data").is_dir()
-        told = "a LeRobotDataset of v1, which is not read; convert it" if old else f"holds no {INFO}"
-        raise UserError(f"{key} = {folder}: {told}; name the folder of a LeRobotDataset of v2.0 to v3.0")
+        problem = "a LeRobotDataset of v1, which is not read; convert it" if old else f"holds no {INFO}"
+        raise UserError(f"{key} = {folder}: {problem}; name the folder of a LeRobotDataset of v2.0 to v3.0")
     try:
         info = files.parse_json(files.read_bytes(folder / INFO, MAX_INFO))
         version = info.get("codebase_version") if isinstance(info, dict) else None
@@ -299,8 +299,10 @@ def _is_camera(about: Any) -> bool:
     if not isinstance(about, dict) or about.get("dtype") not in (IMAGE, VIDEO):
         return False
     held = [about.get(name) for name in ("info", "video_info")]
-    told = [about, *(each for each in held if isinstance(each, dict))]
-    return not any(each.get(key) is True for each in told for key in ("is_depth_map", "video.is_depth_map"))
+    entries = [about, *(each for each in held if isinstance(each, dict))]
+    return not any(
+        each.get(key) is True for each in entries for key in ("is_depth_map", "video.is_depth_map")
+    )
 
 
 def _width(about: Any) -> int:
@@ -314,10 +316,10 @@ def _width(about: Any) -> int:
     return width if width <= MAX_WIDTH else 0
 
 
-def _own_splits(told: Any) -> tuple[tuple[str, int, int], ...]:
+def _own_splits(splits: Any) -> tuple[tuple[str, int, int], ...]:
     """Splits as "train", "validation" or "test" with their episodes, if one is for validation."""
     found = []
-    for name, text in told.items() if isinstance(told, dict) else ():
+    for name, text in splits.items() if isinstance(splits, dict) else ():
         borders = re.fullmatch(r"(\d{1,9}):(\d{1,9})", text) if isinstance(text, str) else None
         if borders:
             split = "validation" if name in VALIDATION else "test" if name in TEST else "train"
@@ -422,8 +424,10 @@ def _as_rows(name: str, column: pa.ChunkedArray) -> npt.NDArray[Any]:
 def _may_hold(file: Any, group: int, episode: int) -> bool:
     """Whether a row group may have rows of an episode, as far as its statistics tell."""
     paths = [file.schema.column(number).path for number in range(len(file.schema.names))]
-    told = file.metadata.row_group(group).column(paths.index("episode_index")).statistics
-    return told is None or not told.has_min_max or bool(told.min <= episode <= told.max)
+    statistics = file.metadata.row_group(group).column(paths.index("episode_index")).statistics
+    return (
+        statistics is None or not statistics.has_min_max or bool(statistics.min <= episode <= statistics.max)
+    )
 
 
 # --- As videos without actions ------------------------------------------------------------------------------
@@ -467,7 +471,7 @@ def plan(held: LerobotSet, seconds: float) -> tuple[list[Member], Labels]:
 
 
 def _cut(
-    held: LerobotSet, name: str, episode: Told, view: Shown, seconds: float, final: bool
+    held: LerobotSet, name: str, episode: EpisodeMeta, view: Shown, seconds: float, final: bool
 ) -> list[Member]:
     """The clips of an episode; `final`: the file shows no later one."""
     length, step = episode.length, 1 / held.fps
