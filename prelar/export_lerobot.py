@@ -367,7 +367,7 @@ def encoder(ffmpeg: str, path: Path, codec: str, fps: float) -> Iterator[Any]:
         lines = said.read().decode("utf-8", "replace").strip().splitlines()
     if status:
         raise UserError(
-            f"{path}: ffmpeg failed ({lines[-1] if told else status}); free space, try --codec "
+            f"{path}: ffmpeg failed ({lines[-1] if lines else status}); free space, try --codec "
             f"{'h264' if codec == 'av1' else 'av1'}, or name another ffmpeg"
         )
 

@@ -252,6 +252,6 @@ def _task(data: h5py.Group) -> str:
 def _rate(data: h5py.Group) -> float | None:
     """Frames a second: how often the environment is controlled; None where that is not told."""
     settings = _parsed(data, "env_args").get("env_kwargs")
-    rate = settings.get("control_freq") if isinstance(told, dict) else None
+    rate = settings.get("control_freq") if isinstance(settings, dict) else None
     sound = isinstance(rate, int | float) and not isinstance(rate, bool) and 0 < rate <= 1e6
     return float(rate) if sound and rate is not None else None
