@@ -4,6 +4,9 @@ export PATH := $(CURDIR)/.venv/bin:$(PATH)
 READY := .venv/.ready
 SHOWN := --only-changed --keep 'success_rate|return|prediction_error|controllability' \
 	--drop '(data|flows|prelar|reports)/.*|.*[.]yaml|metrics[.]json|Created'
+PYTEST := python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
+# Apart from the others, which would take half as long again where lines are counted.
+OF_MODEL := tests/model tests/test_methods.py
 
 .DEFAULT_GOAL := help
 .PHONY: help setup repro test test-long test-live lint format bench bench-learning ui show check lock params clean rlbench-setup
@@ -28,8 +31,8 @@ repro: check ## run the pipeline of dvc.yaml at the scale of params.yaml
 
 test: lint ## run all checks and tests
 	@sh tools/browser.sh
-	@python -m pytest -n 2 --dist loadfile --no-loadscope-reorder --durations 15 \
-		--cov=prelar.model --cov-report=term-missing:skip-covered --cov-fail-under=95
+	@$(PYTEST) $(OF_MODEL) --cov=prelar.model --cov-report=term-missing:skip-covered --cov-fail-under=95
+	@$(PYTEST) $(OF_MODEL:%=--ignore=%) --durations 15
 
 test-long: $(READY) ## run what takes longer: repeated kills, fuzzing and learning runs
 	@python -m pytest -m long
