@@ -26,7 +26,7 @@ def run() -> dict[str, float]:
 
 def reading(scale: str) -> float:
     """Steps a second at a scale."""
-    presets = load_config(Path("params.yaml")).scales[scale]
+    presets = getattr(load_config(Path("params.yaml")).scales, scale)
     names = ("cnn_depth", "decoder_channels", "hidden", "deter", "stoch", "discrete", "action_dim")
     sizes = {name: getattr(presets.pretrain, name) for name in names}
     sizes |= {"units": presets.finetune.units, "layers": presets.finetune.layers}
