@@ -9,7 +9,7 @@ PYTEST := python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
 OF_MODEL := tests/model tests/test_methods.py
 
 .DEFAULT_GOAL := help
-.PHONY: help setup repro test test-long test-live lint format bench bench-learning ui show check lock params clean rlbench-setup
+.PHONY: help setup repro test test-long test-live lint format bench bench-learning demo-model ui show check lock params clean rlbench-setup
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## /{printf "  make %-14s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -60,6 +60,9 @@ ui: $(READY) ## serve the flows in the Prefect UI on this machine
 
 show: $(READY) ## compare experiments: what differs between them, and what came out
 	@dvc exp show $(SHOWN)
+
+demo-model: $(READY) ## pack the agent of the run at hand as the model that the package ships
+	@python -m prelar.simulator.demo
 
 lock: $(READY) ## resolve pyproject.toml into requirements.lock anew
 	@python tools/lock.py

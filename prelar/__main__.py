@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import get_args
 
 from prelar import __version__
-from prelar.config import Config
+from prelar.config import PARAMS, Config
 from prelar.envs.names import checked_config
 from prelar.utils.errors import run_main
 from prelar.utils.files import exclusive
@@ -59,6 +59,9 @@ def main() -> None:
 
         print(sources.listing())
         return
+    if arguments.command == "play":
+        run_play(arguments)
+        return
     config = checked_config()
     if arguments.command == "check":
         print("params.yaml is valid")
@@ -68,8 +71,6 @@ def main() -> None:
         run_actions(config, arguments)
     elif arguments.command == "export-lerobot":
         run_export(config, arguments)
-    elif arguments.command == "play":
-        run_play(config, arguments)
     elif arguments.command == "report" and arguments.experiments:
         run_comparison(arguments)
     else:
@@ -177,17 +178,18 @@ def add_play_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="CHECKPOINT",
         nargs="?",
         type=Path,
-        default=Path("data/finetune"),
-        help="default: data/finetune",
+        help="default: data/finetune, or without one the small trained model that the package ships",
     )
     parser.add_argument("--port", type=int, default=8390, help="default: 8390; 0: a free one")
 
 
-def run_play(config: Config, arguments: argparse.Namespace) -> None:
-    """Serve a checkpoint until Ctrl-C."""
-    from prelar.simulator import play
+def run_play(arguments: argparse.Namespace) -> None:
+    """Serve a checkpoint until Ctrl-C, in a project or outside one."""
+    from prelar.simulator import demo, play
 
-    play.run(config, arguments.checkpoint, arguments.port)
+    config = checked_config() if PARAMS.is_file() else None
+    own = demo.FINETUNE if (demo.FINETUNE / "config.json").is_file() else demo.DEMO
+    play.run(config, arguments.checkpoint or own, arguments.port)
 
 
 def add_import_arguments(parser: argparse.ArgumentParser) -> None:

@@ -25,31 +25,35 @@ from starlette.responses import HTMLResponse
 from starlette.routing import Route, WebSocketRoute
 from starlette.websockets import WebSocket, WebSocketDisconnect
 
-from prelar.config import Config
+from prelar.config import PARAMS, Config
 from prelar.simulator.page import Entry, describe, digest, find_world, imagining, render
 from prelar.simulator.step import Step, load_step
-from prelar.simulator.world import World, read_world
+from prelar.simulator.world import WORLD, World, read_world
 from prelar.train.loop import set_up
 from prelar.utils.errors import UserError
 
 HOST = "127.0.0.1"
-WORLD = "world.safetensors"
-"""Of a checkpoint's folder, what its model starts from, where it travels with it."""
 CONNECTIONS = 16
 PATIENCE = 2
 HEADERS = {"X-Content-Type-Options": "nosniff", "X-Frame-Options": "DENY", "Referrer-Policy": "no-referrer"}
 
 
-def run(config: Config, folder: Path, port: int) -> None:
-    """Serve a checkpoint until Ctrl-C. `port` 0 takes a free one.
+def run(config: Config | None, folder: Path, port: int) -> None:
+    """Serve a checkpoint until Ctrl-C. `port` 0 takes a free one. None: outside a project.
 
     Raises `UserError` where there is no model in `folder`, nothing to start from, or the port is taken.
     """
-    set_up(device="cpu", precision="fp32", threads=config.threads)
+    set_up(device="cpu", precision="fp32", threads=config.threads if config else 1)
     step = load_step(folder)
     kept = folder / WORLD
-    world = read_world(kept) if kept.is_file() else find_world(config, step)
+    if kept.is_file():
+        world: World | None = read_world(kept)
+    elif config is None:
+        raise UserError(f"{PARAMS}: not found, which says what {folder} starts from; run in the project")
+    else:
+        world = find_world(config, step)
     if world is None:
+        assert config is not None
         raise UserError(f"{config.store}: holds out no clip of {config.evaluate.length} frames to start from")
     with socket.socket() as listener:
         listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)

@@ -29,6 +29,8 @@ from prelar.utils.tables import evenly_spaced_indices
 Arrays = dict[str, npt.NDArray[Any]]
 
 SPLIT = "validation"
+WORLD = "world.safetensors"
+"""Of a checkpoint's folder, what its model starts from, where it travels with it."""
 CLIPS, EPISODES = 8, 3
 AXES_CLIPS = 64
 LONGEST = 40
@@ -111,7 +113,7 @@ def describe(step: Step, controls: str, labels: list[str]) -> dict[str, Any]:
     return sizes | {"controls": controls, "discrete": False, "labels": labels}
 
 
-def episodes_world(step: Step, *, seed: int, time_limit: int) -> World:
+def episodes_world(step: Step, *, seed: int, time_limit: int, episodes: int = EPISODES) -> World:
     """Episodes of the agent, the first of its evaluation, for a fine-tuned model."""
     gl.ensure()
     described = step.described
@@ -119,7 +121,7 @@ def episodes_world(step: Step, *, seed: int, time_limit: int) -> World:
     assert step.agent is not None
     with make_env(described["task"], time_limit=time_limit, action_repeat=repeat) as simulator:
         env = PixelEnv(simulator, seed=episode_seed(RngStream.EVALUATION_EPISODES, seed))
-        played = [play(env, step.agent, episode=n, seed=seed, keep_frames=True) for n in range(EPISODES)]
+        played = [play(env, step.agent, episode=n, seed=seed, keep_frames=True) for n in range(episodes)]
     length = min(LONGEST, *(len(episode.actions) + 1 for episode in played))
     frames = np.stack([episode.frames[:length] for episode in played if episode.frames is not None])
     actions = np.stack([episode.actions[: length - 1] for episode in played])

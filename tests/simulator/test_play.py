@@ -16,9 +16,9 @@ import torch
 from starlette.testclient import TestClient
 from starlette.websockets import WebSocketDisconnect
 
-from prelar.simulator.play import WORLD, advance, application
+from prelar.simulator.play import advance, application
 from prelar.simulator.step import Step, gumbel_noise, load_step
-from prelar.simulator.world import World
+from prelar.simulator.world import WORLD, World
 from tests.browser import browser_page
 from tests.conftest import ROOT
 from tests.simulator.small import make_checkpoint, make_world
