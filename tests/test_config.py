@@ -99,11 +99,18 @@ def test_every_field_is_a_param_of_some_stage(scale: str) -> None:
     ] == []
 
 
+BORROWED = {
+    "evaluate": ["scales.${scale}.finetune.action_repeat"],
+    "simulator": ["scales.${scale}.evaluate.length", "scales.${scale}.evaluate.time_limit"],
+}
+
+
 def test_a_preset_belongs_to_one_stage_and_one_scale() -> None:
     for name, stage in read_yaml(ROOT / "dvc.yaml")["stages"].items():
         presets = [param for param in stage.get("params", []) if param.startswith("scales")]
-        shared = ["scales.${scale}.finetune.action_repeat"] if name == "evaluate" else []
-        assert presets in ([], [f"scales.${{scale}}.{name}", *shared])
+        others = [param for param in presets if not param.startswith(f"scales.${{scale}}.{name}")]
+        assert others == BORROWED.get(name, [])
+        assert len(presets) - len(others) == (name in ("pretrain", "finetune", "evaluate"))
 
 
 @pytest.mark.parametrize(
