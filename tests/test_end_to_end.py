@@ -20,7 +20,7 @@ import pytest
 from tests.browser import browser_page, picture, read_artifact, run_from_form, sign_in
 from tests.conftest import Project
 from tests.docs import blocks, commands
-from tests.serving import create_run, serving, told
+from tests.serving import create_run, serving, told, until
 
 FLOWS = {
     "pipeline": "pipeline",
@@ -29,6 +29,7 @@ FLOWS = {
     "demos": "store-demos",
 }
 DATA_STAGES = ("sample", "ssv2", "demos")
+ENDS = ("COMPLETED", "FAILED", "CRASHED", "CANCELLED")
 OF_EVALUATION = "scales.smoke.evaluate.probe_updates"
 
 
@@ -157,10 +158,12 @@ def test_a_browser_runs_an_experiment_beside_the_workspace(project: Project, ui:
     assert 400 <= refused.status_code < 500 and "beta_a" in refused.text
     with browser_page() as (page, hosts):
         run_from_form(page, sign_in(page, ui), "pipeline", "smaller-bonus", {"bonus": "0.3"})
-        state = page.get_by_text(re.compile("^(Completed|Failed|Crashed|Cancelled)$")).first
-        state.wait_for(timeout=400_000)
+        of_run, number = page.url, page.url.rpartition("/")[2].partition("?")[0]
+        page.goto("about:blank")  # the page of a run that goes on draws, and takes a core from it
+        until(lambda: told("GET", f"{ui}/flow_runs/{number}").json()["state"]["type"] in ENDS, "its end", 600)
+        page.goto(of_run)
+        page.get_by_text("Completed", exact=True).first.wait_for()
         picture(page, "ended")
-        assert state.inner_text() == "Completed"
         told_of, links = read_artifact(page, "result")
         assert re.search(r"bonus\s+0\.3", told_of) and "success_rate" in told_of
         (name,) = [text for text in links if text.startswith("reports/experiments/")]
