@@ -10,11 +10,11 @@ import dataclasses
 import importlib
 import importlib.metadata
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from prelar.config import OWN_SOURCES, Demos
-from prelar.demos import apv_npz, hdf5, lerobot, rlbench_folder
+from prelar.demos import apv_npz, lerobot, rlbench_folder
 from prelar.demos.episodes import Source
 from prelar.demos.metaworld import Metaworld
 from prelar.demos.rlbench_live import RlbenchLive
@@ -61,34 +61,39 @@ def _rlbench(settings: Demos) -> Source:
     )
 
 
-def _apv_npz(settings: Demos) -> Source:
-    return apv_npz.open_folder(Path(str(settings.path)), chosen(settings.tasks), chosen(settings.cameras))
-
-
 def _rlbench_folder(settings: Demos) -> Source:
     folder, tasks, cameras = Path(str(settings.path)), chosen(settings.tasks), chosen(settings.cameras)
     return rlbench_folder.open_folder(folder, settings.action_mode, tasks, cameras)
 
 
-def _lerobot(settings: Demos) -> Source:
-    return lerobot.open_folder(Path(str(settings.path)), chosen(settings.tasks), chosen(settings.cameras))
+def _hdf5(folder: Path, tasks: Sequence[str] | None, cameras: Sequence[str] | None) -> Source:
+    from prelar.demos import hdf5  # h5py is for those who read such files
+
+    return hdf5.open_folder(folder, tasks, cameras)
 
 
-def _hdf5(settings: Demos) -> Source:
-    return hdf5.open_folder(Path(str(settings.path)), chosen(settings.tasks), chosen(settings.cameras))
+def _in_folder(open_folder: Callable[..., Source]) -> Callable[[Demos], Source]:
+    """What opens a source by its folder, tasks and cameras."""
+    return lambda settings: open_folder(
+        Path(str(settings.path)), chosen(settings.tasks), chosen(settings.cameras)
+    )
 
 
 KINDS = {
     "metaworld": Kind("nothing: scripted experts act in MuJoCo", "actions, gripper, success", _metaworld),
     "rlbench": Kind("CoppeliaSim and `make rlbench-setup`", "actions, gripper", _rlbench),
     "apv_npz": Kind(
-        "a folder of APV's .npz episodes", "actions, gripper, where the files hold them", _apv_npz
+        "a folder of APV's .npz episodes",
+        "actions, gripper, where the files hold them",
+        _in_folder(apv_npz.open_folder),
     ),
     "rlbench_folder": Kind("a folder of RLBench's generator", "actions, gripper", _rlbench_folder),
     "lerobot": Kind(
-        "the folder of a LeRobotDataset, v2.0 to v3.0", "actions, state, where the set has them", _lerobot
+        "the folder of a LeRobotDataset, v2.0 to v3.0",
+        "actions, state, where the set has them",
+        _in_folder(lerobot.open_folder),
     ),
-    "hdf5": Kind("a folder of HDF5 files of robomimic's or LIBERO's layout", "actions", _hdf5),
+    "hdf5": Kind("a folder of HDF5 files of robomimic's or LIBERO's layout", "actions", _in_folder(_hdf5)),
 }
 
 

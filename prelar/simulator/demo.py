@@ -8,8 +8,6 @@ from __future__ import annotations
 import subprocess
 from pathlib import Path
 
-import torch
-
 from prelar.config import PARAMS, Config, load_config, read_yaml
 from prelar.simulator.step import load_step
 from prelar.simulator.world import WORLD, episodes_world
@@ -45,7 +43,6 @@ def pack(config: Config, target: Path = DEMO) -> None:
 
 def main() -> None:
     """Pack the agent of the run at hand."""
-    torch.manual_seed(0)
     pack(load_config())
 
 

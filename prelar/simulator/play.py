@@ -45,9 +45,8 @@ def run(config: Config | None, folder: Path, port: int) -> None:
     """
     set_up(device="cpu", precision="fp32", threads=config.threads if config else 1)
     step = load_step(folder)
-    kept = folder / WORLD
-    if kept.is_file():
-        world: World | None = read_world(kept)
+    if (folder / WORLD).is_file():
+        world: World | None = read_world(folder / WORLD)
     elif config is None:
         raise UserError(f"{PARAMS}: not found, which says what {folder} starts from; run in the project")
     else:
