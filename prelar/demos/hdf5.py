@@ -151,10 +151,14 @@ def _looks(path: Path) -> Iterator[tuple[list[str], int]]:
 
 def _is_camera(views: h5py.Group, name: str) -> bool:
     try:
-        held = _array(views, name)
+        return _holds_pictures(_array(views, name))
     except ValueError:
         return False
-    return held.dtype == np.uint8 and held.ndim == 4 and held.shape[-1] == 3
+
+
+def _holds_pictures(held: h5py.Dataset) -> bool:
+    """Whether a data set is uint8 (T, H, W, 3)."""
+    return bool(held.dtype == np.uint8 and held.ndim == 4 and held.shape[-1] == 3)
 
 
 def _opened(path: Path) -> h5py.File:
@@ -208,7 +212,7 @@ def _actions(held: h5py.Dataset) -> Array:
 def _frames(held: h5py.Dataset, flipped: bool) -> Frames:
     """A camera's pictures, uint8 (T, 64, 64, 3), upright, a picture at a time."""
     name = held.name.rpartition("/")[2]
-    if held.dtype != np.uint8 or held.ndim != 4 or held.shape[-1] != 3:
+    if not _holds_pictures(held):
         raise ValueError(f"camera {name}: {held.dtype} {held.shape}, not uint8 (T, H, W, 3)")
     if not 0 < held.shape[1] * held.shape[2] <= MAX_PIXELS:
         raise ValueError(

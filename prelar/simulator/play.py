@@ -45,15 +45,7 @@ def run(config: Config | None, folder: Path, port: int) -> None:
     """
     set_up(device="cpu", precision="fp32", threads=config.threads if config else 1)
     step = load_step(folder)
-    if (folder / WORLD).is_file():
-        world: World | None = read_world(folder / WORLD)
-    elif config is None:
-        raise UserError(f"{PARAMS}: not found, which says what {folder} starts from; run in the project")
-    else:
-        world = find_world(config, step)
-    if world is None:
-        assert config is not None
-        raise UserError(f"{config.store}: holds out no clip of {config.evaluate.length} frames to start from")
+    world = _starts(config, step, folder)
     with socket.socket() as listener:
         listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         try:
@@ -64,6 +56,18 @@ def run(config: Config | None, folder: Path, port: int) -> None:
         word = secrets.token_urlsafe(16)
         print(f"play: http://{HOST}:{port}/{word}/  (Ctrl-C ends it)", flush=True)
         serve(application(step, world, port, word), listener)
+
+
+def _starts(config: Config | None, step: Step, folder: Path) -> World:
+    """What lies beside the checkpoint, else what the project has. Raises `UserError` without either."""
+    if (folder / WORLD).is_file():
+        return read_world(folder / WORLD)
+    if config is None:
+        raise UserError(f"{PARAMS}: not found, which says what {folder} starts from; run in the project")
+    world = find_world(config, step)
+    if world is None:
+        raise UserError(f"{config.store}: holds out no clip of {config.evaluate.length} frames to start from")
+    return world
 
 
 def serve(app: Starlette, listener: socket.socket) -> None:
