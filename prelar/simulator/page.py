@@ -17,10 +17,11 @@ from pathlib import Path
 from typing import Any
 
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
+from torch import nn
 
 from prelar.config import Config
 from prelar.simulator import runtime
-from prelar.simulator.step import Step, export, load_step
+from prelar.simulator.step import Step, export, export_look, load_step
 from prelar.simulator.world import World, clips_world, episodes_world
 from prelar.store.store import Store
 from prelar.train.checkpoint import load_config
@@ -45,13 +46,15 @@ class Entry:
     """A model of the page.
 
     title, notes: what it is, in words and in sentences. world: what it starts from, None where it cannot be
-    played. graph: its ONNX graph, None where a server runs it. mark: a digest of its weights.
+    played. graph, look: ONNX graphs of its step and of what it takes a picture for, None where a server runs
+    them; `look` also where it does not fit into the page. mark: a digest of its weights.
     """
 
     title: str
     notes: Sequence[str]
     world: World | None = None
     graph: bytes | None = None
+    look: bytes | None = None
     mark: str = ""
 
 
@@ -83,7 +86,7 @@ def find_world(config: Config, step: Step) -> World | None:
 def make_entry(folder: Path, start: Callable[[Step], World | None], root: Path) -> Entry:
     """What the page shows of a checkpoint."""
     step = load_step(folder)
-    size = sum(value.nbytes for part in imagining(step) for value in part.state_dict().values())
+    size = weigh(imagining(step))
     title, notes = describe(step, size, root)
     remedy = f"To play it: python -m prelar play {folder}"
     if size > LARGEST:
@@ -94,10 +97,17 @@ def make_entry(folder: Path, start: Callable[[Step], World | None], root: Path) 
     world = start(step)
     if world is None:
         return Entry(title, [*notes, "The store holds out no clip of its length to start from."])
-    return Entry(title, notes, world, export(step, world.context(0)), digest(step))
+    context = world.context(0)
+    look = export_look(step, context) if size + weigh([step.model.encoder]) <= LARGEST else None
+    return Entry(title, notes, world, export(step, context), look, digest(step))
 
 
-def imagining(step: Step) -> list[Any]:
+def weigh(modules: Sequence[nn.Module]) -> int:
+    """Bytes of the weights of modules."""
+    return sum(value.nbytes for module in modules for value in module.state_dict().values())
+
+
+def imagining(step: Step) -> list[nn.Module]:
     """The modules of which a step consists."""
     model = step.model
     return [model.dynamics, model.decoder, model.heads, *filter(None, (step.actor, step.critic))]
@@ -144,11 +154,14 @@ def render(entries: Sequence[Entry], found: runtime.Runtime | None, *, socket: s
     for number, entry in enumerate(entries):
         described: dict[str, Any] = {"title": entry.title, "notes": list(entry.notes), "playable": False}
         if entry.world is not None and (socket or found):
-            described |= {"playable": True, "about": entry.world.about, "mark": entry.mark}
+            looks = socket is not None or entry.look is not None
+            described |= {"playable": True, "about": entry.world.about, "mark": entry.mark, "looks": looks}
             blocks[f"world-{number}"] = entry.world.content()
             if not socket:
                 assert entry.graph is not None
                 blocks[f"model-{number}"] = entry.graph
+                if entry.look is not None:
+                    blocks[f"look-{number}"] = entry.look
         told.append(described)
     if blocks and not socket:
         assert found is not None

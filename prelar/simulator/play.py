@@ -2,7 +2,7 @@
 
 For models too large for a page, and for checkpoints that no page was made for. The server listens on the
 loopback interface only, answers who has the address that it prints, which holds a word drawn at each start,
-under its own name and to its own page, and takes messages of one size.
+under its own name and to its own page, and takes messages of two sizes.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ from __future__ import annotations
 import asyncio
 import secrets
 import socket
-from collections.abc import Mapping
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -26,15 +26,19 @@ from starlette.routing import Route, WebSocketRoute
 from starlette.websockets import WebSocket, WebSocketDisconnect
 
 from prelar.config import PARAMS, Config
-from prelar.simulator.page import Entry, describe, digest, find_world, imagining, render
-from prelar.simulator.step import Step, load_step
+from prelar.simulator.page import Entry, describe, digest, find_world, imagining, render, weigh
+from prelar.simulator.step import Look, Step, load_step
 from prelar.simulator.world import WORLD, World, read_world
 from prelar.train.loop import set_up
 from prelar.utils.errors import UserError
+from prelar.utils.frames import FRAME, FRAME_BYTES
 
 HOST = "127.0.0.1"
 CONNECTIONS = 16
 PATIENCE = 2
+Seen = list[tuple[torch.Tensor, ...]]
+"""The context of the picture that a page has sent, if it has sent one."""
+
 HEADERS = {"X-Content-Type-Options": "nosniff", "X-Frame-Options": "DENY", "Referrer-Policy": "no-referrer"}
 
 
@@ -85,8 +89,7 @@ def serve(app: Starlette, listener: socket.socket) -> None:
 
 def application(step: Step, world: World, port: int, word: str) -> Starlette:
     """The page at `/<word>/`, and its steps over the WebSocket `/<word>/step`."""
-    size = sum(value.nbytes for part in imagining(step) for value in part.state_dict().values())
-    title, notes = describe(step, size)
+    title, notes = describe(step, weigh(imagining(step)))
     page = render(
         [Entry(title, notes, world, mark=digest(step))], None, socket=f"ws://{HOST}:{port}/{word}/step"
     )
@@ -101,11 +104,12 @@ def application(step: Step, world: World, port: int, word: str) -> Starlette:
             await websocket.close(1008)
             return
         await websocket.accept()
+        seen: Seen = []
         try:
             while True:
                 message = await websocket.receive_bytes()
                 async with turn:
-                    answer = await run_in_threadpool(advance, step, world, message)
+                    answer = await run_in_threadpool(respond, step, world, seen, message)
                 await websocket.send_bytes(answer)
         except ValueError as error:
             await websocket.close(1008, str(error))
@@ -119,13 +123,21 @@ def application(step: Step, world: World, port: int, word: str) -> Starlette:
 
 
 @torch.no_grad()
-def advance(step: Step, world: World, message: bytes) -> bytes:
-    """One step, asked for and answered in little-endian float32.
+def respond(step: Step, world: World, seen: Seen, message: bytes) -> bytes:
+    """What is answered to a message, in little-endian float32: the classes (S), deter (D) and, after
+    fine-tuning, reward, value and the policy's action, of a state.
 
-    Asked: 0, the clip's number, the classes (S), deter (D), the action (A) and the noise (S·K). Answered: the
-    next classes and deter, after fine-tuning reward, value and the policy's action, then the picture's bytes.
-    Raises `ValueError` for anything else than such a message of finite numbers.
+    A picture's bytes and one more, a length that no step's message has, ask for the state that the model
+    takes it for; `seen` then has its context. A step is asked for by 0, the clip's number, the classes (S),
+    deter (D), the action (A) and the noise (S·K), and the answer ends with the picture's bytes; the number
+    after the last clip's stands for the picture of before. Raises `ValueError` for any other message, and for
+    numbers that are not finite or out of their range.
     """
+    if len(message) == FRAME_BYTES + 1:
+        frame = torch.frombuffer(bytearray(message[:-1]), dtype=torch.uint8).view(1, *FRAME)
+        stoch, deter, *rest = Look(step)(frame)
+        judged, seen[:] = rest[:3] if step.actor else [], [tuple(rest[3:] if step.actor else rest)]
+        return _pack(stoch, deter, judged)
     spec = step.spec
     sizes = {"head": 2, "stoch": spec.stoch, "deter": spec.deter, "action": step.action_dim}
     sizes |= {"noise": spec.stoch * spec.discrete}
@@ -134,32 +146,25 @@ def advance(step: Step, world: World, message: bytes) -> bytes:
     numbers = np.frombuffer(message, "<f4")
     if not np.isfinite(numbers).all():
         raise ValueError("numbers that are not finite")
-    given = dict(zip(sizes, np.split(numbers, np.cumsum(list(sizes.values()))[:-1]), strict=True))
-    clip, chosen = (
-        _whole(given["head"], len(world.arrays["frames"]))[1],
-        _whole(given["stoch"], spec.discrete),
-    )
-    return _answer(step, world, int(clip), chosen, given)
-
-
-def _whole(numbers: np.ndarray, count: int) -> torch.Tensor:
-    """Numbers as integers. Raises `ValueError` where one is no whole number below `count`."""
-    if not ((numbers >= 0) & (numbers < count) & (numbers == np.floor(numbers))).all():
-        raise ValueError("a number out of its range")
-    return torch.from_numpy(numbers.astype(np.int64))
-
-
-def _answer(
-    step: Step, world: World, clip: int, chosen: torch.Tensor, given: Mapping[str, np.ndarray]
-) -> bytes:
-    """The next state and what is seen of it."""
-    deter, action, noise = (torch.from_numpy(given[name].copy()) for name in ("deter", "action", "noise"))
-    classes = step.spec.discrete
-    one_hot = torch.nn.functional.one_hot(chosen, classes).float()[None]
+    parts = np.split(numbers, np.cumsum(list(sizes.values()))[:-1])
+    head, chosen, deter, action, noise = (torch.from_numpy(part.copy()) for part in parts)
+    clips = len(world.arrays["frames"])
+    clip = int(_whole(head, clips + len(seen))[1])
+    one_hot = torch.nn.functional.one_hot(_whole(chosen, spec.discrete), spec.discrete).float()
+    context = world.context(clip) if clip < clips else seen[0]
     stoch, deter, frame, *judged = step(
-        one_hot, deter[None], action[None], noise.view(1, -1, classes), *world.context(clip)
+        one_hot[None], deter[None], action[None], noise.view(1, -1, spec.discrete), *context
     )
+    return _pack(stoch, deter, judged) + frame.contiguous().numpy().tobytes()
+
+
+def _whole(numbers: torch.Tensor, count: int) -> torch.Tensor:
+    """Numbers as integers. Raises `ValueError` where one is no whole number below `count`."""
+    if not ((numbers >= 0) & (numbers < count) & (numbers == numbers.floor())).all():
+        raise ValueError("a number out of its range")
+    return numbers.long()
+
+
+def _pack(stoch: torch.Tensor, deter: torch.Tensor, judged: Sequence[torch.Tensor]) -> bytes:
     found = [stoch.argmax(-1).float(), deter, *judged]
-    return torch.cat([value.flatten() for value in found]).numpy().astype("<f4").tobytes() + (
-        frame.contiguous().numpy().tobytes()
-    )
+    return torch.cat([value.flatten() for value in found]).numpy().astype("<f4").tobytes()

@@ -21,18 +21,19 @@ from torch import Tensor, nn
 
 from prelar.control.agent import Agent, load_agent
 from prelar.methods import build_model, restore
-from prelar.model.images import denormalise
+from prelar.model.images import denormalise, normalise
 from prelar.model.layers import MLP, load_weights
 from prelar.model.losses import straight_through
 from prelar.model.spec import ModelSpec
 from prelar.model.world_model import WorldModel
 from prelar.train.checkpoint import load_config, load_parts
 from prelar.utils.errors import UserError
+from prelar.utils.frames import SIZE
 
 Floats = npt.NDArray[np.float32]
 
 STAGES = ("pretrain", "finetune")
-OUTPUTS = ("next_stoch", "next_deter", "frame", "reward", "value", "policy")
+JUDGED = ("reward", "value", "policy")
 
 
 class Step(nn.Module):
@@ -85,6 +86,28 @@ class Step(nn.Module):
         return reward, self.critic(feature).squeeze(-1).float(), action
 
 
+class Look(nn.Module):
+    """The state that a trained model takes a picture for, which nothing came before."""
+
+    def __init__(self, step: Step) -> None:
+        super().__init__()
+        self.step = step
+
+    def forward(self, frame: Tensor) -> tuple[Tensor, ...]:
+        """A picture uint8 (1, 64, 64, 3).
+
+        Returns the most likely one-hots (1, S, K), deter (1, D), after fine-tuning `Step.judge` of them, and
+        the context's maps, if the model has a context.
+        """
+        images, model = normalise(frame)[:, None], self.step.model
+        embed, context = model.encode(images)
+        action = frame.new_zeros(1, self.step.action_dim, dtype=torch.float32)
+        before = model.dynamics.initial(1, frame.device)
+        first = torch.ones(1, dtype=torch.bool)
+        post = model.dynamics.obs_step(before, model.action.step(action), embed[:, 0], first, False)
+        return post["stoch"], post["deter"], *self.step.judge(model.feature(post)), *context
+
+
 def load_step(folder: Path) -> Step:
     """The step of a checkpoint of pre-training or fine-tuning, on the CPU and without gradients.
 
@@ -110,21 +133,43 @@ def load_step(folder: Path) -> Step:
 
 
 def export(step: Step, context: Sequence[Tensor] = ()) -> bytes:
-    """The step as an ONNX graph with its weights: inputs `stoch`, `deter`, `action`, `noise`, `context0`, ….
+    """The step as an ONNX graph: inputs `stoch`, `deter`, `action`, `noise`, `context0`, …; outputs
+    `next_stoch`, `next_deter`, `frame` and, after fine-tuning, `reward`, `value`, `policy`.
 
-    `context` are maps of the shapes to come. The same step gives the same bytes, without a path or a time.
+    `context` are maps of the shapes to come.
     """
     spec = step.spec
     latent = torch.zeros(1, spec.stoch, spec.discrete)
     inputs = latent, torch.zeros(1, spec.deter), torch.zeros(1, step.action_dim), latent.clone(), *context
-    names = ["stoch", "deter", "action", "noise", *(f"context{i}" for i in range(len(context)))]
-    outputs = OUTPUTS if step.actor else OUTPUTS[:3]
+    names = ["stoch", "deter", "action", "noise", *_contexts(context)]
+    return _graph(step, inputs, names, ["next_stoch", "next_deter", "frame", *_judged(step)])
+
+
+def export_look(step: Step, context: Sequence[Tensor] = ()) -> bytes:
+    """`Look` as an ONNX graph: input `frame`; outputs `stoch`, `deter`, after fine-tuning `reward`, `value`,
+    `policy`, and `context0`, …, as many as `context` has."""
+    frame = torch.zeros(1, SIZE, SIZE, 3, dtype=torch.uint8)
+    return _graph(Look(step), (frame,), ["frame"], ["stoch", "deter", *_judged(step), *_contexts(context)])
+
+
+def _judged(step: Step) -> Sequence[str]:
+    return JUDGED if step.actor else ()
+
+
+def _contexts(context: Sequence[Tensor]) -> list[str]:
+    return [f"context{i}" for i in range(len(context))]
+
+
+def _graph(
+    module: nn.Module, inputs: tuple[Tensor, ...], names: Sequence[str], outputs: Sequence[str]
+) -> bytes:
+    """A module as an ONNX graph with its weights; the same one gives the same bytes, without path or time."""
     with _quiet():
         program = torch.onnx.export(
-            step,
+            module,
             inputs,
             input_names=names,
-            output_names=list(outputs),
+            output_names=outputs,
             dynamo=True,
             external_data=False,
             verbose=False,

@@ -12,7 +12,7 @@ from prelar.methods import METHODS, build_model
 from prelar.model.layers import MLP, initialise
 from prelar.model.spec import ModelSpec
 from prelar.simulator.page import Entry, digest
-from prelar.simulator.step import Step, export, load_step
+from prelar.simulator.step import Step, export, export_look, load_step
 from prelar.simulator.world import World, robot_world, video_world
 from prelar.train.checkpoint import save_parts
 
@@ -57,5 +57,6 @@ def make_entry(
     make_checkpoint(folder, method, stage, **sizes)
     step = load_step(folder)
     world = make_world(step, labels)
-    graph = export(step, world.context(0))
-    return Entry(f"{method}, {stage}", ["A small model."], world, graph, digest(step))
+    context = world.context(0)
+    graphs = export(step, context), export_look(step, context)
+    return Entry(f"{method}, {stage}", ["A small model."], world, *graphs, digest(step))

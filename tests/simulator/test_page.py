@@ -28,9 +28,7 @@ from tests.simulator.small import make_checkpoint, make_entry
 
 ATTACK = "</script><script>document.title='hurt'</script><img src=x onerror=\"document.title='hurt'\">"
 NEAR = 1e-4
-ROLL = """async ([number, clip, frame, seed, actions]) => {
-  await choose(number, {clip, frame, seed, chance: true});
-  for (const record of actions) { await advance(record); }
+TEXTS = """
   const bytes = array => new Uint8Array(array.buffer, array.byteOffset, array.byteLength);
   const text = array => btoa(String.fromCharCode(...bytes(array)));
   return simulator.steps.slice(1).map(({stoch, deter, frame, reward, value, policy, record}) => {
@@ -38,6 +36,13 @@ ROLL = """async ([number, clip, frame, seed, actions]) => {
     return [stoch, deter, frame, judged, actionOf(simulator.world, record)].map(text);
   });
 }"""
+OWN = "async actions => { for (const record of actions) { await advance(record); }" + TEXTS
+ROLL = (
+    """async ([number, clip, frame, seed, actions]) => {
+  await choose(number, {clip, frame, seed, chance: true});
+  for (const record of actions) { await advance(record); }"""
+    + TEXTS
+)
 
 
 @pytest.fixture(scope="module")
@@ -206,6 +211,50 @@ def test_a_rollout_is_rewound_followed_kept_and_shared(file: Path) -> None:
     with opened(file, fragment) as (page, _):
         page.get_by_text("Replayed 4 steps").wait_for()
         assert page.evaluate("[...simulator.steps[4].frame]") == last
+
+
+def test_a_picture_of_ones_own_is_a_start(
+    file: Path, entries: dict[str, tuple[Entry, Path]], tmp_path: Path
+) -> None:
+    """An uncompressed one of a frame's size, so that the model sees its bytes, and one of another size."""
+    entry, folder = entries["finetune"]
+    assert entry.world is not None
+    frame = entry.world.arrays["frames"][1, 0]
+    Image.fromarray(frame).save(tmp_path / "own.png")
+    Image.new("RGB", (300, 200), (200, 30, 10)).save(tmp_path / "wide.jpg")
+    (tmp_path / "none.png").write_bytes(b"no picture")
+    with opened(file) as (page, _):
+        page.locator("#file").set_input_files(tmp_path / "own.png")
+        page.locator("#clip option:text-is('your picture')").wait_for(state="attached")
+        page.wait_for_function("simulator.clip === simulator.world.clips")
+        start = page.evaluate(
+            "[[...simulator.steps[0].frame], [...simulator.steps[0].stoch], simulator.steps[0].value]"
+        )
+        assert start[0] == frame.flatten().tolist()
+        assert start[1] == entry.world.arrays["stoch"][1, 0].tolist()
+        assert start[2] == pytest.approx(entry.world.arrays["value"][1, 0], abs=1e-4)
+        rolled = page.evaluate(OWN, [[100, -50, 20, 127]] * 3)
+        assert follow(load_step(folder), entry.world, 1, 0, 1, rolled) == 3
+        page.get_by_role("button", name="Copy a link").click()
+        page.get_by_text("A link cannot carry").wait_for()
+        page.locator("#file").set_input_files(tmp_path / "wide.jpg")
+        page.wait_for_function("simulator.steps.length === 1")
+        red, green, blue = page.evaluate("[...simulator.steps[0].frame.slice(0, 3)]")
+        assert red > 180 and green < 60 and blue < 60
+        page.locator("#file").set_input_files(tmp_path / "none.png")
+        page.get_by_text("none.png: no picture").wait_for()
+
+
+def test_the_camera_gives_a_start(file: Path) -> None:
+    fake = "--use-fake-device-for-media-stream", "--use-fake-ui-for-media-stream"
+    with browser_page(*fake) as (page, _):
+        page.goto(file.as_uri())
+        page.get_by_role("button", name="Use the camera").click()
+        page.get_by_role("button", name="Take the picture").click()
+        page.locator("#clip option:text-is('your picture')").wait_for(state="attached")
+        page.locator("#preview").wait_for(state="hidden")
+        assert len(set(page.evaluate("[...simulator.steps[0].frame]"))) > 2
+        assert page.evaluate("document.getElementById('preview').srcObject") is None
 
 
 @pytest.mark.parametrize(

@@ -16,8 +16,8 @@ import torch
 from starlette.testclient import TestClient
 from starlette.websockets import WebSocketDisconnect
 
-from prelar.simulator.play import advance, application
-from prelar.simulator.step import Step, gumbel_noise, load_step
+from prelar.simulator.play import application, respond
+from prelar.simulator.step import Look, Step, gumbel_noise, load_step
 from prelar.simulator.world import WORLD, World
 from tests.browser import browser_page
 from tests.conftest import ROOT
@@ -55,7 +55,7 @@ def ask(world: World, **changes: object) -> bytes:
 
 def test_a_message_is_answered_with_the_step(played: tuple[Step, World]) -> None:
     step, world = played
-    answer = advance(step, world, ask(world))
+    answer = respond(step, world, [], ask(world))
     noise = torch.from_numpy(gumbel_noise(1, 1, (1, 4, 4)))
     with torch.no_grad():
         expected = step(*world.start(1, 3, 4), torch.tensor([[0.5, -1, 0, 1]]), noise, *world.context(1))
@@ -65,6 +65,24 @@ def test_a_message_is_answered_with_the_step(played: tuple[Step, World]) -> None
         numbers[4:], torch.cat([part.flatten() for part in (expected[1], *expected[3:])])
     )
     assert answer[-12288:] == expected[2].numpy().tobytes()
+
+
+def test_a_picture_is_answered_with_its_state_and_then_a_start(played: tuple[Step, World]) -> None:
+    step, world = played
+    picture, seen = world.arrays["frames"][1, 2], []
+    with torch.no_grad():
+        stoch, deter, _, _, _, *context = Look(step)(torch.from_numpy(picture)[None])
+    numbers = np.frombuffer(respond(step, world, seen, picture.tobytes() + b"\0"), "<f4")
+    assert np.array_equal(numbers[:4], stoch.argmax(-1)[0])
+    np.testing.assert_allclose(numbers[4:20], deter[0])
+    own = {"clip": [2], "stoch": numbers[:4], "deter": numbers[4:20]}
+    answer = respond(step, world, seen, ask(world, **own))
+    noise = torch.from_numpy(gumbel_noise(1, 1, (1, 4, 4)))
+    with torch.no_grad():
+        expected = step(stoch, deter, torch.tensor([[0.5, -1, 0, 1]]), noise, *context)
+    assert answer[-12288:] == expected[2].numpy().tobytes()
+    with pytest.raises(ValueError, match="range"):
+        respond(step, world, [], ask(world, **own))
 
 
 @pytest.mark.parametrize(
@@ -81,7 +99,7 @@ def test_a_message_is_answered_with_the_step(played: tuple[Step, World]) -> None
 )
 def test_what_is_no_step_is_refused(played: tuple[Step, World], changes: dict[str, object]) -> None:
     with pytest.raises(ValueError, match=r"size|range|finite"):
-        advance(*played, ask(played[1], **changes))
+        respond(*played, [], ask(played[1], **changes))
 
 
 @pytest.fixture(scope="module")
@@ -106,7 +124,7 @@ def test_other_names_origins_and_addresses_are_refused(
     with client.websocket_connect(STEPS, headers={"Origin": HOME}) as socket:
         message = ask(played[1])
         socket.send_bytes(message)
-        assert socket.receive_bytes() == advance(*played, message)
+        assert socket.receive_bytes() == respond(*played, [], message)
         socket.send_bytes(message[:-1])
         with pytest.raises(WebSocketDisconnect):
             socket.receive_bytes()

@@ -11,7 +11,7 @@ import torch
 
 from prelar.model.images import denormalise
 from prelar.model.losses import straight_through
-from prelar.simulator.step import export, gumbel_noise, load_step
+from prelar.simulator.step import Look, export, export_look, gumbel_noise, load_step
 from prelar.simulator.world import World, read_world
 from prelar.utils.errors import UserError
 from tests.simulator.small import KINDS, make_checkpoint, make_world
@@ -58,6 +58,24 @@ def test_the_state_of_a_start_is_what_filtering_the_frames_gives(tmp_path: Path)
     np.testing.assert_allclose(neighbours, inferred.detach().numpy(), atol=1e-5)
 
 
+@pytest.mark.parametrize(("method", "stage"), KINDS)
+def test_a_picture_is_taken_for_what_a_clip_that_begins_with_it_starts_from(
+    tmp_path: Path, method: str, stage: str
+) -> None:
+    make_checkpoint(tmp_path / "it", method, stage)
+    step = load_step(tmp_path / "it")
+    world = make_world(step)
+    with torch.no_grad():
+        stoch, deter, *rest = Look(step)(torch.from_numpy(world.arrays["frames"][1:, 0]))
+    expected = world.start(1, 0, 4)
+    assert torch.equal(stoch, expected[0])
+    torch.testing.assert_close(deter, expected[1])
+    judged = [world.arrays[name][1, 0] for name in ("reward", "value", "policy") if stage == "finetune"]
+    for found, wanted in zip(rest, judged, strict=False):
+        np.testing.assert_allclose(found[0].numpy(), wanted, atol=1e-5)
+    assert [value.shape for value in rest[len(judged) :]] == [value.shape for value in world.context(1)]
+
+
 @pytest.mark.parametrize(
     ("method", "stage"),
     [pytest.param(*kind, marks=() if kind in QUICK else pytest.mark.long) for kind in KINDS],
@@ -86,6 +104,14 @@ def test_its_graph_computes_the_same(tmp_path: Path, method: str, stage: str) ->
         for one, other in zip(found[3:], expected[3:], strict=True):
             np.testing.assert_allclose(one, other.numpy(), atol=1e-4)
         stoch, deter = expected[0], expected[1]
+    frames = torch.from_numpy(world.arrays["frames"][:1, 3])
+    found = onnxruntime.InferenceSession(export_look(step, world.context(0))).run(
+        None, {"frame": frames.numpy()}
+    )
+    with torch.no_grad():
+        expected = Look(step)(frames)
+    for one, other in zip(found, expected, strict=True):
+        np.testing.assert_allclose(one, other.numpy(), atol=1e-4)
 
 
 @pytest.mark.long

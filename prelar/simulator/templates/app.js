@@ -1,7 +1,7 @@
 "use strict";
 // The page: what a person sees and touches.
 
-const LONGEST = 2000, SIDE = 64, DEVIATION = 42, ZOOM = 6;
+const LONGEST = 2000, DEVIATION = 42, ZOOM = 6;
 const KEYS = {ArrowLeft: [0, -1], ArrowRight: [0, 1], ArrowUp: [1, 1], ArrowDown: [1, -1], KeyW: [2, 1], KeyS: [2, -1]};
 const PAD = [["Left", 0, -1], ["Right", 0, 1], ["Forward", 1, 1], ["Back", 1, -1], ["Up", 2, 1], ["Down", 2, -1]];
 const DEAD_ZONE = 0.2;
@@ -11,7 +11,7 @@ const at = id => document.getElementById(id);
 const setup = JSON.parse(at("setup").textContent);
 const engines = new Map();
 const held = new Map();  // what is pressed: name → [axis, sign]
-const simulator = {world: null, steps: [], position: 0, clip: 0, frame: 0, seed: 1, chance: true, busy: false};
+const simulator = {world: null, steps: [], position: 0, clip: 0, frame: 0, seed: 1, chance: true, busy: false, own: null};
 let running = false, closed = false, gripWas = false, recorder = null, since = 0;
 
 function tell(text, warn = false) {
@@ -30,7 +30,7 @@ async function openWorld(number) {
     const world = {...entry.about, number, mark: entry.mark, arrays, clips, frames, groups};
     const engine = setup.socket
       ? await RemoteEngine.start(setup.socket, number, world)
-      : await LocalEngine.start(`model-${number}`, world);
+      : await LocalEngine.start(number, world);
     engines.set(number, {world, engine});
   }
   return engines.get(number);
@@ -62,10 +62,12 @@ function isRecord(world, record) {  // whether a record out of a link can be app
     (record[1] >= 0 && record[1] < world.clips && [2, 3].every(i => record[i] >= 0 && record[i] < world.frames));
 }
 
+const isOwn = () => simulator.clip === simulator.world.clips;  // whether it starts from a picture of one's own
+
 function restart() {
-  const {world, clip, frame} = simulator, {arrays} = world;
+  const {world, clip, frame, own} = simulator, {arrays} = world;
   const of = name => arrays[name] ? row(arrays[name], clip, frame) : null;
-  simulator.steps = [{
+  simulator.steps = [isOwn() ? own : {
     stoch: Int32Array.from(of("stoch")), deter: Float32Array.from(of("deter")), frame: of("frames"),
     reward: of("reward")?.[0] ?? null, value: of("value")?.[0] ?? null, policy: of("policy"),
   }];
@@ -81,7 +83,8 @@ async function advance(record) {  // one step of imagination from where the roll
   try {
     const size = world.groups * world.classes;
     const noise = chance ? gumbelNoise(seed, position + 1, size) : new Float32Array(size);
-    const made = await engine.step(steps[position], actionOf(world, record), noise, clip);
+    const context = {clip, maps: isOwn() ? simulator.own.context : null};
+    const made = await engine.step(steps[position], actionOf(world, record), noise, context);
     if (simulator.steps === steps) {
       steps.length = position + 1;
       steps.push({...made, record});
@@ -118,7 +121,7 @@ function pushed() {  // what keys, buttons and the gamepad ask of three axes, ea
 function nextRecord(axes) {
   const {world, steps, position, clip, frame} = simulator;
   const driver = document.querySelector("[name=driver]:checked").value;
-  const time = frame + position, recorded = driver === "record" && time + 1 < world.frames;
+  const time = frame + position, recorded = driver === "record" && !isOwn() && time + 1 < world.frames;
   if (driver === "record" && !recorded) { setRunning(false); }
   if (world.controls === "none") { return []; }
   if (world.controls === "latent") {
@@ -173,10 +176,11 @@ function paint(canvas, frame) {
 function draw() {
   const {world, steps, position, clip, frame} = simulator, step = steps[position];
   paint(at("imagined"), step.frame);
-  const time = Math.min(frame + position, world.frames - 1), over = frame + position >= world.frames;
-  paint(at("truth"), row(world.arrays.frames, clip, time));
+  const last = isOwn() ? 0 : world.frames - 1, time = Math.min(frame + position, last), over = frame + position > last;
+  paint(at("truth"), isOwn() ? steps[0].frame : row(world.arrays.frames, clip, time));
   at("truth").classList.toggle("over", over);
-  at("truth-told").textContent = over ? "True: the recording has ended" : `True: frame ${time} of the recording`;
+  const told = isOwn() ? "Your picture, as the model sees it" : `True: frame ${time} of the recording`;
+  at("truth-told").textContent = over && !isOwn() ? "True: the recording has ended" : told;
   const number = value => value === null || value === undefined ? "–" : value.toFixed(2);
   at("step").textContent = String(position);
   at("reward").textContent = number(step.reward);
@@ -187,6 +191,66 @@ function draw() {
   at("position").value = String(position);
   at("back").disabled = position === 0;
   if (recorder) { film(); }
+}
+
+// --- A start of one's own ---
+
+async function look(source, width, height) {  // a picture or a frame of a video becomes the start, squashed as stores do
+  if (!(width && height)) { throw new Error("it has no size"); }
+  const canvas = Object.assign(document.createElement("canvas"), {width: SIDE, height: SIDE});
+  const pen = canvas.getContext("2d");
+  pen.imageSmoothingQuality = "high";
+  pen.fillRect(0, 0, SIDE, SIDE);
+  pen.drawImage(source, 0, 0, width, height, 0, 0, SIDE, SIDE);
+  const picture = pen.getImageData(0, 0, SIDE, SIDE).data.filter((_, i) => i % 4 !== 3);
+  const {world, engine} = simulator;
+  setRunning(false);
+  while (simulator.busy) { await new Promise(done => setTimeout(done, 5)); }
+  simulator.busy = true;
+  try {
+    simulator.own = {...await engine.look(Uint8Array.from(picture)), frame: Uint8Array.from(picture)};
+  } finally { simulator.busy = false; }
+  if (simulator.world !== world) { return; }
+  const option = at("clip").options[world.clips] ?? at("clip").appendChild(document.createElement("option"));
+  Object.assign(option, {value: String(world.clips), textContent: "your picture"});
+  Object.assign(simulator, {clip: world.clips, frame: 0});
+  at("clip").value = String(world.clips);
+  at("frame").value = "0";
+  restart();
+  tell("");
+}
+
+async function lookAtFile(file) {
+  try {
+    const image = await createImageBitmap(file);
+    await look(image, image.width, image.height);
+  } catch (error) { tell(`${file.name}: no picture that this browser can read (${error.message ?? error})`, true); }
+}
+
+function closeCamera() {
+  const video = at("preview");
+  for (const track of video.srcObject?.getTracks() ?? []) { track.stop(); }
+  video.srcObject = null;
+  video.hidden = true;
+  at("camera").textContent = "Use the camera";
+}
+
+async function useCamera() {
+  const video = at("preview");
+  try {
+    if (video.srcObject) {
+      await look(video, video.videoWidth, video.videoHeight);
+      closeCamera();
+      return;
+    }
+    video.srcObject = await navigator.mediaDevices.getUserMedia({video: true});
+    video.hidden = false;
+    await video.play();
+    at("camera").textContent = "Take the picture";
+  } catch (error) {
+    closeCamera();
+    tell(`The camera gives no picture: ${error.message ?? error}`, true);
+  }
 }
 
 // --- Keeping it ---
@@ -235,6 +299,7 @@ function link() {
 }
 
 async function share() {
+  if (isOwn()) { tell("A link cannot carry a picture of your own; save the rollout as a GIF."); return; }
   location.hash = link();
   try {
     await navigator.clipboard.writeText(location.href);
@@ -272,8 +337,10 @@ async function choose(number, {clip = 0, frame = 0, seed = simulator.seed, chanc
   while (simulator.busy) { await new Promise(done => setTimeout(done, 5)); }
   Object.assign(simulator, {world, engine, clip, frame, seed, chance});
   const names = world.labels.map((label, i) => `${i + 1}. ${label}`);
+  simulator.own = null;
   fill(at("clip"), names);
   fill(at("from-clip"), names);
+  at("own").hidden = !setup.entries[number].looks;
   for (const [id, value] of Object.entries({model: number, clip, frame, seed})) { at(id).value = String(value); }
   at("chance").checked = chance;
   for (const id of ["frame", "from", "to"]) { at(id).max = String(world.frames - 1); }
@@ -321,10 +388,24 @@ function layPad() {
 function listen() {
   const bounded = id => Math.max(0, Math.min(Number(at(id).max), Math.floor(Number(at(id).value)) || 0));
   const anew = () => {
-    Object.assign(simulator, {clip: Number(at("clip").value), frame: bounded("frame"), seed: bounded("seed"), chance: at("chance").checked});
+    const clip = Number(at("clip").value);
+    Object.assign(simulator, {clip, frame: clip === simulator.world.clips ? 0 : bounded("frame"), seed: bounded("seed"), chance: at("chance").checked});
     for (const id of ["frame", "seed"]) { at(id).value = String(simulator[id]); }
     restart();
   };
+  at("file").addEventListener("change", () => {
+    const [file] = at("file").files;
+    at("file").value = "";
+    if (file) { lookAtFile(file); }
+  });
+  at("camera").hidden = !navigator.mediaDevices?.getUserMedia;
+  at("camera").addEventListener("click", useCamera);
+  addEventListener("dragover", event => event.preventDefault());
+  addEventListener("drop", event => {
+    event.preventDefault();
+    const [file] = event.dataTransfer.files;
+    if (file && setup.entries[simulator.world.number].looks) { lookAtFile(file); }
+  });
   at("model").addEventListener("change", () => guarded(() => choose(Number(at("model").value))));
   for (const id of ["clip", "frame", "seed", "chance"]) { at(id).addEventListener("change", anew); }
   at("restart").addEventListener("click", () => { setRunning(false); restart(); });

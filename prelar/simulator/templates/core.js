@@ -1,7 +1,7 @@
 "use strict";
 // What of the simulator needs no page: noise, blocks of data, links, and the two engines that make a step.
 
-const MASK = 0xffffffff;
+const MASK = 0xffffffff, SIDE = 64;
 
 function mix(value) {  // a hash of integers, of which the last 32 bits count, to 32 bits
   let x = value >>> 0;
@@ -47,10 +47,11 @@ function row(array, ...place) {  // the row of an array at the first numbers of 
   return array.data.subarray(begin, begin + size);
 }
 
-// --- Engines: step(state, action, noise, clip) → state, frame, reward, value, policy ---
+// --- Engines: step(state, action, noise, context) → state, frame, reward, value, policy ---
+// look(picture) → state, reward, value, policy, context; a context is {clip, maps by name}
 
 class LocalEngine {  // the model in this page
-  static async start(name, world) {
+  static async start(number, world) {
     if (!LocalEngine.runtime) {
       const script = new Blob([await readBlock("runtime")], {type: "text/javascript"});
       const address = URL.createObjectURL(script);
@@ -63,34 +64,47 @@ class LocalEngine {  // the model in this page
       LocalEngine.runtime = runtime;
     }
     const engine = new LocalEngine();
-    engine.session = await LocalEngine.runtime.InferenceSession.create(await readBlock(name));
-    engine.world = world;
+    engine.session = await LocalEngine.runtime.InferenceSession.create(await readBlock(`model-${number}`));
+    Object.assign(engine, {number, world});
     return engine;
   }
 
-  async step({stoch, deter}, action, noise, clip) {
+  read(made, stoch, deter) {
+    const {reward, value, policy} = made;
+    return {
+      stoch: classesOf(stoch.data, this.world.classes),
+      deter: Float32Array.from(deter.data),
+      reward: reward ? reward.data[0] : null,
+      value: value ? value.data[0] : null,
+      policy: policy ? Float32Array.from(policy.data) : null,
+    };
+  }
+
+  async look(picture) {
+    const {Tensor, InferenceSession} = LocalEngine.runtime;
+    this.looking ??= await InferenceSession.create(await readBlock(`look-${this.number}`));
+    const made = await this.looking.run({frame: new Tensor("uint8", picture, [1, SIDE, SIDE, 3])});
+    const maps = Object.entries(made).filter(([name]) => name.startsWith("context"));
+    return {...this.read(made, made.stoch, made.deter), context: Object.fromEntries(maps)};
+  }
+
+  async step({stoch, deter}, action, noise, {clip, maps}) {
     const {Tensor} = LocalEngine.runtime, {classes, groups} = this.world;
     const given = {
       stoch: new Tensor("float32", oneHot(stoch, classes), [1, groups, classes]),
       deter: new Tensor("float32", deter, [1, deter.length]),
       action: new Tensor("float32", action, [1, action.length]),
       noise: new Tensor("float32", noise, [1, groups, classes]),
+      ...maps,
     };
-    for (const [name, array] of Object.entries(this.world.arrays)) {
+    for (const [name, array] of Object.entries(maps ? {} : this.world.arrays)) {
       if (name.startsWith("context")) {
         given[name] = new Tensor("float32", row(array, clip), [1, ...array.shape.slice(1)]);
       }
     }
     const feeds = Object.fromEntries(this.session.inputNames.map(name => [name, given[name]]));
     const made = await this.session.run(feeds);
-    return {
-      stoch: classesOf(made.next_stoch.data, classes),
-      deter: Float32Array.from(made.next_deter.data),
-      frame: Uint8Array.from(made.frame.data),
-      reward: made.reward ? made.reward.data[0] : null,
-      value: made.value ? made.value.data[0] : null,
-      policy: made.policy ? Float32Array.from(made.policy.data) : null,
-    };
+    return {...this.read(made, made.next_stoch, made.next_deter), frame: Uint8Array.from(made.frame.data)};
   }
 }
 
@@ -113,27 +127,37 @@ class RemoteEngine {  // the model in a server on this machine, asked over a Web
     return engine;
   }
 
-  async step({stoch, deter}, action, noise, clip) {
+  async ask(message, picture) {  // a state, and the bytes of a picture where one is to come
     if (this.closed) { throw new Error("the server has ended; start it again and load this page anew"); }
+    const answer = await new Promise((done, fail) => {
+      this.waiting = {done, fail};
+      this.socket.send(message);
+    });
+    const end = answer.byteLength - picture, groups = this.world.groups, size = this.world.arrays.deter.shape[2];
+    const found = new Float32Array(answer, 0, end / 4), more = found.subarray(groups + size);
+    return {
+      stoch: Int32Array.from(found.subarray(0, groups)),
+      deter: found.slice(groups, groups + size),
+      frame: new Uint8Array(answer, end),
+      reward: more.length ? more[0] : null,
+      value: more.length ? more[1] : null,
+      policy: more.length ? more.slice(2) : null,
+    };
+  }
+
+  async look(picture) {
+    const sent = new Uint8Array(picture.length + 1);  // a length that no step's message has
+    sent.set(picture);
+    return {...await this.ask(sent.buffer, 0), context: null};
+  }
+
+  async step({stoch, deter}, action, noise, {clip}) {
     const numbers = [Float32Array.from(stoch), deter, action, noise];
     const sent = new Float32Array(2 + numbers.reduce((sum, part) => sum + part.length, 0));
     sent.set([this.number, clip]);
     let place = 2;
     for (const part of numbers) { sent.set(part, place); place += part.length; }
-    const answer = await new Promise((done, fail) => {
-      this.waiting = {done, fail};
-      this.socket.send(sent.buffer);
-    });
-    const found = new Float32Array(answer, 0, (answer.byteLength - 12288) / 4);
-    const groups = stoch.length, more = found.subarray(groups + deter.length);
-    return {
-      stoch: Int32Array.from(found.subarray(0, groups)),
-      deter: found.slice(groups, groups + deter.length),
-      frame: new Uint8Array(answer, found.byteLength),
-      reward: more.length ? more[0] : null,
-      value: more.length ? more[1] : null,
-      policy: more.length ? more.slice(2) : null,
-    };
+    return this.ask(sent.buffer, 3 * SIDE * SIDE);
   }
 }
 
