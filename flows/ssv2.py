@@ -17,7 +17,7 @@ from flows import decoding, dvc, runtime, staging
 from prelar.config import Config, Ssv2, load_config
 from prelar.envs.names import checked_config
 from prelar.store.store import Store, StoreWriter
-from prelar.utils import disk, files
+from prelar.utils import disk, files, hub
 from prelar.utils.frames import FRAME_BYTES
 from prelar.videos import download, ingest, lerobot
 from prelar.videos.decode import Decoder
@@ -97,7 +97,7 @@ def store_suites(store: Store, known: Labels | None, min_frames: int, max_bad: f
 def find(settings: Ssv2, decoder: Decoder) -> tuple[Source, Labels]:
     """The source that params.yaml names, and what is known of its clips."""
     labels = Path(settings.labels) if settings.labels else None
-    folder = Path(settings.source) if isinstance(settings.source, str) else None
+    folder = hub.data_set(settings.source) if isinstance(settings.source, str) else None
     if folder and labels is None and lerobot.is_set(folder):
         parts, known = lerobot.plan(lerobot.open_set(folder, "ssv2.source"), settings.clip_seconds)
         return Source((), (), None, tuple(parts)), known
@@ -107,14 +107,14 @@ def find(settings: Ssv2, decoder: Decoder) -> tuple[Source, Labels]:
             return ingest.videos_source(
                 folder, own, decoder, settings.clip_seconds, bar.update, settings.min_frames
             )
-    source = find_archive(settings.source, settings.labels)
+    source = find_archive(folder or settings.source, settings.labels)
     assert source.labels is not None
     return source, read_labels(source.labels)
 
 
-def find_archive(source: str | list[str], labels: str | None) -> Source:
+def find_archive(source: Path | str | list[str], labels: str | None) -> Source:
     """Something-Something V2 where params.yaml says it is; a list of URLs is downloaded first."""
-    if isinstance(source, str):
+    if isinstance(source, str | Path):
         return ingest.folder_source(Path(source), Path(labels) if labels else None)
     wanted = [*source, labels] if labels and labels.startswith(("http://", "https://")) else source
     paths = fetch(wanted)

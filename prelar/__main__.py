@@ -43,6 +43,8 @@ HELPERS = {
     "export-lerobot": "write a store as a LeRobotDataset v3.0, with latent actions if a model is named",
     "play": "serve a checkpoint to a browser on this machine, to drive what its model imagines",
     "import-reference": "turn a published checkpoint into data/pretrain, for fine-tuning to start from",
+    "push": "hand a checkpoint on through the Hugging Face Hub, with a card of its params and figures",
+    "completion": 'print what completes these commands in a shell: eval "$(prelar completion bash)"',
 }
 
 
@@ -62,6 +64,16 @@ def main() -> None:
     if arguments.command == "play":
         run_play(arguments)
         return
+    if arguments.command == "push":
+        from prelar import push
+
+        push.run(arguments.name, arguments.checkpoint, private=arguments.private, pictures=arguments.pictures)
+        return
+    if arguments.command == "completion":
+        import shtab
+
+        print(shtab.complete(build_parser("prelar"), arguments.shell))
+        return
     config = checked_config()
     if arguments.command == "check":
         print("params.yaml is valid")
@@ -77,10 +89,10 @@ def main() -> None:
         run_stage(arguments.command, config)
 
 
-def build_parser() -> argparse.ArgumentParser:
-    """The parser of the command line."""
+def build_parser(name: str | None = None) -> argparse.ArgumentParser:
+    """The parser of the command line, which is called `name`, or as it was started."""
     parser = argparse.ArgumentParser(
-        prog="prelar" if Path(sys.argv[0]).stem == "prelar" else "python -m prelar",
+        prog=name or ("prelar" if Path(sys.argv[0]).stem == "prelar" else "python -m prelar"),
         description="World models pre-trained on action-free video. Reads params.yaml.",
     )
     parser.add_argument("--version", action="version", version=f"prelar {__version__}")
@@ -94,6 +106,8 @@ def build_parser() -> argparse.ArgumentParser:
     add_export_arguments(parsers["export-lerobot"])
     add_play_arguments(parsers["play"])
     add_import_arguments(parsers["import-reference"])
+    add_push_arguments(parsers["push"])
+    parsers["completion"].add_argument("shell", choices=["bash", "zsh"])
     return parser
 
 
@@ -217,6 +231,25 @@ def run_import(config: Config, arguments: argparse.Namespace) -> None:
             part=arguments.part,
             output=arguments.output,
         )
+
+
+def add_push_arguments(parser: argparse.ArgumentParser) -> None:
+    """The arguments of push."""
+    parser.add_argument("name", metavar="ORG/NAME", help="the repository, which is made where there is none")
+    parser.add_argument(
+        "checkpoint",
+        metavar="CHECKPOINT",
+        nargs="?",
+        type=Path,
+        default=Path("data/finetune"),
+        help="default: data/finetune",
+    )
+    parser.add_argument("--private", action="store_true", help="a repository that is made is private")
+    parser.add_argument(
+        "--pictures",
+        action="store_true",
+        help="upload pictures of held-out clips too, where their licence allows it; the project's own go",
+    )
 
 
 def run_stage(command: str, config: Config) -> None:

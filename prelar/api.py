@@ -23,6 +23,7 @@ from prelar.model.spec import ModelSpec
 from prelar.model.vision import Context
 from prelar.model.world_model import WorldModel
 from prelar.train.checkpoint import load_parts
+from prelar.utils import hub
 from prelar.utils.errors import UserError
 from prelar.utils.frames import FRAME
 
@@ -31,6 +32,7 @@ Floats = npt.NDArray[np.float32]
 
 STAGES = ("pretrain", "finetune")
 CHUNK = 256
+FILES = ("config.json", "*.safetensors")
 
 
 @dataclass(frozen=True)
@@ -51,10 +53,14 @@ class Imagery:
 
 
 class Loaded:
-    """A trained world model. `spec` says what it is, `stage` what made it."""
+    """A trained world model.
 
-    def __init__(self, model: WorldModel) -> None:
+    `spec` says what it is, `stage` what made it, `revision` which of the hub's commits it is, if any.
+    """
+
+    def __init__(self, model: WorldModel, revision: str | None = None) -> None:
         self.model, self.stage, self.spec = model, model.spec.stage, model.spec
+        self.revision = revision
 
     @property
     def device(self) -> torch.device:
@@ -190,17 +196,23 @@ class Loaded:
         return given.expand(batch, -1, -1)
 
 
-def load(checkpoint: str | Path, device: str = "cpu") -> Loaded:
-    """Load a checkpoint of pre-training or fine-tuning: a folder such as data/pretrain.
+def load(checkpoint: str | Path, device: str = "cpu", revision: str | None = None) -> Loaded:
+    """Load a checkpoint of pre-training or fine-tuning: a folder, or `org/name` of the hub.
 
-    Only tensors and JSON are read, nothing in the files is run. Raises `UserError` where the folder holds no
-    checkpoint that this version reads.
+    A text is the name of a repository where neither it nor its first part is a folder here; `revision` is a
+    commit, a tag or a branch of it, None: the newest. Only tensors and JSON are read, nothing in the files is
+    run. Raises `UserError` where there is no checkpoint that this version reads.
     """
     folder = Path(checkpoint)
+    if hub.is_name(checkpoint):
+        folder = hub.fetch(str(checkpoint), revision=revision, patterns=FILES, kind="model")
+        revision = folder.name
+    elif revision is not None:
+        raise UserError(f"revision = {revision}: {folder} is a folder, which has none; leave it out")
     parts, described = load_parts(folder)
     stage = described.get("stage")
     if stage not in STAGES or "model" not in described:
         raise UserError(f"{folder}: its config.json names no model; give the folder that a stage has written")
     spec = ModelSpec.read(described["model"], stage=stage, source=str(folder))
     model = restore(lambda: build_model(spec), lambda made: made.load_state(parts))
-    return Loaded(model.to(device).eval())
+    return Loaded(model.to(device).eval(), revision)

@@ -436,6 +436,10 @@ class Config(_Frozen):
         description="true: same params, same bytes on a GPU too, more slowly; a CPU gives them anyway"
     )
     threads: Workers = Field(description="CPU threads of torch")
+    loggers: list[Literal["tensorboard", "wandb"]] = Field(
+        default_factory=list,
+        description="beside the log, of training: [tensorboard, wandb], each an extra of its name; []: none",
+    )
     data_root: Text = Field(
         description="where stores are published: data | an absolute folder | a URL, s3://bucket/prefix or gs://…"
     )

@@ -10,7 +10,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -66,6 +66,7 @@ def run(cfg: Config) -> None:
         seed=cfg.seed,
         snapshots=snapshots,
         log_folder=LOGS,
+        loggers=cfg.loggers,
     )
     agent = {name: getattr(actor_critic, name) for name in ("actor", "critic", "slow_critic")}
     config = {
@@ -134,6 +135,7 @@ def learn(
     seed: int,
     snapshots: Snapshots,
     log_folder: Path,
+    loggers: Sequence[str] = (),
     on_end: Callable[[Speed], object] = print,
 ) -> ActorCritic:
     """Fine-tune `model` in place in the simulators that `make_simulator` makes; returns actor and critic.
@@ -180,6 +182,7 @@ def learn(
             log_folder=log_folder,
             log_every=preset.log_every,
             hooks=[Hook(preset.eval_every, curve(watched, learner, preset, seed))],
+            loggers=loggers,
             fabric=fabric,
         )
         on_end(Speed(stepper.steps, time.perf_counter() - begin, stepper.seconds | envs.seconds()))

@@ -150,7 +150,8 @@ def _train(cfg: Config, store: Store, snapshots: Snapshots, fabric: Fabric) -> W
             snapshot_every=preset.checkpoint_every,
             log_folder=REPORT,
             log_every=preset.log_every,
-            hooks=[Hook(preset.video_every, watch)],
+            hooks=[Hook(preset.video_every, watch, video=(f"{split}/open_loop", VIDEO))],
+            loggers=cfg.loggers,
             fabric=fabric,
         )
     return model

@@ -37,7 +37,7 @@ FRAMES = moving(7)
 
 def save_pretrained(folder: Path, method: str = "prelar", **spec: Any) -> Any:
     torch.manual_seed(0)
-    model = build_model(ModelSpec(method=method, **SIZES, **spec))
+    model = build_model(ModelSpec(method=method, **(SIZES | spec)))
     save_parts(folder, model.state(), {"stage": "pretrain", "model": model.spec, "step": 0})
     return model.eval()
 

@@ -23,7 +23,7 @@ from tools import params_page
 COMMANDS = commands()
 LANGUAGES = {"bash", "python", "mermaid"}
 TARGETS = set(re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text(encoding="utf-8"), re.MULTILINE))
-PLAIN = {"export", "du"}
+PLAIN = {"export", "du", "sbatch"}
 
 
 def parse_make(words: tuple[str, ...]) -> None:
@@ -31,6 +31,9 @@ def parse_make(words: tuple[str, ...]) -> None:
 
 
 def parse_python(words: tuple[str, ...]) -> None:
+    if words[0].endswith(".py"):
+        assert (ROOT / words[0]).is_file()
+        return
     assert words[0] == "-m"
     assert importlib.util.find_spec(words[1]) is not None
     if words[1] == "prelar":

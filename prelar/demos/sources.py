@@ -20,6 +20,7 @@ from prelar.demos.metaworld import Metaworld
 from prelar.demos.rlbench_live import RlbenchLive
 from prelar.envs import gl
 from prelar.envs.names import CAMERAS, DEMONSTRATED, RLBENCH_CAMERAS, SEEN_FROM, TASKS, chosen
+from prelar.utils import hub
 from prelar.utils.errors import UserError, one_line
 
 
@@ -62,7 +63,11 @@ def _rlbench(settings: Demos) -> Source:
 
 
 def _rlbench_folder(settings: Demos) -> Source:
-    folder, tasks, cameras = Path(str(settings.path)), chosen(settings.tasks), chosen(settings.cameras)
+    folder, tasks, cameras = (
+        hub.data_set(str(settings.path)),
+        chosen(settings.tasks),
+        chosen(settings.cameras),
+    )
     return rlbench_folder.open_folder(folder, settings.action_mode, tasks, cameras)
 
 
@@ -75,7 +80,7 @@ def _hdf5(folder: Path, tasks: Sequence[str] | None, cameras: Sequence[str] | No
 def _in_folder(open_folder: Callable[..., Source]) -> Callable[[Demos], Source]:
     """What opens a source by its folder, tasks and cameras."""
     return lambda settings: open_folder(
-        Path(str(settings.path)), chosen(settings.tasks), chosen(settings.cameras)
+        hub.data_set(str(settings.path)), chosen(settings.tasks), chosen(settings.cameras)
     )
 
 

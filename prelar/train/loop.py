@@ -27,6 +27,7 @@ from torch.optim import Adam, Optimizer
 from tqdm import tqdm
 
 from prelar.train.checkpoint import Snapshots
+from prelar.train.loggers import Logger, open_loggers
 from prelar.utils.distributed import Processes, is_loss, launch
 from prelar.utils.errors import UserError, printable
 from prelar.utils.files import remove, write_text
@@ -60,10 +61,12 @@ class Hook:
 
     It may return scalars, which are logged at that step as they are. It must not change what training sees.
     Only what it returns is kept when a run is resumed, not the files it writes: let the last call write them.
+    `video` is an MP4 that it writes, by the name that loggers give it.
     """
 
     every: int
     run: Callable[[int], Scalars | None]
+    video: tuple[str, Path] | None = None
 
 
 def set_up(
@@ -247,7 +250,7 @@ class Averages:
 
 
 class GracefulShutdown:
-    """While entered, SIGTERM and Ctrl-C only leave a note, so that the step under way can end.
+    """While entered, SIGTERM, SIGUSR1 and Ctrl-C only leave a note, so that the step under way can end.
 
     A second signal ends the process at once, as it would have without this; Ctrl-C says so. `name` is the
     run's.
@@ -261,7 +264,8 @@ class GracefulShutdown:
     def __enter__(self) -> GracefulShutdown:
         if threading.current_thread() is threading.main_thread():
             self._before = {
-                number: signal.signal(number, self._note) for number in (signal.SIGTERM, signal.SIGINT)
+                number: signal.signal(number, self._note)
+                for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
             }
         return self
 
@@ -282,10 +286,10 @@ class GracefulShutdown:
 
     @staticmethod
     def exit(number: int) -> None:
-        """End the run as signal `number` asks: exit status 143 after SIGTERM, 130 after Ctrl-C."""
+        """End the run as signal `number` asks: status 130 after Ctrl-C, else 128 and the number."""
         if number == signal.SIGINT:
             raise KeyboardInterrupt
-        sys.exit(128 + signal.SIGTERM)
+        sys.exit(128 + number)
 
 
 def train(
@@ -300,6 +304,7 @@ def train(
     log_folder: Path,
     log_every: int,
     hooks: Sequence[Hook] = (),
+    loggers: Sequence[str] = (),
     fabric: Fabric | None = None,
 ) -> None:
     """Run `step(0)`, …, `step(steps - 1)`, or go on from the newest snapshot.
@@ -308,8 +313,10 @@ def train(
         steps the means over the steps that returned each are logged, at the number of steps done.
     state: everything that steps change, by name. Modules and optimisers fit as they are.
     hooks: see `Hook`.
+    loggers: names of `prelar.train.loggers.KINDS`, which take what is logged too.
     snapshots: where the run is kept every `snapshot_every` steps. The caller removes them once its outputs
-        are published. SIGTERM and Ctrl-C keep a snapshot, then end the process with status 143 or 130.
+        are published. SIGTERM, SIGUSR1 and Ctrl-C keep a snapshot, then end the process with status 143, 138
+        or 130.
     fabric: of `set_up`. Of several processes every one calls this, with scalars that are the same in all; the
         first alone logs, runs hooks and keeps snapshots. A signal to any of them stops all after the same
         step; the first then ends with the status, the others with 0.
@@ -317,7 +324,7 @@ def train(
     Raises `UserError` at the first scalar that is not finite, and where another process is lost, with earlier
     snapshots left as they are.
     """
-    run = _Run(name, steps, seed, state, snapshots, log_folder, hooks, Processes(fabric))
+    run = _Run(name, steps, seed, state, snapshots, log_folder, hooks, loggers, Processes(fabric))
     on_cpu = fabric is None or fabric.device.type == "cpu"
     try:
         start = run.resume()
@@ -346,6 +353,7 @@ def train(
             f"{name}: another process of this run is gone; start it again to go on from its last snapshot"
         ) from error
     finally:
+        run.close()
         snapshots.settle()
 
 
@@ -364,12 +372,14 @@ class _Run:
         snapshots: Snapshots,
         log_folder: Path,
         hooks: Sequence[Hook],
+        loggers: Sequence[str],
         processes: Processes,
     ) -> None:
         self.name, self.steps, self.seed = name, steps, seed
         self.state, self.snapshots, self.hooks = state, snapshots, hooks
         self.log_folder, self.processes = log_folder, processes
         self.averages = Averages(name)
+        self.wanted, self.loggers = loggers, list[Logger]()
 
     def resume(self) -> int:
         """Put back the newest snapshot, in all processes; returns the steps done, and opens the log."""
@@ -384,6 +394,7 @@ class _Run:
             if kept is not None:
                 print(f"{self.name}: going on from step {start} of {self.steps}", flush=True)
             self.log = MetricLog(self.log_folder, kept["log"] if kept is not None else None)
+            self.loggers = open_loggers(self.wanted, self.name, self.snapshots.folder.name, start)
         return start
 
     def progress(self, start: int) -> Any:
@@ -412,7 +423,7 @@ class _Run:
         self.check()
         means = self.averages.take()
         if self.processes.first:
-            self.log.log(done, means)
+            self._log(done, means)
             self.bar.set_postfix({key: f"{value:.4g}" for key, value in means.items()}, refresh=False)
 
     def run_hooks(self, done: int) -> None:
@@ -420,11 +431,20 @@ class _Run:
         if not self.processes.first:
             return
         if done == self.steps:
-            self.log.log(done, {})
+            self._log(done, {})
         for hook in self.hooks:
             if done % hook.every == 0 or done == self.steps:
                 seed_step(self.seed, done, hook=True)
-                self.log.log(done, {key: float(value) for key, value in (hook.run(done) or {}).items()})
+                self._log(done, {key: float(value) for key, value in (hook.run(done) or {}).items()})
+                if hook.video is not None:
+                    for logger in self.loggers:
+                        logger.video(done, *hook.video)
+
+    def _log(self, done: int, values: Mapping[str, float]) -> None:
+        """Log scalars, in the log and wherever else they are wanted."""
+        self.log.log(done, values)
+        for logger in self.loggers:
+            logger.log(done, values)
 
     def save_snapshot(self, done: int) -> None:
         """Keep a snapshot, in the background."""
@@ -447,3 +467,8 @@ class _Run:
         if self.processes.first:
             self.log.write()
         self.snapshots.wait()
+
+    def close(self) -> None:
+        """Close the loggers, however the run ended."""
+        for logger in self.loggers:
+            logger.close()

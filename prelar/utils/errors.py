@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import difflib
 import errno
 import importlib.metadata
@@ -10,7 +11,7 @@ import os
 import re
 import reprlib
 import sys
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 LONGEST = 2_000
@@ -67,13 +68,10 @@ def run_main(main: Callable[[], None]) -> None:
     """
     _outlive_readers()
     try:
-        main()
+        with extras_named():
+            main()
     except UserError as error:
         _end(str(error))
-    except ModuleNotFoundError as error:
-        if (remedy := _installation(error.name or "")) is None:
-            raise
-        _end(f"{error.name} is not installed; {remedy}")
     except OSError as error:
         if error.errno not in (errno.EROFS, errno.EACCES) or error.filename is None:
             raise
@@ -84,8 +82,21 @@ def run_main(main: Callable[[], None]) -> None:
         sys.exit(130)
 
 
+@contextlib.contextmanager
+def extras_named() -> Iterator[None]:
+    """Turn the lack of a package that an extra brings into a `UserError` that names the extra."""
+    try:
+        yield
+    except ModuleNotFoundError as error:
+        if (remedy := _installation(error.name or "")) is None:
+            raise
+        raise UserError(f"{error.name} is not installed; {remedy}") from None
+
+
 def _installation(module: str) -> str | None:
     """How to install what a module is of: an extra of this package's; None where none has it."""
+    from packaging.requirements import Requirement
+
     name = module.partition(".")[0].replace("_", "-").lower()
     try:
         needed = importlib.metadata.requires("prelar") or []
@@ -94,6 +105,9 @@ def _installation(module: str) -> str | None:
     for line in needed:
         found = re.match(r"""([\w.-]+).*extra == ['"]([\w-]+)['"]""", line)
         if found and found[2] != "all" and found[1].replace("_", "-").lower() == name:
+            marker = Requirement(line).marker
+            if marker is not None and not marker.evaluate({"extra": found[2]}):
+                return f"there is none for this Python; the extra {found[2]} needs Python 3.11 to 3.13"
             return f"run: pip install 'prelar[{found[2]}]'"
     return None
 

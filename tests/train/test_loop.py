@@ -104,7 +104,9 @@ def test_the_log_stays_whole_when_its_folder_is_removed_beneath_it(
     assert outputs(folder) == undisturbed
 
 
-@pytest.mark.parametrize(("number", "status"), [(signal.SIGTERM, 143), (signal.SIGINT, 1)])
+@pytest.mark.parametrize(
+    ("number", "status"), [(signal.SIGTERM, 143), (signal.SIGUSR1, 138), (signal.SIGINT, 1)]
+)
 def test_a_signal_keeps_the_step_it_came_in(
     tmp_path: Path, undisturbed: dict[str, bytes], number: int, status: int
 ) -> None:
