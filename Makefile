@@ -1,4 +1,5 @@
-# Every target sets up what it needs. PYTHON=/path/to/python chooses the interpreter (3.11 to 3.13).
+# Every target sets up what it needs. PYTHON=/path/to/python chooses the interpreter (3.11 to 3.13); where none fits, uv
+# fetches one. UV=1 installs with uv.
 SHELL := /bin/sh
 export PATH := $(CURDIR)/.venv/bin:$(PATH)
 READY := .venv/.ready
@@ -15,7 +16,7 @@ help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## /{printf "  make %-14s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
 $(READY): requirements.lock tools/setup.sh
-	@PYTHON="$(PYTHON)" sh tools/setup.sh
+	@PYTHON="$(PYTHON)" UV="$(UV)" sh tools/setup.sh
 
 setup: $(READY) ## create .venv with the locked dependencies
 

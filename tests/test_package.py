@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import shutil
 import subprocess
 import sys
 import tomllib
 import zipfile
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 
 from prelar import __version__
+from prelar.__main__ import main
 from tests.conftest import ROOT
 from tests.docs import blocks
 from tests.test_api import save_pretrained
@@ -24,6 +27,18 @@ def uv(*words: str | Path, cwd: Path = ROOT) -> None:
 def test_the_version_is_told_once_more() -> None:
     described = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
     assert described["project"]["version"] == __version__
+
+
+@pytest.mark.parametrize("shell", ["bash", "zsh"])
+def test_a_shell_completes_every_command(
+    shell: str, capsys: pytest.CaptureFixture[str], monkeypatch: Any
+) -> None:
+    monkeypatch.setattr(sys, "argv", ["prelar", "completion", shell])
+    main()
+    script = capsys.readouterr().out
+    assert all(name in script for name in ("finetune", "import-reference", "--checkpoint"))
+    if program := shutil.which(shell):
+        subprocess.run([program, "-n"], input=script, text=True, check=True)
 
 
 @pytest.mark.long
