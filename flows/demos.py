@@ -1,8 +1,7 @@
-"""The flow of stage demos: demonstrations become a store with actions. `python -m flows.demos`."""
+"""The flow of stage demos: demonstrations become a store with actions. `python -m flows.demos [NAME]`."""
 
 from __future__ import annotations
 
-import argparse
 import collections
 import contextlib
 import functools
@@ -21,7 +20,7 @@ from tqdm import tqdm
 
 from flows import dvc, runtime, staging
 from flows.staging import Parcel
-from prelar.config import Demos, load_config
+from prelar.config import Config, Demos, load_config
 from prelar.demos.episodes import Episode, Job, Source, Splits, clips, staging_key
 from prelar.demos.rlbench_live import RlbenchLive
 from prelar.demos.sources import open_source
@@ -48,11 +47,12 @@ class CollectionPlan(NamedTuple):
     source: Source
     jobs: list[Job]
     folder: Path
+    name: str = NAME
 
     @property
     def store(self) -> Path:
         """The staged store."""
-        return self.folder / f"{NAME}.zarr"
+        return self.folder / f"{self.name}.zarr"
 
     @property
     def built(self) -> Path:
@@ -68,17 +68,18 @@ def collect(number: int, jobs: Parcel, start: Callable[[Job], Later]) -> Parcel:
 
 
 @flow(name=NAME)
-def demos() -> str:
+def demos(name: str = NAME) -> str:
     """Collect, store, index, validate and publish; returns a summary in a line, with the rate of this run.
 
+    `name` is that of the store, and of its source in params.yaml.
     The caller holds the lock on the store. Work that an earlier run left in staging is continued.
     """
     config = load_config()
-    settings = config.demos
-    staging.clear_leftovers(NAME)
-    plan = planned(settings)
+    settings = settings_of(config, name)
+    staging.clear_leftovers(name)
+    plan = planned(settings, name)
     source, rate = plan.source, ""
-    if not plan.built.is_file() and not (settings.fps is None and adopted(plan)):
+    if not plan.built.is_file() and not (name == NAME and settings.fps is None and adopted(plan)):
         with StoreWriter(plan.store, arrays=source.arrays) as writer:
             begin = time.monotonic()
             count = fill(writer, source, plan.jobs, settings.workers, settings.fps)
@@ -87,8 +88,8 @@ def demos() -> str:
             writer.finish(source.attributes())
         files.write_text(plan.built, "")
     checks = functools.partial(suites, source=source, max_bad=settings.max_bad)
-    counted = staging.validate(NAME, plan.store, checks)
-    staging.publish(NAME, plan.folder, config.data_root)
+    counted = staging.validate(name, plan.store, checks)
+    staging.publish(name, plan.folder, config.data_root)
     several = "s" if len(source.cameras) > 1 else ""
     return (
         f"{counted['clips']} clips of {len(source.cameras)} camera{several}, {counted['frames']} frames, "
@@ -97,11 +98,20 @@ def demos() -> str:
     )
 
 
-def planned(settings: Demos) -> CollectionPlan:
+def settings_of(config: Config, name: str) -> Demos:
+    """The settings of the store `name`. Raises `UserError` where params.yaml has no such demonstrations."""
+    settings = config.source(name)
+    if not isinstance(settings, Demos):
+        raise UserError(f"{name}: no source of demonstrations; run `python -m flows.ssv2 {name}`")
+    return settings
+
+
+def planned(settings: Demos, name: str = NAME) -> CollectionPlan:
     """What params.yaml asks for. Raises `UserError` where that is impossible."""
     source = open_source(settings)
     jobs = source.jobs()
-    return CollectionPlan(source, jobs, files.STAGING / f"{NAME}-{staging_key(source, jobs, settings.fps)}")
+    folder = files.STAGING / f"{name}-{staging_key(source, jobs, settings.fps)}"
+    return CollectionPlan(source, jobs, folder, name)
 
 
 def adopted(plan: CollectionPlan) -> bool:
@@ -236,21 +246,16 @@ def account(store: Store) -> list[str]:
     ]
 
 
-def _arguments() -> None:
-    parser = argparse.ArgumentParser(prog="python -m flows.demos", description=__doc__)
-    parser.epilog = "What it does is set in params.yaml, group demos."
-    parser.parse_args()
-
-
 def main() -> None:
     """Run the flow with the settings of params.yaml."""
-    _arguments()
-    begun, settings = dvc.stamps(NAME), checked_config().demos
-    with staging.store_build(NAME):
+    name = staging.named_store(__doc__, NAME)
+    settings, stage = settings_of(checked_config(), name), NAME if name == NAME else f"source@{name}"
+    begun = dvc.stamps(stage)
+    with staging.store_build(name):
         pool: Any = ThreadPoolTaskRunner(max_workers=settings.workers)
-        print(f"{staging.target(NAME)}: {demos.with_options(task_runner=pool)()}")
-        dvc.record(NAME, begun)
-        left_out = account(Store.open(staging.target(NAME)))
+        print(f"{staging.target(name)}: {demos.with_options(task_runner=pool)(name)}")
+        dvc.record(stage, begun)
+        left_out = account(Store.open(staging.target(name)))
         if left_out:
             print("\n".join(["left out:", *left_out[:SHOWN], *(["  …"] if left_out[SHOWN:] else [])]))
 

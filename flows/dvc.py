@@ -17,7 +17,7 @@ from types import MappingProxyType
 from typing import Any
 
 from prelar.config import PARAMS, read_yaml
-from prelar.stages import PIPELINE
+from prelar.stages import PIPELINE, Stages
 from prelar.utils.errors import UserError, printable
 from prelar.utils.parents import child
 
@@ -125,7 +125,8 @@ def stamps(stage: str) -> Stamps:
     Nothing where the current folder is not the top of a DVC project with that stage, and inside a stage,
     whose outputs DVC commits itself.
     """
-    stages = read_yaml(PIPELINE).get("stages", {}) if Path(".dvc").is_dir() and PIPELINE.is_file() else {}
+    project = Path(".dvc").is_dir() and PIPELINE.is_file() and PARAMS.is_file()
+    stages = Stages().resolved(read_yaml(PARAMS)) if project else {}
     if any(name in os.environ for name in IN_STAGE) or stage not in stages:
         return {}
     return {path: _stamps(path) for path in (PARAMS, *map(Path, stages[stage]["deps"]))}

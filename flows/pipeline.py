@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import os
-from typing import Any
+from typing import Any, get_origin
 
 from prefect import flow, get_run_logger, task
 from prefect.artifacts import create_markdown_artifact
@@ -40,9 +40,10 @@ def _no_default(schema: dict[str, Any]) -> None:
 
 
 def _fields(group: str | None = None) -> dict[str, Any]:
-    """The fields of a group of params.yaml, or its flat keys."""
+    """The fields of a group of params.yaml, or its flat keys, those apart that map names of one's own."""
     model: Any = Config.model_fields[group].annotation if group else Config
-    return {name: field for name, field in model.model_fields.items() if name in keys(model)}
+    flat = {name: field for name, field in model.model_fields.items() if name in keys(model)}
+    return {name: field for name, field in flat.items() if get_origin(field.annotation) is not dict}
 
 
 def one_of_each(group: str | None = None) -> type[Form]:

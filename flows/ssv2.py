@@ -1,8 +1,7 @@
-"""The flow of stage ssv2: a video archive becomes a store of frame pairs. `python -m flows.ssv2`."""
+"""The flow of stage ssv2: a video archive becomes a store of frame pairs. `python -m flows.ssv2 [NAME]`."""
 
 from __future__ import annotations
 
-import argparse
 import contextlib
 import functools
 import hashlib
@@ -18,6 +17,7 @@ from prelar.config import Config, Ssv2, load_config
 from prelar.envs.names import checked_config
 from prelar.store.store import Store, StoreWriter
 from prelar.utils import disk, files, hub
+from prelar.utils.errors import UserError
 from prelar.utils.frames import FRAME_BYTES
 from prelar.videos import download, ingest, lerobot
 from prelar.videos.decode import Decoder
@@ -41,41 +41,50 @@ def fetch(urls: list[str]) -> list[Path]:
 
 
 @flow(name=NAME)
-def ssv2() -> str:
+def ssv2(name: str = NAME) -> str:
     """Fetch, read as a stream, decode, store, index, validate and publish; returns a summary in a line.
+
+    `name` is that of the store, and of its source in params.yaml.
 
     The caller holds the lock on the store. Work that an earlier run left in staging is continued.
     """
     config = load_config()
-    settings = config.ssv2
-    staging.clear_leftovers(NAME)
+    settings = settings_of(config, name)
+    staging.clear_leftovers(name)
     with contextlib.closing(Decoder(settings.ffmpeg, settings.workers)) as decoder:
-        return build(config, decoder)
+        return build(config.data_root, name, settings, decoder)
 
 
-def build(config: Config, decoder: Decoder) -> str:
+def settings_of(config: Config, name: str) -> Ssv2:
+    """The settings of the store `name`. Raises `UserError` where params.yaml has no such source of videos."""
+    settings = config.source(name)
+    if not isinstance(settings, Ssv2):
+        raise UserError(f"{name}: no source of videos; run `python -m flows.demos {name}`")
+    return settings
+
+
+def build(root: str, name: str, settings: Ssv2, decoder: Decoder) -> str:
     """The flow's work, with a decoder that is closed when it ends in any way, so that no ffmpeg goes on."""
-    settings = config.ssv2
     source, known = find(settings, decoder)
     folder = (
-        files.STAGING / f"{NAME}-{ingest.staging_key(source, known, decoder.version, settings.min_frames)}"
+        files.STAGING / f"{name}-{ingest.staging_key(source, known, decoder.version, settings.min_frames)}"
     )
     built = folder / "built"
     if not built.is_file():
-        with StoreWriter(folder / f"{NAME}.zarr") as writer:
+        with StoreWriter(folder / f"{name}.zarr") as writer:
             needed = expected_bytes(source, known) - writer.frames * FRAME_BYTES
             disk.require(folder, needed, "the rest of the store")
             fill(writer, source, known, decoder, settings)
             ingest.append_missing(writer, known)
-            name = ingest.OWN if source.parts else ingest.NAME
-            writer.finish(ingest.attributes(writer, decoder.version, settings.min_frames, name))
+            kind = ingest.OWN if source.parts else ingest.NAME
+            writer.finish(ingest.attributes(writer, decoder.version, settings.min_frames, kind))
         files.write_text(built, "")
     named = known if source.labels is not None else None
     checks = functools.partial(
         store_suites, known=named, min_frames=settings.min_frames, max_bad=settings.max_bad
     )
-    counted = staging.validate(NAME, folder / f"{NAME}.zarr", checks)
-    staging.publish(NAME, folder, config.data_root, keep=(PARTS,))
+    counted = staging.validate(name, folder / f"{name}.zarr", checks)
+    staging.publish(name, folder, root, keep=(PARTS,))
     return (
         f"{counted['clips']} clips, {counted['clips_of_25']} of them of 25 frames or more; "
         f"{counted['frames']} frames, {counted['pairs']} pairs, {counted['bad']} bad clips"
@@ -145,19 +154,16 @@ def fill(writer: StoreWriter, source: Source, known: Labels, decoder: Decoder, s
             bar.set_postfix(clips=writer.count, frames=writer.frames, refresh=False)
 
 
-def _arguments() -> None:
-    parser = argparse.ArgumentParser(prog="python -m flows.ssv2", description=__doc__)
-    parser.epilog = "What it does is set in params.yaml, group ssv2."
-    parser.parse_args()
-
-
 def main() -> None:
     """Run the flow with the settings of params.yaml."""
-    _arguments()
-    begun, settings = dvc.stamps(NAME), checked_config().ssv2
-    with staging.store_build(NAME):
-        print(f"{staging.target(NAME)}: {ssv2.with_options(task_runner=decoding.task_runner(settings))()}")
-        dvc.record(NAME, begun)
+    name = staging.named_store(__doc__, NAME)
+    config = checked_config()
+    settings, stage = settings_of(config, name), NAME if name == NAME else f"source@{name}"
+    begun = dvc.stamps(stage)
+    with staging.store_build(name):
+        flow_run = ssv2.with_options(task_runner=decoding.task_runner(settings))
+        print(f"{staging.target(name)}: {flow_run(name)}")
+        dvc.record(stage, begun)
 
 
 if __name__ == "__main__":

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import collections
 import contextlib
 import errno
@@ -59,6 +60,17 @@ def in_order(batches: Iterable[Any], submit: Callable[[int, Parcel], Future], ah
         flight.append(submit(number, Parcel(batch)))
     while flight:
         yield flight.popleft().result().open()
+
+
+def named_store(about: str | None, kind: str) -> str:
+    """The name of the store that a flow's command line asks for: that of its kind, or of a further source."""
+    parser = argparse.ArgumentParser(prog=f"python -m flows.{kind}", description=about)
+    parser.add_argument(
+        "name", metavar="NAME", nargs="?", default=kind, help="a further source of params.yaml, by its name"
+    )
+    parser.epilog = f"What it does is set in params.yaml, group {kind}, and sources.NAME of a further source."
+    name: str = parser.parse_args().name
+    return name
 
 
 def target(name: str) -> Path:

@@ -13,7 +13,8 @@ from typing import get_args
 from prelar import __version__
 from prelar.config import PARAMS, Config
 from prelar.envs.names import checked_config
-from prelar.utils.errors import run_main
+from prelar.stages import PIPELINE, Stages
+from prelar.utils.errors import UserError, run_main
 from prelar.utils.files import exclusive
 from prelar.utils.parents import end_with_dvc
 
@@ -39,6 +40,7 @@ HELPERS = {
     "doctor": "look at this machine: packages, ffmpeg, OpenGL, GPU, disk, git, DVC, Prefect, CoppeliaSim",
     "sources": "list where videos and demonstrations may come from",
     "check": "validate the whole of params.yaml and exit",
+    "join": "join the stores of a mixture or a union, and validate the whole, to data/NAME.zarr",
     "actions": "write the latent actions of videos, or of a store, to a Parquet file",
     "export-lerobot": "write a store as a LeRobotDataset v3.0, with latent actions if a model is named",
     "play": "serve a checkpoint to a browser on this machine, to drive what its model imagines",
@@ -76,7 +78,9 @@ def main() -> None:
         return
     config = checked_config()
     if arguments.command == "check":
-        print("params.yaml is valid")
+        run_check(config)
+    elif arguments.command == "join":
+        run_join(config, arguments)
     elif arguments.command == "import-reference":
         run_import(config, arguments)
     elif arguments.command == "actions":
@@ -102,6 +106,7 @@ def build_parser(name: str | None = None) -> argparse.ArgumentParser:
         for name, text in {**STAGES, **HELPERS}.items()
     }
     add_report_arguments(parsers["report"])
+    add_join_arguments(parsers["join"])
     add_action_arguments(parsers["actions"])
     add_export_arguments(parsers["export-lerobot"])
     add_play_arguments(parsers["play"])
@@ -129,6 +134,35 @@ def run_comparison(arguments: argparse.Namespace) -> None:
     output = arguments.output or compare.PAGE
     with exclusive(output):
         compare.run(arguments.experiments, output)
+
+
+def run_check(config: Config) -> None:
+    """Say that params.yaml is valid, and dvc.yaml has the stages that it asks for."""
+    known = Stages().stages
+    if lacking := [name for name in config.mixtures if name not in known]:
+        raise UserError(
+            f"{PIPELINE}: lacks the stage {lacking[0]}, of that mixture; docs/mixtures.md shows its lines"
+        )
+    print("params.yaml is valid")
+
+
+def add_join_arguments(parser: argparse.ArgumentParser) -> None:
+    """The arguments of join."""
+    parser.add_argument("name", metavar="NAME", help="a mixture or a union of params.yaml")
+    parser.add_argument(
+        "source",
+        metavar="SOURCE",
+        nargs="?",
+        help="a source of a mixture: only write which store it is, for DVC",
+    )
+
+
+def run_join(config: Config, arguments: argparse.Namespace) -> None:
+    """Join stores while holding the lock on what is written."""
+    from prelar import join
+
+    with exclusive(f"data/{arguments.name}.zarr"):
+        join.run(config, arguments.name, arguments.source)
 
 
 def add_action_arguments(parser: argparse.ArgumentParser) -> None:

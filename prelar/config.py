@@ -11,7 +11,7 @@ import importlib.metadata
 import itertools
 import os
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -47,6 +47,11 @@ CLASSES = 8  # of a group of a discrete latent action, as in prelar.model.action
 MOST = 10**9  # of what a run counts
 WIDEST = 2**16  # of what lies in memory at once: a layer's units, a batch, a segment
 PARALLEL = 1024  # of processes and threads
+KINDS = ("ssv2", "demos")
+"""Stores that params.yaml has a group of their own for, which is also what further sources are kinds of."""
+TAKEN = (*KINDS, "finetune", "members", "pretrain", "rlbench", "sample")
+"""Names in data/ that no further store may have."""
+LEAST_SHARE = 1e-5
 
 Count = Annotated[int, Field(ge=1, le=MOST)]
 Natural = Annotated[int, Field(ge=0, le=MOST)]
@@ -57,6 +62,7 @@ Rate = Annotated[float, Field(gt=0, le=1)]
 Share = Annotated[float, Field(ge=0, le=1)]
 Weight = Annotated[float, Field(ge=0, le=1e6)]
 Text = Annotated[str, Field(min_length=1, max_length=4096)]
+Name = Annotated[str, Field(pattern=r"^[a-z][a-z0-9_]{0,63}$")]
 
 
 def _found_anywhere(value: Any) -> Any:
@@ -203,6 +209,14 @@ class Demos(_Frozen):
         if self.source in RECORDED and self.path is None:
             raise ValueError(f"path is null; name the folder that source {self.source} reads")
         return self
+
+
+class Further(BaseModel):
+    """A further source: the group of its kind, with the keys that are given here in place of the group's."""
+
+    model_config = ConfigDict(frozen=True, extra="allow", strict=True, allow_inf_nan=False)
+
+    kind: Literal["ssv2", "demos"]
 
 
 class Pretrain(_Frozen):
@@ -381,7 +395,9 @@ class Config(_Frozen):
     method: Literal["dreamerv2", "apv", "contextwm", "prelar"] = Field(
         description="dreamerv2 (no pre-training) | apv | contextwm | prelar"
     )
-    dataset: Literal["ssv2", "demos"] = Field(description="store to pre-train on: ssv2 | demos")
+    dataset: Text = Field(
+        description="store to pre-train on: ssv2 | demos | a name of sources, mixtures or unions"
+    )
     task: Text = Field(description="Meta-World task to fine-tune on")
     seed: Seed = Field(description="seed of training, evaluation and the agent's episodes")
     scale: Literal["smoke", "small", "lite", "paper"] = Field(
@@ -448,6 +464,16 @@ class Config(_Frozen):
     )
     ssv2: Ssv2
     demos: Demos
+    sources: dict[Name, Further] = Field(
+        default={},
+        description="further stores, NAME: {kind: ssv2 or demos, key: value, …}: keys of that group",
+    )
+    mixtures: dict[Name, dict[Name, Weight]] = Field(
+        default={}, description="stores to draw from by weight, NAME: {source: weight, …}"
+    )
+    unions: dict[Name, Annotated[list[Text], Field(min_length=1)]] = Field(
+        default={}, description="stores that were made in parts, NAME: [folder or URL of a store, …]"
+    )
     scales: Scales
 
     _place = field_validator("data_root")(_root)
@@ -478,6 +504,66 @@ class Config(_Frozen):
             raise ValueError("true does not fit method dreamerv2, which is not pre-trained; set it to false")
         return naive
 
+    @field_validator("sources")
+    @classmethod
+    def _complete(cls, sources: dict[str, Further], given: ValidationInfo) -> dict[str, Further]:
+        for name, further in sources.items():
+            if further.kind in given.data:
+                try:
+                    _settings(given.data[further.kind], further)
+                except ValidationError as error:
+                    group = type(given.data[further.kind])
+                    raise ValueError(f"{name}: {_explain(error, group)}") from None
+        return sources
+
+    @field_validator("mixtures")
+    @classmethod
+    def _weighted(cls, mixtures: dict[str, dict[str, float]]) -> dict[str, dict[str, float]]:
+        for name, weights in mixtures.items():
+            least = LEAST_SHARE * sum(weights.values())
+            if not weights or not all(weight > 0 and weight >= least for weight in weights.values()):
+                raise ValueError(
+                    f"{name}: a mixture has at least one source, and each a weight above 0, and of their sum "
+                    f"{LEAST_SHARE:g} or more; set the weights so"
+                )
+        return mixtures
+
+    @field_validator("unions")
+    @classmethod
+    def _places(cls, unions: dict[str, list[str]]) -> dict[str, list[str]]:
+        for name, places in unions.items():
+            for place in places:
+                if "://" in place:
+                    check_url(place)
+                elif not Path(place).is_absolute():
+                    raise ValueError(
+                        f"{name}: {place}: give an absolute folder ….zarr, or the URL of a store"
+                    )
+        return unions
+
+    @model_validator(mode="after")
+    def _named(self) -> Config:
+        further = [*self.sources, *self.mixtures, *self.unions]
+        if clash := [name for name in further if name in TAKEN or further.count(name) > 1]:
+            raise ValueError(f"{clash[0]} names something else already; give that store another name")
+        stores = (*KINDS, *self.sources, *self.unions)
+        for name, weights in self.mixtures.items():
+            for source in weights:
+                _check_named(f"mixtures.{name}", source, stores)
+        _check_named("dataset", self.dataset, (*stores, *self.mixtures))
+        return self
+
+    def source(self, name: str) -> Ssv2 | Demos:
+        """The settings of a source: of the group of its name, or of its kind with its own keys."""
+        if name in KINDS:
+            group: Ssv2 | Demos = getattr(self, name)
+            return group
+        if name not in self.sources:
+            close = ", ".join(nearest(name, (*KINDS, *self.sources)) or KINDS)
+            raise UserError(f"{printable(name, 100)}: no source of params.yaml; did you mean {close}?")
+        further = self.sources[name]
+        return _settings(getattr(self, further.kind), further)
+
     @property
     def preset(self) -> Scale:
         """The presets of the chosen scale."""
@@ -503,6 +589,17 @@ class Config(_Frozen):
     def store(self) -> Path:
         """The store of the chosen data set."""
         return Path(f"data/{self.dataset}.zarr")
+
+
+def _settings(group: Ssv2 | Demos, further: Further) -> Ssv2 | Demos:
+    """A group with the keys of a further source in the place of its own."""
+    return type(group).model_validate(group.model_dump() | (further.model_extra or {}))
+
+
+def _check_named(key: str, name: str, known: Sequence[str]) -> None:
+    if name not in known:
+        close = ", ".join(nearest(name, known) or known)
+        raise ValueError(f"{key} = {shown(name)}: no such store; did you mean {close}?")
 
 
 SIZES: dict[str, Any] = {
@@ -578,7 +675,7 @@ def parse_config(values: Any, origin: Path = PARAMS) -> Config:
         raise UserError(f"{origin}: {_explain(error)}") from None
 
 
-def _explain(error: ValidationError) -> str:
+def _explain(error: ValidationError, model: type[BaseModel] = Config) -> str:
     """The first failures of a validation, each as `key = value: what to do`."""
     problems: dict[str, str] = {}
     renamed = set()
@@ -588,12 +685,13 @@ def _explain(error: ValidationError) -> str:
             ".".join(name for name in names if not name.startswith(("list[", "constrained"))), 100
         )
         if detail["type"] == "extra_forbidden":
-            problems[key] = f"{key}: unknown key; {_suggest(key)}"
+            problems[key] = f"{key}: unknown key; {_suggest(key, model)}"
             renamed.add(RENAMED.get(key))
         elif detail["type"] == "missing":
             problems[key] = f"{key}: missing; add it"
         elif detail["type"] == "value_error":
-            problems[key] = f"{key}: {printable(str(detail['msg']).removeprefix('Value error, '), 300)}"
+            where = f"{key}: " if key else ""
+            problems[key] = where + printable(str(detail["msg"]).removeprefix("Value error, "), 300)
         else:
             problems.setdefault(key, f"{key} = {shown(detail['input'])}: {_should(detail)}")
     return "; ".join([text for key, text in problems.items() if key not in renamed][:3])
@@ -604,12 +702,11 @@ def _should(detail: Any) -> str:
     return str(detail["msg"]).replace("Input should", "should")
 
 
-def _suggest(key: str) -> str:
-    """A known key of the same group that looks like `key`, as advice."""
+def _suggest(key: str, model: Any) -> str:
+    """A known key of the same group of a model that looks like `key`, as advice."""
     if key in RENAMED:
         return f"it is called {RENAMED[key]} now, rename it"
     *groups, name = key.split(".")
-    model: Any = Config
     for group in groups:
         if group not in model.model_fields:
             return "remove it"

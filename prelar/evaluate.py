@@ -115,6 +115,7 @@ def run(config: Config) -> None:
         with fabric.autocast():
             found |= evaluate_prediction(config, model, store, folder)
             found |= evaluate_actions(config, model, store, folder)
+            found |= evaluate_sources(config, model, store)
     else:
         missing = f"{config.method} does not pre-train, so there is nothing to measure."
         found |= EvalResult(summary={"prediction_missing": missing, "probe_missing": missing})
@@ -389,6 +390,43 @@ def evaluate_actions(config: Config, model: WorldModel, store: Store, folder: Pa
     return found
 
 
+def evaluate_sources(config: Config, model: WorldModel, store: Store) -> EvalResult:
+    """Prediction and probe on each source of a mixture alone; nothing of other stores.
+
+    Metrics end in `@` and the source; the summary has them as rows, `sources`, without what was not measured.
+    """
+    settings, gap, device = config.evaluate, model.spec.frame_gap, next(model.parameters()).device
+    found, rows = EvalResult(), []
+    for member in (member for member in store.members if member.weight is not None):
+        metrics: dict[str, float] = {}
+        shown = held_out(
+            member.store, length=settings.length, count=settings.clips, seed=config.seed, gap=gap
+        )
+        if shown is not None:
+            truth, clips = shown
+            medians = median_pictures(member.store, clips)
+            prediction = measure(
+                model.open_loop,
+                truth,
+                observed=settings.observed,
+                device=device,
+                medians=medians,
+                seed=config.seed,
+            )
+            metrics |= _record(prediction, "prediction").metrics
+        seed = episode_seed(RngStream.PROBE_EPISODES, config.seed)
+        recorded = demonstrations(member.store, episodes=settings.probe_episodes, seed=seed, gap=gap)
+        if recorded is not None and infers_actions(model):
+            result = run_probe(
+                model, recorded, updates=settings.probe_updates, seed=config.seed, device=device
+            )
+            names = ("probe_r2", "probe_r2_untrained", "probe_r2_difference")
+            metrics |= {name: row["mean"] for name, row in zip(names, result["rows"], strict=False)}
+        rows.append({"source": member.name, "weight": member.weight, **metrics})
+        found |= EvalResult({f"{name}@{member.name}": value for name, value in metrics.items()})
+    return found | EvalResult(summary={"sources": rows}) if rows else found
+
+
 def infers_actions(model: WorldModel) -> bool:
     """Whether the model infers latent actions from frames."""
     device = next(model.parameters()).device
@@ -414,11 +452,12 @@ def held_out(
 
 
 def median_pictures(store: Store, clips: npt.NDArray[np.int64]) -> Frames | None:
-    """The per-pixel median of training frames of each clip's camera: uint8 (N, 64, 64, 3).
+    """The per-pixel median of training frames of each clip's camera and source: uint8 (N, 64, 64, 3).
 
     None where a camera has no training frame.
     """
-    cameras = np.array([str(name) for name in store.clip_index["camera"].to_pylist()])
+    names = store.clip_index["camera"].to_pylist()
+    cameras = np.array([f"{n} {names[c]}" for n, (part, _) in enumerate(store.parts) for c in part])
     training = store.clips("train")
     pictures = {}
     for camera in np.unique(cameras[clips]):

@@ -5,7 +5,7 @@ DreamerV2 does not pre-train: it takes zero steps and writes its untrained check
 
 from __future__ import annotations
 
-import hashlib
+import itertools
 from dataclasses import fields
 from pathlib import Path
 
@@ -34,7 +34,6 @@ OUTPUT = Path("data/pretrain")
 REPORT = Path("reports/pretrain")
 VIDEO = REPORT / "open_loop.mp4"
 
-KEY_CLIPS = 64
 VIDEO_CLIPS = 4
 VIDEO_OBSERVED = 5
 VIDEO_FPS = 6.0
@@ -66,13 +65,8 @@ def run(cfg: Config) -> None:
 
 
 def run_key(cfg: Config, store: Store, processes: int = 1) -> str:
-    """The resume key: params, processes, code, and the store, known by its index and some of its frames.
-
-    The index has a sha256 of every clip's source; frames tell stores apart that other code made of the same.
-    """
-    clips = np.unique(np.linspace(0, store.num_clips - 1, min(KEY_CLIPS, store.num_clips)).astype(np.int64))
-    frames = hashlib.sha256(store.read_many(store.clip_start[clips], 1).tobytes()).hexdigest()
-    known = {"frames": frames, "store": store.attrs, "processes": processes}
+    """The resume key: params, processes, code, and the store, known by its digest."""
+    known = {"store": store.digest(), "processes": processes}
     fingerprint = stage_fingerprint("pretrain", cfg.model_dump(mode="json"))
     return resume_key("pretrain", fingerprint, known=known, inputs=[])
 
@@ -161,10 +155,13 @@ def watched_clips(store: Store, length: int, gap: float | None = None) -> tuple[
     """The clips of the video: their split and their first `length` frames, uint8 (N, length, 64, 64, 3).
 
     The frames are neighbours, or `gap` seconds apart. The clips are the first validation clips that are long
-    enough; where there is none, training clips.
+    enough, of a mixture from its sources in turn; where there is none, training clips.
     """
     for split in ("validation", "train"):
-        clips = store.clips(split=split, min_length=length, gap=gap)[:VIDEO_CLIPS]
+        long = store.clips(split=split, min_length=length, gap=gap)
+        of_parts = [long[(long >= part.start) & (long < part.stop)] for part, _ in store.parts]
+        turns = (clip for turn in itertools.zip_longest(*of_parts) for clip in turn if clip is not None)
+        clips = np.fromiter(itertools.islice(turns, VIDEO_CLIPS), np.int64)
         if len(clips) > 0:
             strides = store.strides(gap)[clips]
             return split, torch.from_numpy(store.read_many(store.clip_start[clips], length, strides=strides))

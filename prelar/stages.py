@@ -7,7 +7,7 @@ import hashlib
 import json
 import re
 from collections.abc import Iterable, Mapping
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any
 
 from prelar.config import PARAMS, read_yaml
@@ -21,7 +21,8 @@ Values = Mapping[str, Any]
 
 
 class Stages:
-    """The stages of a dvc.yaml, each with its code as it lies there when this is made.
+    """The stages of a dvc.yaml, each with its code as it lies there when this is made. Those that it has for
+    each entry of a key of params.yaml (foreach) are named as DVC does, `stage@entry`.
 
     `values` below are those of a params.yaml, as `Config.model_dump(mode="json")` gives them. Without the
     file, or of a stage that it does not name, a fingerprint is of all values and all code of the package.
@@ -38,8 +39,8 @@ class Stages:
 
     def fingerprint(self, name: str, values: Values) -> str:
         """Digest of a stage's own command, params and code, in hex. What it reads is not looked at."""
-        stage = self.stages.get(name, {})
-        keys = [_fill(key, values) for key in stage.get("params", values)]
+        stage = self.resolved(values).get(name, {})
+        keys = stage.get("params", list(values))
         if name not in self._code:
             deps = stage.get("deps", CODE[:1])
             self._code[name] = code_digest(path for path in deps if path.startswith(CODE))
@@ -58,25 +59,34 @@ class Stages:
         return found
 
     def upstream(self, values: Values) -> dict[str, set[str]]:
-        """For each stage, the stages whose outputs it reads."""
-        maker = self._makers()
+        """For each stage, the stages of whose outputs it reads one, or the folder that one lies in."""
+        stages = self.resolved(values)
+        makers: dict[str, set[str]] = {}
+        for name, stage in stages.items():
+            for out in _outs(stage):
+                for place in (out, *map(str, PurePosixPath(out).parents)):
+                    makers.setdefault(place, set()).add(name)
         return {
-            name: {maker[path] for dep in stage.get("deps", []) if (path := _fill(dep, values)) in maker}
-            for name, stage in self.stages.items()
+            name: {made for dep in stage.get("deps", []) for made in makers.get(dep, ())}
+            for name, stage in stages.items()
         }
 
     def code(self) -> list[str]:
         """The files and folders that stages read and no stage makes, params.yaml apart."""
-        read = {dep for stage in self.stages.values() for dep in stage.get("deps", [])}
-        return sorted(read - self._makers().keys() - {PARAMS.name})
+        stages = [stage.get("do", stage) for stage in self.stages.values()]
+        read = {dep for stage in stages for dep in stage.get("deps", [])}
+        return sorted(read - {out for stage in stages for out in _outs(stage)} - {PARAMS.name})
 
-    def _makers(self) -> dict[str, str]:
-        """The stage that makes each output."""
-        return {
-            next(iter(out)) if isinstance(out, dict) else out: name
-            for name, stage in self.stages.items()
-            for out in [*stage.get("outs", []), *stage.get("metrics", [])]
-        }
+    def resolved(self, values: Values) -> dict[str, dict[str, Any]]:
+        """The stages by name, with values filled in."""
+        found = {}
+        for name, stage in self.stages.items():
+            if "foreach" not in stage:
+                found[name] = _filled(stage, values)
+                continue
+            for key, item in _lookup(values, stage["foreach"][2:-1]).items():
+                found[f"{name}@{key}"] = _filled(stage["do"], {**values, "key": key, "item": item})
+        return found
 
 
 def stage_fingerprint(name: str, values: Values) -> str:
@@ -93,6 +103,21 @@ def code_digest(paths: Iterable[str]) -> str:
             content = file.read_bytes()
             digest.update(f"\0{file.relative_to(PROJECT).as_posix()}\0{len(content)}\0".encode() + content)
     return digest.hexdigest()
+
+
+def _outs(stage: Mapping[str, Any]) -> list[str]:
+    """What a stage makes."""
+    return [
+        next(iter(out)) if isinstance(out, dict) else out
+        for out in [*stage.get("outs", []), *stage.get("metrics", [])]
+    ]
+
+
+def _filled(stage: Mapping[str, Any], values: Values) -> dict[str, Any]:
+    """A stage with values filled in where it names them."""
+    lists = {key: [_fill(text, values) for text in stage[key]] for key in ("deps", "params") if key in stage}
+    outs = {"outs": [_fill(out, values) for out in _outs(stage)]} if _outs(stage) else {}
+    return {"cmd": _fill(stage.get("cmd") or "", values), **lists, **outs}
 
 
 def _fill(text: str, values: Values) -> str:

@@ -16,6 +16,18 @@ FENCE = re.compile(r"^```(\w*)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 NOT_RUN = re.compile(r"<!-- not run: (.+?) -->\n\Z")
 
 
+MEMBER = """
+  {name}:
+    foreach: ${{mixtures.{name}}}
+    do:
+      cmd: exec python -m prelar join {name} ${{key}}
+      deps: ['data/${{key}}.parquet', 'data/${{key}}.zarr']
+      params: [mixtures.{name}]
+      outs: ['data/members/{name}/${{key}}.json']
+"""
+"""The stage that a mixture needs in dvc.yaml."""
+
+
 @dataclass(frozen=True)
 class Block:
     """A fenced block. `reason` says why its commands are not run; None: a test runs them."""

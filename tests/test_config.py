@@ -44,7 +44,7 @@ def params() -> str:
 def flat(tree: dict[str, object], prefix: str = "") -> list[str]:
     found: list[str] = []
     for key, value in tree.items():
-        found += flat(value, f"{prefix}{key}.") if isinstance(value, dict) else [prefix + key]
+        found += flat(value, f"{prefix}{key}.") if isinstance(value, dict) and value else [prefix + key]
     return found
 
 
@@ -87,8 +87,9 @@ def test_every_key_is_described_in_params_yaml_as_in_config() -> None:
 
 @pytest.mark.parametrize("scale", ["smoke", "small", "lite", "paper"])
 def test_every_field_is_a_param_of_some_stage(scale: str) -> None:
-    stages = read_yaml(ROOT / "dvc.yaml")["stages"].values()
-    tracked = [name.replace("${scale}", scale) for stage in stages for name in stage.get("params", [])]
+    stages = [stage.get("do", stage) for stage in read_yaml(ROOT / "dvc.yaml")["stages"].values()]
+    named = [name.replace("${scale}", scale) for stage in stages for name in stage.get("params", [])]
+    tracked = [name.removesuffix(".${key}") for name in named if name != "${item.kind}"]
     shown = [key for key in keys() if not key.startswith("scales.") or key.startswith(f"scales.{scale}.")]
     untracked = [
         key for key in shown if not any(key == name or key.startswith(f"{name}.") for name in tracked)
@@ -163,6 +164,18 @@ def test_a_preset_belongs_to_one_stage_and_one_scale() -> None:
         ),
         ("data_root: data ", "data_root: http://shelf/x ", ["data_root: http:// is no kind of storage"]),
         ("data_root: data ", "data_root: s3://a/b::http://h ", ["data_root: a chain of URLs"]),
+        ("dataset: ssv2", "dataset: mix", ["dataset = 'mix': no such store", "did you mean"]),
+        ("sources: {}", "sources: {a: {kind: demo}}", ["sources.a.kind = 'demo'", "'ssv2' or 'demos'"]),
+        ("sources: {}", "sources: {a: {kind: demos, bach: 3}}", ["sources: a: bach: unknown key"]),
+        ("sources: {}", "sources: {a: {kind: ssv2, bach: 3}}", ["sources: a: bach", "did you mean batch?"]),
+        ("sources: {}", "sources: {a: {kind: demos, source: hdf5}}", ["sources: a: path is null"]),
+        ("sources: {}", "sources: {pretrain: {kind: demos}}", ["pretrain names something else"]),
+        ("sources: {}", "sources: {a-b: {kind: demos}}", ["a-b", "pattern"]),
+        ("mixtures: {}", "mixtures: {a: {ssv2: 0, demos: 1}}", ["mixtures: a: ", "a weight above 0"]),
+        ("mixtures: {}", "mixtures: {a: {}}", ["mixtures: a: ", "at least one source"]),
+        ("mixtures: {}", "mixtures: {a: {demo: 1}}", ["mixtures.a = 'demo'", "did you mean demos"]),
+        ("unions: {}", "unions: {a: [x.zarr]}", ["unions: a: x.zarr: give an absolute folder"]),
+        ("unions: {}", "unions: {a: []}", ["unions.a", "at least 1 item"]),
         ("method: prelar", "method: [prelar", ["not YAML"]),
         ("steps: 320", f"steps: {'9' * 30}", ["scales.smoke.pretrain.steps = 99", "less than or equal to"]),
         ("seed: 0", f"seed: {2**63}", ["seed = 9223372036854775808", "less than or equal to"]),

@@ -15,13 +15,13 @@ from dvc.cli import parse_args
 from ruamel.yaml import YAML
 
 from prelar.__main__ import build_parser
-from prelar.config import Config, keys, read_yaml
+from prelar.config import Config, keys, parse_yaml, read_yaml
 from tests.conftest import ROOT, merge
-from tests.docs import PAGES, Command, blocks, commands
+from tests.docs import MEMBER, PAGES, Command, blocks, commands
 from tools import params_page
 
 COMMANDS = commands()
-LANGUAGES = {"bash", "python", "mermaid"}
+LANGUAGES = {"bash", "python", "mermaid", "yaml"}
 TARGETS = set(re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text(encoding="utf-8"), re.MULTILINE))
 PLAIN = {"export", "du", "sbatch"}
 
@@ -84,6 +84,20 @@ def test_a_command_parses(command: Command) -> None:
 @pytest.mark.parametrize("command", [c for c in COMMANDS if c.reason], ids=str)
 def test_a_command_is_not_run_for_a_reason(command: Command) -> None:
     assert command.reason and len(command.reason) > 8
+
+
+def test_params_of_the_docs_are_valid_and_stages_are_what_a_mixture_needs() -> None:
+    """Each block of YAML with keys of params.yaml, on top of those before it on its page."""
+    params, stages = read_yaml(ROOT / "params.yaml"), []
+    for block in (block for block in blocks() if block.language == "yaml"):
+        values = parse_yaml(block.text.replace("…", "0"))
+        if values.keys() <= Config.model_fields.keys():
+            params |= values
+            Config.model_validate(params)
+        else:
+            stages.append(values)
+    (stage,) = stages
+    assert stage == parse_yaml(MEMBER.format(name="robots"))
 
 
 def anchors(text: str) -> set[str]:

@@ -108,6 +108,41 @@ def test_those_of_a_pipeline_follow_the_stages_before() -> None:
     )
 
 
+EACH = """
+stages:
+  store:
+    foreach: ${stores}
+    do:
+      cmd: exec make ${key} ${item.kind}
+      deps: [prelar/loop.py]
+      params: ['stores.${key}']
+      outs: ['data/${key}.zarr']
+  mix:
+    foreach: ${mixtures.mix}
+    do:
+      cmd: note ${key}
+      deps: ['data/${key}.zarr']
+      params: [mixtures.mix]
+      outs: ['data/notes/${key}.json']
+  join: {cmd: join, deps: [data/notes], params: [mixtures], outs: [data/mix.zarr]}
+"""
+
+
+def test_stages_for_each_entry_follow_their_own_entry() -> None:
+    Path("dvc.yaml").write_text(EACH)
+    stores = {"a": {"kind": "x"}, "b": {"kind": "x"}, "c": {"kind": "y"}}
+    values = {"stores": stores, "mixtures": {"mix": {"a": 1, "b": 2}}}
+    pipeline = Stages()
+    assert pipeline.resolved(values)["store@c"]["cmd"] == "exec make c y"
+    above = pipeline.upstream(values)
+    assert above["join"] == {"mix@a", "mix@b"} and above["mix@b"] == {"store@b"} and above["store@c"] == set()
+    before = pipeline.fingerprints(values)
+    changed = pipeline.fingerprints(values | {"stores": stores | {"b": {"kind": "y"}}})
+    differ = {name for name in before if changed[name] != before[name]}
+    assert differ == {"store@b", "mix@b", "join"}
+    assert pipeline.code() == ["data/notes", "prelar/loop.py"]
+
+
 @pytest.mark.parametrize("text", ["[]", "stages: 3", "stages: {first: 3}"])
 def test_a_pipeline_without_stages_is_named(text: str) -> None:
     Path("dvc.yaml").write_text(text)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
-from prelar.config import PARAMS, Config, load_config
+from prelar.config import PARAMS, Config, Demos, load_config
 from prelar.utils.errors import UserError, nearest
 
 VERSION = "-v3"
@@ -38,13 +38,19 @@ def checked_config(path: Path = PARAMS) -> Config:
 def check_names(config: Config) -> None:
     """Check the values that name things of a simulator. Raises `UserError` with the nearest known name."""
     check_task(config.task)
-    tasks, cameras = (chosen(given) or () for given in (config.demos.tasks, config.demos.cameras))
-    if config.demos.source == "metaworld":
+    for name in ("demos", *config.sources):
+        if isinstance(settings := config.source(name), Demos):
+            _check_demos(settings)
+
+
+def _check_demos(settings: Demos) -> None:
+    tasks, cameras = (chosen(given) or () for given in (settings.tasks, settings.cameras))
+    if settings.source == "metaworld":
         for task in tasks:
             check_task(task)
         for camera in cameras:
             check_camera(camera)
-    if config.demos.source == "rlbench":
+    if settings.source == "rlbench":
         for camera in cameras:
             check_name("camera", camera, RLBENCH_CAMERAS, "RLBench")
 

@@ -62,10 +62,10 @@ def modified_files(root: Path, baseline: str, commit: str | None) -> tuple[str, 
 
 
 def flatten(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """A tree of mappings as dotted keys."""
+    """A tree of mappings as dotted keys; one without entries is a value."""
     flat: dict[str, Any] = {}
     for key, value in tree.items():
-        if isinstance(value, Mapping):
+        if isinstance(value, Mapping) and value:
             flat |= flatten(value, f"{prefix}{key}.")
         else:
             flat[f"{prefix}{key}"] = value

@@ -100,6 +100,7 @@ def prediction(config: Config, run: Run) -> Values:
         "prediction_policy": _prediction_figure(run, "prediction_policy"),
         "held_out": summary.get("prediction"),
         "own": summary.get("prediction_policy"),
+        "sources": summary.get("sources", []),
     }
 
 
@@ -241,7 +242,11 @@ def params_groups(config: Config) -> dict[str, dict[str, str]]:
     groups.update({f"scales.{config.scale}.{stage}": {} for stage in STAGES})
     for key, value in flat.items():
         text = json.dumps(value, ensure_ascii=False) if not isinstance(value, str) else value
-        if "." not in key:
+        stores, _, rest = key.partition(".")
+        if stores in ("sources", "mixtures", "unions"):
+            if f"{rest}.".startswith(f"{config.dataset}."):
+                groups["Data"][key] = text
+        elif "." not in key:
             groups["Ablation"][key] = text
         elif key.startswith((f"{config.dataset}.", "sample.")):
             groups["Data"][key] = text

@@ -2,6 +2,11 @@
 
 from __future__ import annotations
 
+import itertools
+import math
+from collections.abc import Sequence
+from fractions import Fraction
+
 import numpy as np
 import numpy.typing as npt
 import torch
@@ -12,8 +17,9 @@ from prelar.utils.errors import UserError
 from prelar.utils.seeds import RngStream, generator
 
 Batch = dict[str, Tensor]
+Numbers = npt.NDArray[np.int64]
 
-_EPOCHS_KEPT = 2
+_KEPT = 2
 
 
 class SegmentSampler:
@@ -25,6 +31,8 @@ class SegmentSampler:
     where a segment starts in its clip is drawn, uniformly, by (seed, epoch, position). So a run resumes at
     any step without state, and `world` processes of rank 0, 1, … take disjoint rows of the same global batch
     of `batch` segments; one process takes them all. An epoch's last batch runs on into the next epoch.
+
+    Of a mixture, `Shares` says which source each row is of, and every source has epochs of its own.
     """
 
     def __init__(
@@ -40,33 +48,38 @@ class SegmentSampler:
         world: int = 1,
         gap: float | None = None,
     ) -> None:
-        """Raises `UserError` where no clip is long enough or one tells no rate that `gap` needs, and where
-        the batch does not divide by `world`."""
+        """Raises `UserError` where no clip is long enough, in a mixture of any source, or one tells no rate
+        that `gap` needs, and where the batch does not divide by `world`."""
         if batch % world:
             raise UserError(f"batch = {batch}: not divisible among {world} processes; make it a multiple")
         self._store = store
         self._strides = store.strides(gap)
-        self._clips = store.clips(split=split, label=label, min_length=length, gap=gap)
-        if len(self._clips) == 0:
-            raise UserError(_too_short(store, split, label, length, gap))
+        clips, parts = store.clips(split=split, label=label, min_length=length, gap=gap), store.parts
+        self._clips = [clips[(clips >= part.start) & (clips < part.stop)] for part, _ in parts]
+        for number, found in enumerate(self._clips):
+            if len(found) == 0:
+                lacking = store.members[number].store if len(parts) > 1 else store
+                raise UserError(_too_short(lacking, split, label, length, gap))
+        self._shares = Shares([weight for _, weight in parts], batch, seed)
         self._length = length
         self._batch = batch
         self._seed = seed
         self._rows = range(rank * batch // world, (rank + 1) * batch // world)
         self._actions = store.array("actions") if store.has("actions") else None
-        self._epochs: dict[int, tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]] = {}
+        self._epochs: list[dict[int, tuple[Numbers, Numbers]]] = [{} for _ in parts]
 
     @property
     def num_clips(self) -> int:
-        """Clips that are long enough: the segments of one epoch."""
-        return len(self._clips)
+        """Clips that are long enough: the segments of one epoch, of a mixture of one of each source."""
+        return sum(map(len, self._clips))
 
-    def segments(self, step: int) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]:
+    def segments(self, step: int) -> tuple[Numbers, Numbers]:
         """Clip numbers and first frames within them of this process's rows at `step`, int64 (B,) each."""
         clips, starts = [], []
         for row in self._rows:
-            epoch, position = divmod(step * self._batch + row, len(self._clips))
-            order, begins = self._epoch(epoch)
+            part, number = self._shares.row(step * self._batch + row)
+            epoch, position = divmod(number, len(self._clips[part]))
+            order, begins = self._epoch(part, epoch)
             clips.append(order[position])
             starts.append(begins[position])
         return np.array(clips, dtype=np.int64), np.array(starts, dtype=np.int64)
@@ -93,16 +106,62 @@ class SegmentSampler:
             batch["actions"] = torch.from_numpy(self._actions[rows])
         return batch
 
-    def _epoch(self, epoch: int) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]:
-        """The clips of an epoch in order, and where the segment of each starts."""
-        if epoch not in self._epochs:
-            while len(self._epochs) >= _EPOCHS_KEPT:
-                del self._epochs[min(self._epochs)]
-            random = generator(RngStream.CLIPS, self._seed, epoch)
-            order = random.permutation(self._clips)
+    def _epoch(self, part: int, epoch: int) -> tuple[Numbers, Numbers]:
+        """The clips of an epoch of a source in order, and where the segment of each starts."""
+        epochs = self._epochs[part]
+        if epoch not in epochs:
+            while len(epochs) >= _KEPT:
+                del epochs[min(epochs)]
+            random = generator(RngStream.CLIPS, self._seed, epoch, *([part] if part else []))
+            order = random.permutation(self._clips[part])
             choices = self._store.clip_length[order] - (self._length - 1) * self._strides[order]
-            self._epochs[epoch] = order, random.integers(choices)
-        return self._epochs[epoch]
+            epochs[epoch] = order, random.integers(choices)
+        return epochs[epoch]
+
+
+class Shares:
+    """Which of several sources each row of a run is of: a pure function of weights, batch, seed and row.
+
+    Rows come in blocks of whole batches, so many that the least weight has a row in each. Of every so many
+    blocks from the first on, each source has its share of rows by weight, rounded down or up; within a block
+    they lie in an order drawn by (seed, block).
+    """
+
+    def __init__(self, weights: Sequence[float], batch: int, seed: int) -> None:
+        total = sum(map(Fraction, weights))
+        shares = [Fraction(weight) / total for weight in weights]
+        self._ends = [Fraction(0), *itertools.accumulate(shares)]
+        self._block = batch * math.ceil(1 / (batch * min(shares)))
+        self._seed = seed
+        self._blocks: dict[int, tuple[Numbers, Numbers]] = {}
+
+    def row(self, row: int) -> tuple[int, int]:
+        """The source of a row, and how many rows before it are of that source."""
+        if len(self._ends) == 2:
+            return 0, row
+        block, inside = divmod(row, self._block)
+        if block not in self._blocks:
+            while len(self._blocks) >= _KEPT:
+                del self._blocks[min(self._blocks)]
+            self._blocks[block] = self._drawn(block)
+        sources, numbers = self._blocks[block]
+        return int(sources[inside]), int(numbers[inside])
+
+    def before(self, block: int) -> list[int]:
+        """The rows of each source in the blocks before a block."""
+        ends = [math.floor(block * self._block * end) for end in self._ends]
+        return [end - begin for begin, end in itertools.pairwise(ends)]
+
+    def _drawn(self, block: int) -> tuple[Numbers, Numbers]:
+        """Of the rows of a block in order: the source, and how many rows of it come before."""
+        before, after = self.before(block), self.before(block + 1)
+        counts = np.array(after) - np.array(before)
+        random = generator(RngStream.MIXTURE, self._seed, block)
+        sources = random.permutation(np.repeat(np.arange(len(counts)), counts))
+        numbers = np.empty_like(sources)
+        for source, first in enumerate(before):
+            numbers[sources == source] = first + np.arange(counts[source])
+        return sources, numbers
 
 
 def _too_short(store: Store, split: str | None, label: str | None, length: int, gap: float | None) -> str:

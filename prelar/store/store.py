@@ -14,17 +14,20 @@ neither copies twice nor maps memory.
 
 `data/<name>.parquet` is the index, one row a clip in the order of ingest; its rows with status "ok" are the
 clips of the store in order, the others name what is wrong.
+
+A store may also be joined of others, which `prelar.store.joined` writes and finds, and which reads as one.
 """
 
 from __future__ import annotations
 
+import bisect
 import dataclasses
 import functools
 import hashlib
 import itertools
 import json
 import os
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -45,6 +48,8 @@ SCHEMA = 1
 ABSENT = 2**64 - 1
 JSON_BYTES, INDEX_BYTES = 4 << 20, 1 << 30
 LONGEST, WIDEST = 1 << 40, 1 << 16
+KEY_CLIPS = 64
+"""Clips whose first frames go into a store's digest."""
 
 INDEX_SCHEMA = pa.schema(
     [
@@ -543,13 +548,31 @@ class _Folder:
                 os.close(handle)
 
 
-class _Reader:
-    """Reads runs of items of one array."""
+class _Items:
+    """Items of one array, `items` of them, laid out as `layout` says."""
+
+    layout: Layout
+    items: int
+
+    def read_many(self, starts: Sequence[int], out: npt.NDArray[Any]) -> None:
+        """Fill `out[i]` with the items from `starts[i]` on."""
+        raise NotImplementedError
+
+    def read(self, start: int, length: int) -> npt.NDArray[Any]:
+        """Items `start` to `start + length` as a new array (length, *item)."""
+        out = np.empty((length, *self.layout.item), dtype=self.layout.dtype)
+        if length:
+            self.read_many([start], out[None])
+        return out
+
+
+class _Reader(_Items):
+    """Reads runs of items of one array of files."""
 
     def __init__(self, place: _Place, name: str, layout: Layout, items: int) -> None:
         self.layout = layout
         self.items = items
-        self._place = place
+        self.place = place
         self._name = name
         self._files: list[str] = []
         for begin in range(0, items, layout.shard):
@@ -562,7 +585,7 @@ class _Reader:
         """What fills the contiguous array `out` (n, *item) with the items from `start` on."""
         if start < 0 or start + len(out) > self.items:
             raise IndexError(
-                f"{self._place}/{self._name}: items {start} to {start + len(out)} of {self.items}"
+                f"{self.place}/{self._name}: items {start} to {start + len(out)} of {self.items}"
             )
         view, size, shard = out.data.cast("B"), self.layout.item_bytes, self.layout.shard
         done = 0
@@ -573,28 +596,76 @@ class _Reader:
             done += count
 
     def read_many(self, starts: Sequence[int], out: npt.NDArray[Any]) -> None:
-        """Fill `out[i]` with the items from `starts[i]` on."""
-        self._place.fill(
+        self.place.fill(
             [piece for start, part in zip(starts, out, strict=True) for piece in self.pieces(start, part)]
         )
 
-    def read(self, start: int, length: int) -> npt.NDArray[Any]:
-        """Items `start` to `start + length` as a new array (length, *item)."""
-        out = np.empty((length, *self.layout.item), dtype=self.layout.dtype)
-        if length:
-            self.read_many([start], out[None])
-        return out
+
+class _Joined(_Items):
+    """Reads runs of items of one array that several stores hold, one store after the other."""
+
+    def __init__(self, parts: Sequence[_Items]) -> None:
+        self.layout = parts[0].layout
+        flat = (part.readers if isinstance(part, _Joined) else [part] for part in parts)
+        self.readers: list[_Reader] = [r for some in flat for r in some if isinstance(r, _Reader)]
+        self._ends = list(itertools.accumulate(reader.items for reader in self.readers))
+        self.items = self._ends[-1]
+
+    def read_many(self, starts: Sequence[int], out: npt.NDArray[Any]) -> None:
+        wanted: list[list[Piece]] = [[] for _ in self.readers]
+        for start, part in zip(starts, out, strict=True):
+            if start < 0 or start + len(part) > self.items:
+                raise IndexError(f"items {start} to {start + len(part)} of {self.items}")
+            done = 0
+            while done < len(part):
+                number = bisect.bisect_right(self._ends, start + done)
+                reader = self.readers[number]
+                inside = start + done - (self._ends[number] - reader.items)
+                count = min(len(part) - done, reader.items - inside)
+                wanted[number] += reader.pieces(inside, part[done : done + count])
+                done += count
+        for reader, pieces in zip(self.readers, wanted, strict=True):
+            if pieces:
+                reader.place.fill(pieces)
+
+
+class _Held(_Items):
+    """Numbers that are not read from a file."""
+
+    def __init__(self, layout: Layout, items: int, make: Callable[[], npt.NDArray[np.int64]]) -> None:
+        self.layout, self.items, self._make = layout, items, make
+
+    def read(self, start: int, length: int) -> npt.NDArray[np.int64]:
+        return self._make()[start : start + length]
+
+
+@dataclasses.dataclass(frozen=True)
+class Member:
+    """One of the stores that a joined store reads as one; `weight` is None in a union."""
+
+    name: str
+    store: Store
+    weight: float | None = None
 
 
 class Store:
-    """A finished store. Reading holds no lock and no open file, and is safe from threads and after a fork."""
+    """A finished store. Reading holds no lock and no open file, and is safe from threads and after a fork.
+
+    `members` are those of a joined store, in their order; other stores have none.
+    """
 
     def __init__(
-        self, path: Path | str, attrs: dict[str, Any], readers: dict[str, _Reader], index: pa.Table
+        self,
+        path: Path | str,
+        attrs: dict[str, Any],
+        readers: Mapping[str, _Items],
+        index: pa.Table,
+        members: Sequence[Member] = (),
     ) -> None:
         self.path = path
         self.attrs = attrs
         self.index = index
+        self.members = tuple(members)
         self._readers = readers
         self.clip_start: npt.NDArray[np.int64] = readers["clip_start"].read(0, readers["clip_start"].items)
         self.clip_length: npt.NDArray[np.int64] = readers["clip_length"].read(0, readers["clip_length"].items)
@@ -603,9 +674,14 @@ class Store:
     def open(cls, path: Path | str) -> Store:
         """Open a store and its index: a folder, a pointer in its place, or the URL of a published store.
 
-        Raises `UserError` where one is missing, incomplete or foreign.
+        The folder may be a joined store's. Raises `UserError` where one is missing, incomplete or foreign.
         """
-        published = Published(path) if isinstance(path, str) and "://" in path else follow(Path(path))
+        from prelar.store import joined  # which opens stores itself
+
+        is_url = isinstance(path, str) and "://" in path
+        if not is_url and (found := joined.follow(Path(path))):
+            return cls._of_members(Path(path), *found)
+        published = Published(str(path)) if is_url else follow(Path(path))
         place: _Place = published or _Folder(Path(path))
         if published is not None and published.folder is not None:
             place = _Folder(published.folder)
@@ -625,6 +701,58 @@ class Store:
         store = cls(path if published else Path(path), attrs, readers, index)
         _check_clips(place, store)
         return store
+
+    @classmethod
+    def _of_members(cls, path: Path, told: Mapping[str, Any], members: Sequence[Member]) -> Store:
+        """A joined store. It has the optional arrays that all members have, of the same width."""
+        content = _read(index_path(path), INDEX_BYTES)
+        if hashlib.sha256(content).hexdigest() != told["index_sha256"]:
+            raise UserError(f"{path}: its index is not the index of this store; join the stores again")
+        index, stores = _parse_index(path, content), [member.store for member in members]
+        lengths = np.concatenate([store.clip_length for store in stores])
+        starts = np.cumsum(lengths) - lengths
+        pairs = len(lengths), int(lengths.sum()) - len(lengths)
+        readers: dict[str, _Items] = {
+            "clip_start": _Held(CLIPS, pairs[0], lambda: starts),
+            "clip_length": _Held(CLIPS, pairs[0], lambda: lengths),
+            "pairs": _Held(PAIRS, pairs[1], lambda: pair_index(starts, lengths)),
+        }
+        for name in stores[0]._readers:
+            held = [store._readers.get(name) for store in stores]
+            alike = [reader for reader in held if reader and reader.layout == stores[0]._readers[name].layout]
+            if name not in readers and len(alike) == len(stores):
+                readers[name] = _Joined(alike)
+        known = ("name", "digest", "weight")
+        listed = [{key: about[key] for key in known} for about in told["members"]]
+        attrs = {"schema": SCHEMA, "members": listed, "index_sha256": told["index_sha256"]}
+        _check_items(path, index, readers)
+        store = cls(path, attrs, readers, index, members)
+        _check_clips(path, store)
+        return store
+
+    @property
+    def parts(self) -> list[tuple[range, float]]:
+        """Clips that count alike, by number, and their weight: a part a member of a mixture, else one."""
+        counts = [member.store.num_clips for member in self.members]
+        weights = [member.weight for member in self.members if member.weight is not None]
+        if not weights:
+            return [(range(self.num_clips), 1.0)]
+        ends = list(itertools.accumulate(counts))
+        return [
+            (range(end - count, end), weight)
+            for end, count, weight in zip(ends, counts, weights, strict=True)
+        ]
+
+    def digest(self) -> str:
+        """What tells the store from others: sha256 of its attributes and of frames spread over it, in hex.
+
+        The attributes know the index, and the index each clip's source; frames tell stores apart that other
+        code made of the same.
+        """
+        clips = np.unique(np.linspace(0, self.num_clips - 1, min(KEY_CLIPS, self.num_clips)).astype(np.int64))
+        digest = hashlib.sha256(json.dumps(self.attrs, sort_keys=True).encode())
+        digest.update(self.read_many(self.clip_start[clips], 1).tobytes())
+        return digest.hexdigest()
 
     @property
     def num_frames(self) -> int:
@@ -737,7 +865,7 @@ def _parsed(place: _Place, name: str) -> dict[str, Any]:
     return content
 
 
-def _check_items(place: _Place, index: pa.Table, readers: Mapping[str, _Reader]) -> None:
+def _check_items(place: object, index: pa.Table, readers: Mapping[str, _Items]) -> None:
     """Raise `UserError` unless the arrays are as long as the index and each other say."""
     frames, clips = readers["frames"].items, pc.sum(pc.equal(index["status"], "ok")).as_py() or 0
     wanted = {"clip_start": clips, "clip_length": clips, "pairs": frames - clips}
@@ -750,7 +878,7 @@ def _check_items(place: _Place, index: pa.Table, readers: Mapping[str, _Reader])
             )
 
 
-def _check_clips(place: _Place, store: Store) -> None:
+def _check_clips(place: object, store: Store) -> None:
     """Raise `UserError` unless the clips cover the frames one after the other, as the index has them too."""
     starts, lengths = store.clip_start, store.clip_length
     fits = bool(np.all((lengths > 0) & (lengths <= store.num_frames)))

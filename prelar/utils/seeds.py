@@ -16,11 +16,12 @@ class RngStream(IntEnum):
 
     STEP = 1  # seed, step
     HOOK = 2  # seed, step
-    CLIPS = 3  # seed, epoch
+    CLIPS = 3  # seed, epoch; of a mixture's sources but the first its number too
     REPLAY = 4  # seed, update
     EPISODE = 5  # seed, episode
     PROBE = 6  # seed, update
     OFFLINE = 7  # seed, number of the fit, and the update within it
+    MIXTURE = 8  # seed, block of rows
     TRAINING_EPISODES = 16  # seed, as of the other kinds of episodes below
     CURVE_EPISODES = 17
     EVALUATION_EPISODES = 18

@@ -7,12 +7,13 @@ raises `UserError` with the failed sentences. Stores of other sources add suites
 
 from __future__ import annotations
 
+import bisect
 import dataclasses
 import itertools
 import json
 import os
 from collections import Counter
-from collections.abc import Collection, Sequence
+from collections.abc import Callable, Collection, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -103,8 +104,13 @@ def each_unique(says: str, column: str) -> Check:
 # --- Suites for every store ---------------------------------------------------------------------------------
 
 
-def store_suites(store: Store, *, min_frames: int, max_bad: float, width: int | None = None) -> list[Suite]:
-    """The suites that any store must pass; `width` is that of its actions, if it has any."""
+def store_suites(
+    store: Store, *, min_frames: int, max_bad: float | None, width: int | None = None
+) -> list[Suite]:
+    """The suites that any store must pass; `width` is that of its actions, if it has any.
+
+    `max_bad` is the share of bad clips that it may have; None where that was seen to before.
+    """
     return [
         _index_suite(store, max_bad),
         _clips_suite(store, min_frames),
@@ -113,8 +119,9 @@ def store_suites(store: Store, *, min_frames: int, max_bad: float, width: int | 
     ]
 
 
-def _index_suite(store: Store, max_bad: float) -> Suite:
+def _index_suite(store: Store, max_bad: float | None) -> Suite:
     table = store.index.select(["id", "status", "reason"]).to_pandas()
+    says, share = f"at most {max_bad or 0:.2%} of the clips are bad", 1 - (max_bad or 0)
     return Suite(
         "index",
         "Every clip that the source or its labels name",
@@ -123,7 +130,7 @@ def _index_suite(store: Store, max_bad: float) -> Suite:
             each_given("every clip has an id", "id"),
             each_unique("no id comes twice", "id"),
             each_in("every clip is ok or bad", "status", ("ok", "bad")),
-            each_in(f"at most {max_bad:.2%} of the clips are bad", "status", ("ok",), 1 - max_bad),
+            *([] if max_bad is None else [each_in(says, "status", ("ok",), share)]),
         ),
     )
 
@@ -200,14 +207,14 @@ def _frames_suite(store: Store) -> Suite:
     """Brightness and contrast of frames spread evenly over the store, read by us and by zarr-python."""
     numbers = evenly_spaced_indices(store.num_frames, SAMPLED)
     pixels = [store.read(int(number), 1)[0] for number in numbers]
-    others: Any = zarr.open_group(store.path, mode="r")["frames"]
+    others = _by_zarr(store)
     table = pd.DataFrame(
         {
             "frame": numbers,
             "brightness": np.array([frame.mean() for frame in pixels]),
             "contrast": np.array([frame.std() for frame in pixels]),
             "differing": [
-                int((frame != others[int(number)]).sum())
+                int((frame != others(int(number))).sum())
                 for number, frame in zip(numbers, pixels, strict=True)
             ],
         }
@@ -225,6 +232,39 @@ def _frames_suite(store: Store) -> Suite:
             each_between("zarr-python reads the same frames", "differing", 0, 0),
         ),
     )
+
+
+def _by_zarr(store: Store) -> Callable[[int], Any]:
+    """What reads a frame by its number with zarr-python; of a joined store it reads that of a member."""
+    if not store.members:
+        frames: Any = zarr.open_group(store.path, mode="r")["frames"]
+        return lambda number: frames[number]
+    readers = [_by_zarr(member.store) for member in store.members]
+    ends = list(itertools.accumulate(member.store.num_frames for member in store.members))
+    begins = [0, *ends]
+
+    def read(number: int) -> Any:
+        part = bisect.bisect_right(ends, number)
+        return readers[part](number - begins[part])
+
+    return read
+
+
+def members_suite(store: Store) -> Suite:
+    """The stores that a joined store reads as one: of a union each was made in the same way."""
+    rows = []
+    for member in store.members:
+        own = ("index_sha256", "source", "members", "share")
+        made = {key: value for key, value in member.store.attrs.items() if key not in own}
+        name = member.store.attrs.get("source", {}).get("name")
+        made["source"] = name
+        rows.append({"member": member.name, "clips": member.store.num_clips, "made": json.dumps(made)})
+    table = pd.DataFrame(rows)
+    checks = [each_between("each of the stores has a clip", "clips", 1)]
+    if store.members[0].weight is None:
+        same = "the stores were made alike: their attributes, source and index apart, are the same"
+        checks.append(each_in(same, "made", (rows[0]["made"],)))
+    return Suite("members", "The stores that are read as one", table, tuple(checks))
 
 
 def labels_suite(store: Store, splits: dict[str, str], names: dict[str, int]) -> Suite:
