@@ -7,11 +7,11 @@ FROM python:3.12-slim-bookworm
 RUN apt-get update \
     && apt-get install --yes --no-install-recommends git libosmesa6 make \
     && rm -rf /var/lib/apt/lists/* \
-    && useradd --create-home prelar
+    && useradd --create-home --uid 1000 prelar
 
 WORKDIR /prelar
-RUN chown prelar:prelar /prelar
-USER prelar
-COPY --chown=prelar:prelar . .
+RUN chown 1000:1000 /prelar
+USER 1000
+COPY --chown=1000:1000 . .
 RUN make setup UV=1
 CMD ["make", "repro"]

@@ -10,7 +10,7 @@ PYTEST := python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
 OF_MODEL := tests/model tests/test_methods.py
 
 .DEFAULT_GOAL := help
-.PHONY: help setup repro test test-long test-live lint format bench bench-learning demo-model ui show check lock params clean rlbench-setup
+.PHONY: help setup repro test test-long test-live lint format bench bench-learning demo-model docs ui show check lock params clean rlbench-setup
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## /{printf "  make %-14s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -55,6 +55,10 @@ bench: $(READY) ## measure against the peers and bounds, to reports/bench.json
 
 bench-learning: $(READY) ## show that the agent learns: five seeds of three tasks against chance, in about two hours
 	@python -m tests.bench.learning
+
+docs: $(READY) ## render the pages and the API of docs/ to reports/site
+	@NO_MKDOCS_2_WARNING=1 python -m mkdocs build --strict --quiet
+	@echo "The site: $(CURDIR)/reports/site/index.html"
 
 ui: $(READY) ## serve the flows in the Prefect UI on this machine
 	@python -m flows.serve

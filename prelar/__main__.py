@@ -8,15 +8,15 @@ import importlib
 import os
 import sys
 from pathlib import Path
-from typing import get_args
+from typing import TYPE_CHECKING
 
 from prelar import __version__
-from prelar.config import PARAMS, Config
-from prelar.envs.names import checked_config
-from prelar.stages import PIPELINE, Stages
 from prelar.utils.errors import UserError, run_main
 from prelar.utils.files import exclusive
 from prelar.utils.parents import end_with_dvc
+
+if TYPE_CHECKING:
+    from prelar.config import Config
 
 STAGES = {
     "sample": "render the embedded sample archive, in the shape of Something-Something V2, to data/sample",
@@ -76,6 +76,8 @@ def main() -> None:
 
         print(shtab.complete(build_parser("prelar"), arguments.shell))
         return
+    from prelar.envs.names import checked_config  # not for --help: params take a while to import
+
     config = checked_config()
     if arguments.command == "check":
         run_check(config)
@@ -138,6 +140,8 @@ def run_comparison(arguments: argparse.Namespace) -> None:
 
 def run_check(config: Config) -> None:
     """Say that params.yaml is valid, and dvc.yaml has the stages that it asks for."""
+    from prelar.stages import PIPELINE, Stages
+
     known = Stages().stages
     if lacking := [name for name in config.mixtures if name not in known]:
         raise UserError(
@@ -233,6 +237,8 @@ def add_play_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run_play(arguments: argparse.Namespace) -> None:
     """Serve a checkpoint until Ctrl-C, in a project or outside one."""
+    from prelar.config import PARAMS
+    from prelar.envs.names import checked_config
     from prelar.simulator import demo, play
 
     config = checked_config() if PARAMS.is_file() else None
@@ -242,9 +248,10 @@ def run_play(arguments: argparse.Namespace) -> None:
 
 def add_import_arguments(parser: argparse.ArgumentParser) -> None:
     """The arguments of import-reference."""
-    methods = get_args(Config.model_fields["method"].annotation)
     parser.add_argument("file", metavar="FILE.pt", type=Path, help="the published checkpoint")
-    parser.add_argument("--method", required=True, choices=methods, help="the method that it is of")
+    parser.add_argument(
+        "--method", required=True, metavar="METHOD", help="the method that it is of, as in params.yaml"
+    )
     parser.add_argument(
         "--part",
         choices=["encoder", "decoder", "rssm", "action_encoder"],

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import os
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -25,7 +26,7 @@ from tests.fake_results import moving
 ONLINE = """
 import socket, sys
 def refuse(self, address):
-    if not isinstance(address, tuple) or address[0] not in ("127.0.0.1", "localhost", "::1"):
+    if isinstance(address, tuple) and address[0] not in ("127.0.0.1", "localhost", "::1"):
         print(f"asked for {address}", file=sys.stderr)
         raise OSError("no network")
     return connect(self, address)
@@ -120,6 +121,10 @@ def test_weights_and_biases_stays_offline_unless_the_user_is_logged_in(tmp_path:
     lacking = ("WANDB_API_KEY", "WANDB_MODE")
     environment = {key: value for key, value in os.environ.items() if key not in lacking}
     environment |= {"HOME": str(tmp_path), "PYTHONPATH": str(ROOT)}
+    proxy = socket.create_server(("127.0.0.1", 0))
+    proxy.settimeout(0.1)
+    place = f"http://127.0.0.1:{proxy.getsockname()[1]}"
+    environment |= dict.fromkeys(("HTTP_PROXY", "HTTPS_PROXY", "http_proxy", "https_proxy"), place)
     done = subprocess.run(
         [sys.executable, "-c", ONLINE],
         cwd=tmp_path,
@@ -129,5 +134,7 @@ def test_weights_and_biases_stays_offline_unless_the_user_is_logged_in(tmp_path:
         timeout=300,
     )
     assert done.returncode == 0 and "asked for" not in done.stderr, done.stderr
+    with proxy, pytest.raises(TimeoutError):  # of what respects a proxy, nothing asked it
+        proxy.accept()
     runs = sorted((tmp_path / "reports/loggers/wandb/wandb").glob("offline-run-*-toy-1"))
     assert len(runs) == 2 and all(any(one.glob("run-toy-1.wandb")) for one in runs)
