@@ -13,7 +13,7 @@ import os
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, NamedTuple
 
 from pydantic import (
     BaseModel,
@@ -42,6 +42,7 @@ RECORDED = ("apv_npz", "rlbench_folder", "lerobot", "hdf5")
 SOURCES = ("metaworld", "rlbench", *RECORDED)
 """Of demonstrations, as in prelar.demos.sources; others are entry points of the group `OWN_SOURCES`."""
 OWN_SOURCES = "prelar.sources"
+OWN = re.compile(r"[A-Za-z_][\w.]*:[A-Za-z_]\w*")  # module:Class
 EPISODE = 500  # steps of Meta-World's episodes
 CLASSES = 8  # of a group of a discrete latent action, as in prelar.model.actions
 MOST = 10**9  # of what a run counts
@@ -63,6 +64,7 @@ Share = Annotated[float, Field(ge=0, le=1)]
 Weight = Annotated[float, Field(ge=0, le=1e6)]
 Text = Annotated[str, Field(min_length=1, max_length=4096)]
 Name = Annotated[str, Field(pattern=r"^[a-z][a-z0-9_]{0,63}$")]
+Distract = Literal["none", "camera", "colour", "background"]
 
 
 def _found_anywhere(value: Any) -> Any:
@@ -79,6 +81,15 @@ def _root(value: str) -> str:
     if value != "data":
         check_url(value)
     return value
+
+
+def _has_background(store: str | None, given: ValidationInfo) -> str | None:
+    """A store, or None where no background is taken from it."""
+    if store is None and given.data.get("distract") == "background":
+        raise ValueError(
+            "null with distract background; name the store whose clips are the background, data/ssv2.zarr"
+        )
+    return store
 
 
 class _Frozen(BaseModel):
@@ -182,18 +193,33 @@ class Demos(_Frozen):
     )
     keep_failures: bool = Field(description="metaworld: true keeps episodes in which the expert fails")
     seed: Seed = Field(description="seed of the scenes and the noise")
+    distract: Distract = Field(
+        default="none", description="metaworld, in the pictures: none | camera | colour | background"
+    )
+    distract_strength: Share = Field(default=0.5, description="of the distraction; 0: none, 1: the most")
+    distract_store: Text | None = Field(
+        default=None,
+        validate_default=True,
+        description="background: the store whose clips it shows, a folder ….zarr",
+    )
     fps: Annotated[float, Field(gt=0, le=1e6)] | None = Field(
         description="frames a second, for frame_gap; null: the source's own, which apv_npz lacks"
     )
     max_bad: Share = Field(description="share of bad episodes above which validation fails")
     workers: Workers = Field(description="processes that make or read episodes; rlbench: simulators")
 
-    _places = field_validator("path")(_found_anywhere)
+    _places = field_validator("path", "distract_store")(_found_anywhere)
+    _backed = field_validator("distract_store")(_has_background)
+
+    @property
+    def view(self) -> View:
+        """How the pictures of source metaworld look."""
+        return View("fast", self.distract, self.distract_strength, self.distract_store)
 
     @field_validator("source")
     @classmethod
     def _known(cls, source: str) -> str:
-        if source in SOURCES or re.fullmatch(r"[A-Za-z_][\w.]*:[A-Za-z_]\w*", source):
+        if source in SOURCES or OWN.fullmatch(source):
             return source
         points = importlib.metadata.entry_points(group=OWN_SOURCES)
         if source not in points.names:
@@ -287,16 +313,30 @@ class Finetune(_Frozen):
     eval_action: Literal["mode", "mean", "sample"] = Field(
         description="what the agent does of its policy when it is evaluated: mode (published) | mean | sample"
     )
-    time_limit: int = Field(ge=1, le=EPISODE, description="environment steps after which an episode ends")
-    action_repeat: Annotated[int, Field(ge=1, le=EPISODE)] | None = Field(
-        description="environment steps that an action is applied for; null: Meta-World's own, 1"
+    time_limit: Width | None = Field(
+        description="environment steps after which an episode ends; null: the task's own, 500 or 1,000"
+    )
+    action_repeat: Width | None = Field(
+        description="environment steps that an action is applied for; null: the task's own, 1 or 2"
     )
     log_every: Count = Field(description="environment steps between two lines of the log")
     checkpoint_every: Count = Field(description="environment steps between two snapshots to resume from")
 
     @model_validator(mode="after")
     def _fits(self) -> Finetune:
+        if self.env_steps <= self.prefill:
+            raise ValueError(
+                f"env_steps is {self.env_steps}, so that nothing is learnt; "
+                f"make it larger than prefill ({self.prefill})"
+            )
         repeat = self.action_repeat or 1
+        if self.train_every % (self.envs * repeat):
+            raise ValueError(
+                f"train_every is {self.train_every}; "
+                f"make it a multiple of envs * action_repeat ({self.envs * repeat})"
+            )
+        if self.time_limit is None:
+            return self
         actions = self.actions(repeat)
         if actions + 1 < self.length:
             raise ValueError(
@@ -308,30 +348,26 @@ class Finetune(_Frozen):
                 f"prefill is {self.prefill}, which ends before an episode does; "
                 f"make it at least time_limit * envs ({self.time_limit * self.envs})"
             )
-        if self.train_every % (self.envs * repeat):
-            raise ValueError(
-                f"train_every is {self.train_every}; "
-                f"make it a multiple of envs * action_repeat ({self.envs * repeat})"
-            )
         if self.replay // repeat <= actions:
             raise ValueError(
                 f"replay is {self.replay}, too small for an episode; "
                 f"make it at least {(actions + 1) * repeat}"
             )
-        if self.env_steps <= self.prefill:
-            raise ValueError(
-                f"env_steps is {self.env_steps}, so that nothing is learnt; "
-                f"make it larger than prefill ({self.prefill})"
-            )
         return self
+
+    @property
+    def episode(self) -> int:
+        """Environment steps of an episode, once they are known: `refilled` knows them."""
+        assert self.time_limit is not None
+        return self.time_limit
 
     def actions(self, action_repeat: int) -> int:
         """Actions of an episode; the last is applied for fewer steps where the time limit is no multiple."""
-        return -(-self.time_limit // action_repeat)
+        return -(-self.episode // action_repeat)
 
     def acts(self, step: int, action_repeat: int) -> bool:
         """Whether the environments, which act together, choose their actions at `step`, counted over all."""
-        return step % (self.time_limit * self.envs) % (action_repeat * self.envs) == 0
+        return step % (self.episode * self.envs) % (action_repeat * self.envs) == 0
 
 
 class Evaluate(_Frozen):
@@ -339,7 +375,9 @@ class Evaluate(_Frozen):
 
     episodes: Count = Field(description="episodes of the agent, and of the scripted expert")
     random_episodes: Count = Field(default=50, description="episodes of random actions, from the same on")
-    time_limit: int = Field(ge=1, le=EPISODE, description="environment steps after which an episode ends")
+    time_limit: Width | None = Field(
+        description="environment steps after which an episode ends; null: the task's own, 500 or 1,000"
+    )
     clips: Count = Field(description="segments to predict, of held-out clips and of the agent's episodes")
     observed: Width = Field(description="frames seen before open-loop prediction")
     length: Width = Field(description="frames of a segment, those seen included")
@@ -372,12 +410,25 @@ class Scale(_Frozen):
 
     @model_validator(mode="after")
     def _fits(self) -> Scale:
-        frames = -(-self.evaluate.time_limit // (self.finetune.action_repeat or 1)) + 1
+        limit = self.evaluate.time_limit
+        frames = WIDEST if limit is None else -(-limit // (self.finetune.action_repeat or 1)) + 1
         if frames < self.evaluate.length:
             raise ValueError(
                 f"evaluate.length is {self.evaluate.length}; make it at most {frames}, frames of an episode"
             )
         return self
+
+
+class View(NamedTuple):
+    """How an environment looks; what each says is described at its key of params.yaml."""
+
+    renderer: str = "fast"
+    distract: str = "none"
+    distract_strength: float = 0.5
+    distract_store: str | None = None
+
+
+PLAIN = View()
 
 
 class Scales(_Frozen):
@@ -398,7 +449,9 @@ class Config(_Frozen):
     dataset: Text = Field(
         description="store to pre-train on: ssv2 | demos | a name of sources, mixtures or unions"
     )
-    task: Text = Field(description="Meta-World task to fine-tune on")
+    task: Text = Field(
+        description="task to fine-tune on: reach, … (Meta-World) | dmc/walker-walk, … | your own module:Class"
+    )
     seed: Seed = Field(description="seed of training, evaluation and the agent's episodes")
     scale: Literal["smoke", "small", "lite", "paper"] = Field(
         description="presets: smoke (minutes on 2 cores) | small (an evening) | lite (a GPU-hour) | paper"
@@ -421,6 +474,19 @@ class Config(_Frozen):
     )
     action_window: int = Field(
         ge=2, le=WIDEST, description="frames that infer one latent action; 2: the paper"
+    )
+    renderer: Literal["fast", "faithful"] = Field(
+        default="fast",
+        description="of environments: fast (without shadows) | faithful (as the suite draws, far slower)",
+    )
+    distract: Distract = Field(
+        default="none", description="in what the agent sees: none | camera | colour | background"
+    )
+    distract_strength: Share = Field(default=0.5, description="of the distraction; 0: none, 1: the most")
+    distract_store: Text | None = Field(
+        default=None,
+        validate_default=True,
+        description="background: the store whose clips it shows, a folder ….zarr",
     )
     naive: bool = Field(
         description="true: naive fine-tuning (apv, contextwm: one RSSM; all: no bonus, no dual reward)"
@@ -477,6 +543,13 @@ class Config(_Frozen):
     scales: Scales
 
     _place = field_validator("data_root")(_root)
+    _shelf = field_validator("distract_store")(_found_anywhere)
+    _backed = field_validator("distract_store")(_has_background)
+
+    @property
+    def view(self) -> View:
+        """How the environments of fine-tuning and evaluation look."""
+        return View(self.renderer, self.distract, self.distract_strength, self.distract_store)
 
     @field_validator("action_kind")
     @classmethod
@@ -673,6 +746,36 @@ def parse_config(values: Any, origin: Path = PARAMS) -> Config:
         return Config.model_validate(values)
     except ValidationError as error:
         raise UserError(f"{origin}: {_explain(error)}") from None
+
+
+def refilled(config: Config, *, time_limit: int, action_repeat: int) -> Config:
+    """`config` with these where the chosen scale leaves them to the task.
+
+    Raises `UserError` where the presets do not fit them, or ask for longer episodes.
+    """
+    preset = config.preset
+    for stage in ("finetune", "evaluate"):
+        asked = getattr(preset, stage).time_limit
+        if asked is not None and asked > time_limit:
+            raise UserError(
+                f"scales.{config.scale}.{stage}.time_limit = {asked}: task {config.task} ends after "
+                f"{time_limit} steps; choose 1 to {time_limit}, or null"
+            )
+    own = {"time_limit": time_limit, "action_repeat": action_repeat}
+    filled = {
+        name: {key: own[key] if value is None and key in own else value for key, value in group.items()}
+        for name, group in preset.model_dump().items()
+    }
+    if filled == preset.model_dump():
+        return config
+    try:
+        scale = Scale.model_validate(filled)
+    except ValidationError as error:
+        raise UserError(
+            f"scales.{config.scale} with task {config.task}, of {time_limit} steps and an action repeat of "
+            f"{action_repeat}: {_explain(error)}"
+        ) from None
+    return config.model_copy(update={"scales": config.scales.model_copy(update={config.scale: scale})})
 
 
 def _explain(error: ValidationError, model: type[BaseModel] = Config) -> str:

@@ -28,6 +28,8 @@ STEP_BYTES = FRAME_BYTES + 64
 WEIGHT_BYTES = 4
 SNAPSHOTS = 3
 """Snapshots on the disk at once: two that are kept and one that is being written."""
+LONGEST = 1000
+"""Steps of an episode that the task decides on."""
 ADAM = 3
 """Numbers that a snapshot holds for each weight: the weight and Adam's two moments."""
 
@@ -47,7 +49,7 @@ def estimates(config: Config) -> Mapping[str, int]:
     model = weights(config) * WEIGHT_BYTES
     preset = config.finetune
     steps = min(preset.replay, preset.env_steps) // (preset.action_repeat or 1)
-    steps += 3 * (preset.checkpoint_every + preset.time_limit)
+    steps += 3 * (preset.checkpoint_every + (preset.time_limit or LONGEST))
     return {
         "pretrain": SNAPSHOTS * ADAM * model + model,
         "finetune": SNAPSHOTS * ADAM * 2 * model + steps * STEP_BYTES,

@@ -19,12 +19,12 @@ import torch
 from lightning_fabric import Fabric
 from tqdm import tqdm
 
-from prelar.config import Config
+from prelar.config import PLAIN, Config
 from prelar.control.agent import load_agent
 from prelar.control.rollout import Episode, Policy, RandomPolicy, play, summarise
-from prelar.envs import gl, make_env, suite
-from prelar.envs.metaworld import Simulator
+from prelar.envs import gl, make_env, settled
 from prelar.envs.pixels import PixelEnv
+from prelar.envs.simulator import Simulator
 from prelar.evaluation import offline
 from prelar.evaluation.controllability import Controllability, controllability, interval
 from prelar.evaluation.panels import describe, overview, tile_horizontally, write_png, write_previews
@@ -92,9 +92,13 @@ def run(config: Config) -> None:
         UserError: a checkpoint or the store is missing, or was made with another method or task.
     """
     check_origin(PRETRAIN, load_config(PRETRAIN).get("model", {}), method=config.method)
-    repeat = config.finetune.action_repeat or suite(config.task).action_repeat
-    described = {"action_repeat": 1} | load_config(FINETUNE)  # checkpoints of before do not say it
+    config = settled(config)
+    repeat = config.finetune.action_repeat
+    assert repeat is not None
+    described = {"action_repeat": 1} | load_config(FINETUNE)  # not said by checkpoints of before
+    described |= PLAIN._asdict() | described.get("view", {})
     check_origin(FINETUNE, described, method=config.method, task=config.task, action_repeat=repeat)
+    check_origin(FINETUNE, described, **config.view._asdict())
     gl.ensure()
     fabric = set_up(
         device=config.device,
@@ -135,7 +139,8 @@ def run(config: Config) -> None:
 
 def headline(metrics: Mapping[str, float]) -> str:
     """The chief metrics in a line: success, return, and the error of the best model there is to predict."""
-    words = [f"success {metrics['success_rate']:.0%}", f"return {metrics['return']:.4g}"]
+    words = [f"success {metrics['success_rate']:.0%}"] if "success_rate" in metrics else []
+    words.append(f"return {metrics['return']:.4g}")
     error = next((key for key in ("prediction_error", "prediction_error_policy") if key in metrics), None)
     if error:
         words.append(
@@ -144,7 +149,7 @@ def headline(metrics: Mapping[str, float]) -> str:
     return ", ".join(words)
 
 
-def check_origin(folder: Path, described: Mapping[str, Any], **expected: str | int) -> None:
+def check_origin(folder: Path, described: Mapping[str, Any], **expected: str | float | None) -> None:
     """Raise `UserError` where a checkpoint's description says something else than params.yaml."""
     for key, value in expected.items():
         if described.get(key) != value:
@@ -170,9 +175,11 @@ def evaluate_agent(config: Config, agent: Any, repeat: int, folder: Path) -> Eva
 
     repeat: environment steps that an action is applied for.
     """
-    settings = config.evaluate
+    settings, limit = config.evaluate, config.evaluate.time_limit
     seed = episode_seed(RngStream.EVALUATION_EPISODES, config.seed)
-    with make_env(config.task, time_limit=settings.time_limit, action_repeat=repeat) as simulator:
+    make = functools.partial(make_env, config.task, time_limit=limit, view=config.view)
+    with make(action_repeat=repeat) as simulator:
+        limit = simulator.time_limit
         play_all = functools.partial(play_visibly, seed=config.seed)
         env, unseen = (PixelEnv(simulator, seed=seed, draws=draws) for draws in (True, False))
         count, chances = settings.episodes, RandomPolicy(simulator.action_dim)
@@ -180,17 +187,19 @@ def evaluate_agent(config: Config, agent: Any, repeat: int, folder: Path) -> Eva
         chance = play_all(unseen, chances, episodes=settings.random_episodes, name="random actions")
         shown = played[:SHOWN_EPISODES]
         views = [film(simulator, seed, number, episode.actions) for number, episode in enumerate(shown)]
-    with make_env(config.task, time_limit=settings.time_limit) as simulator:
-        unseen = PixelEnv(simulator, seed=seed, draws=False)
-        solved = play_all(unseen, Expert(simulator), episodes=count, name="the expert")
-    video = tile_horizontally(views, [episode.success for episode in shown])
+    solved: list[Episode] = []
+    if simulator.scripted:
+        with make(action_repeat=None) as simulator:
+            unseen = PixelEnv(simulator, seed=seed, draws=False)
+            solved = play_all(unseen, Expert(simulator), episodes=count, name="the expert")
+    video = tile_horizontally(views, [bool(episode.success) for episode in shown])
     write_mp4(folder / "policy.mp4", video, VIDEO_FPS / repeat)
     write_png(folder / "policy_poster.png", video[len(video) // 2])
-    steps = [min(repeat * len(episode.actions), settings.time_limit) for episode in played]
+    steps = [min(repeat * len(episode.actions), limit) for episode in played]
     write_episodes(folder / "episodes.tsv", played, steps)
 
     found = EvalResult(summary={"policy": {"shown": len(shown)}})
-    found |= summarise_episodes(played, chance, solved, time_limit=settings.time_limit)
+    found |= summarise_episodes(played, chance, solved, time_limit=limit)
     segments = cut_segments(played, settings.length, settings.clips)
     if segments is None:
         return found
@@ -219,12 +228,13 @@ def evaluate_agent(config: Config, agent: Any, repeat: int, folder: Path) -> Eva
 def summarise_episodes(
     played: Sequence[Episode], chance: Sequence[Episode], solved: Sequence[Episode], *, time_limit: int
 ) -> EvalResult:
-    """What the episodes of the agent, of random actions and of the expert come to.
+    """What the episodes of the agent, of random actions and of the expert, if there is one, come to.
 
     Intervals of mean returns are from the 95% percentile bootstrap over episodes; one episode has none.
     """
     result, returns = summarise(played), [episode.total for episode in played]
-    metrics = {"success_rate": result["success"], "return": result["return"]}
+    metrics = {"success_rate": result["success"]} if "success" in result else {}
+    metrics["return"] = result["return"]
     policies = []
     for name, episodes in {"agent": played, "random actions": chance, "scripted expert": solved}.items():
         if len(episodes) > 1:
@@ -235,7 +245,7 @@ def summarise_episodes(
             metrics |= ends.get(name, {})
     summary = {
         "count": len(played),
-        "successes": sum(episode.success for episode in played),
+        "successes": sum(bool(episode.success) for episode in played) if "success" in result else None,
         "time_limit": time_limit,
         "return_min": min(returns),
         "return_max": max(returns),
@@ -279,16 +289,14 @@ def film(simulator: Simulator, seed: int, number: int, actions: npt.NDArray[np.f
 
 
 def write_episodes(path: Path, played: Sequence[Episode], steps: Sequence[int]) -> None:
-    """A row for each episode: its number, environment steps, return and success."""
-    write_tsv(
-        path,
-        {
-            "episode": list(range(len(played))),
-            "steps": list(steps),
-            "return": [episode.total for episode in played],
-            "success": [float(episode.success) for episode in played],
-        },
-    )
+    """A row for each episode: its number, environment steps, return, and success where the task tells it."""
+    table: dict[str, list[float]] = {
+        "episode": list(range(len(played))),
+        "steps": list(steps),
+        "return": [episode.total for episode in played],
+    }
+    solved = [float(episode.success) for episode in played if episode.success is not None]
+    write_tsv(path, table | ({"success": solved} if solved else {}))
 
 
 def cut_segments(
@@ -352,11 +360,15 @@ def evaluate_actions(config: Config, model: WorldModel, store: Store, folder: Pa
         return EvalResult(summary={"probe_missing": f"{config.method} infers no actions from video."})
     settings, gap = config.evaluate, model.spec.frame_gap
     device, seed = next(model.parameters()).device, episode_seed(RngStream.PROBE_EPISODES, config.seed)
-    with make_env(config.task) as simulator:
-        stride = model.spec.stride(simulator.fps)
-        played = collect(simulator, episodes=settings.probe_episodes, seed=seed, gap=stride)
+    found, played = EvalResult(), None
+    with make_env(config.task, view=config.view) as simulator:
+        if simulator.scripted:
+            stride = model.spec.stride(simulator.fps)
+            played = collect(simulator, episodes=settings.probe_episodes, seed=seed, gap=stride)
     recorded = demonstrations(store, episodes=settings.probe_episodes, seed=seed, gap=gap)
-    found = EvalResult()
+    if played is None and recorded is None:
+        missing = f"{config.task} has no gripper to read off the latent action."
+        found |= EvalResult(summary={"probe_missing": missing})
     for name, episodes in (("probe", played), ("probe_demonstrations", recorded)):
         if episodes is not None:
             result = run_probe(
@@ -504,7 +516,7 @@ def evaluate_offline(config: Config, fabric: Fabric, repeat: int, folder: Path) 
     """
     settings = config.evaluate
     seed = episode_seed(RngStream.OFFLINE_EPISODES, config.seed)
-    with make_env(config.task, action_repeat=repeat) as simulator:
+    with make_env(config.task, action_repeat=repeat, view=config.view) as simulator:
         learnt, episodes = offline.collect(simulator, episodes=settings.offline_episodes, seed=seed)
     cut = offline.segments(episodes, settings.length)
     parts, _ = load_parts(PRETRAIN)

@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from lightning_fabric import Fabric
 
-from prelar.config import Config, Finetune
+from prelar.config import PLAIN, Config, Finetune
 from prelar.control.actor_critic import ActorCritic
 from prelar.control.agent import Agent
 from prelar.control.collector import Collector
@@ -26,7 +26,7 @@ from prelar.control.exploration import Bonus
 from prelar.control.learner import Learner
 from prelar.control.replay import Replay
 from prelar.control.rollout import RandomPolicy, play_episodes, summarise
-from prelar.envs import gl, make_env, suite
+from prelar.envs import describe, gl, make_env, settled
 from prelar.envs.pixels import Envs, PixelEnv, Simulator
 from prelar.methods import build_model, load_pretrained, loads, restore
 from prelar.model.spec import ModelSpec
@@ -45,7 +45,7 @@ LOGS = Path("reports/finetune")
 
 def run(cfg: Config) -> None:
     """Fine-tune as params.yaml says: `data/pretrain` to `data/finetune`, logs to `reports/finetune`."""
-    preset = cfg.finetune
+    preset = settled(cfg).finetune
     gl.ensure()
     fabric = set_up(
         device=cfg.device, precision=cfg.precision, threads=cfg.threads, deterministic=cfg.deterministic
@@ -56,12 +56,16 @@ def run(cfg: Config) -> None:
         model.compile_training(dynamic=False)
     fingerprint = stage_fingerprint("finetune", cfg.model_dump(mode="json"))
     snapshots = Snapshots(resume_key("finetune", fingerprint, known={}, inputs=[PRETRAINED]))
-    action_repeat = preset.action_repeat or suite(cfg.task).action_repeat
-
     actor_critic = learn(
         fabric,
         model,
-        functools.partial(make_env, cfg.task, time_limit=preset.time_limit, action_repeat=action_repeat),
+        functools.partial(
+            make_env,
+            cfg.task,
+            time_limit=preset.time_limit,
+            action_repeat=preset.action_repeat,
+            view=cfg.view,
+        ),
         preset,
         seed=cfg.seed,
         snapshots=snapshots,
@@ -69,16 +73,18 @@ def run(cfg: Config) -> None:
         loggers=cfg.loggers,
     )
     agent = {name: getattr(actor_critic, name) for name in ("actor", "critic", "slow_critic")}
-    config = {
+    config: dict[str, Any] = {
         "stage": "finetune",
         "method": cfg.method,
         "task": cfg.task,
-        "action_repeat": action_repeat,
+        "action_repeat": preset.action_repeat,
         "eval_action": preset.eval_action,
         "model": model.spec,
         "env_steps": preset.env_steps,
         "updates": updates_after(preset.env_steps, preset),
     }
+    if cfg.view != PLAIN:
+        config["view"] = cfg.view._asdict()
     save_parts(OUTPUT, model.state() | {name: part.state_dict() for name, part in agent.items()}, config)
     snapshots.remove()
     print(summary(LOGS), end="")
@@ -96,7 +102,7 @@ def load_model(cfg: Config) -> WorldModel:
         )
     spec = replace(
         ModelSpec.read(values, stage="finetune", source=str(PRETRAINED)),
-        robot_action_dim=suite(cfg.task).action_dim,
+        robot_action_dim=describe(cfg.task).action_dim,
         units=preset.units,
         layers=preset.layers,
         naive=cfg.naive,
@@ -149,7 +155,7 @@ def learn(
         replay = Replay(
             snapshots.folder / "replay.bin",
             capacity=preset.replay // watched.action_repeat,
-            margin=3 * preset.checkpoint_every + 3 * (preset.time_limit + 1) * preset.envs,
+            margin=3 * preset.checkpoint_every + 3 * (preset.episode + 1) * preset.envs,
             action_dim=model.spec.robot_action_dim,
         )
         stack.callback(replay.close)

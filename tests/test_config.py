@@ -152,8 +152,8 @@ def test_a_preset_belongs_to_one_stage_and_one_scale() -> None:
         ("ffmpeg: null", "ffmpeg: ../bin/ffmpeg", ["ssv2.ffmpeg: ../bin/ffmpeg", "absolute path"]),
         ("path: null ", "path: .. ", ["demos.path: .. leads outside", "absolute path"]),
         (
-            "{episodes: 10, random_episodes: 50, time_limit: 500",
-            "{episodes: 0, random_episodes: 50, time_limit: 500",
+            "{episodes: 10, random_episodes: 50, time_limit: null",
+            "{episodes: 0, random_episodes: 50, time_limit: null",
             ["scales.lite.evaluate.episodes = 0"],
         ),
         ("data_root: data ", "data_root: stores ", ["data_root: stores: give data, an absolute folder or"]),

@@ -17,12 +17,12 @@ import pytest
 import torch
 
 from prelar import finetune
-from prelar.config import Config, Finetune, load_config, read_yaml
+from prelar.config import Config, Finetune, View, load_config, read_yaml
 from prelar.control.agent import load_agent
 from prelar.control.exploration import Bonus
 from prelar.control.rollout import RandomPolicy, play_episodes, summarise
-from prelar.envs.metaworld import Step
 from prelar.envs.pixels import PixelEnv
+from prelar.envs.simulator import Step
 from prelar.methods import METHODS, build_model
 from prelar.model.spec import ModelSpec
 from prelar.train.checkpoint import load_config as load_description
@@ -36,6 +36,7 @@ from tests.control.toy_run import TINY, run
 ROOT = Path(__file__).parents[1]
 PROCESSES = multiprocessing.get_context("forkserver")
 SIZES = {"cnn_depth": 4, "hidden": 16, "deter": 16, "stoch": 4, "discrete": 4}
+VIEW = set(View._fields)
 
 
 @pytest.fixture(autouse=True)
@@ -133,7 +134,17 @@ def test_the_stage_reads_the_params_that_its_key_and_dvc_track(capsys: pytest.Ca
     finetune.run(spy)  # type: ignore[arg-type]
     tracked = set(read_yaml(ROOT / "dvc.yaml")["stages"]["finetune"]["params"])
     assert tracked >= {"scale", "scales.${scale}.finetune"}
-    assert spy.read - {"model_dump", "finetune"} == tracked - {"scale", "scales.${scale}.finetune"}
+    presets = {
+        "model_dump",
+        "model_copy",
+        "scales",
+        "finetune",
+        "preset",
+        "scale",
+        "scales.${scale}.finetune",
+    }
+    assert "view" in spy.read
+    assert (spy.read | VIEW) - presets - {"view"} == tracked - presets
     told = capsys.readouterr().out.splitlines()
     assert told[-1] == "finetune: prelar, 24 steps of reach -> data/finetune, reports/finetune"
 

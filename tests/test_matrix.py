@@ -1,4 +1,4 @@
-"""All four methods on both data sets through pre-training, fine-tuning and evaluation, at a tiny size."""
+"""All four methods on both data sets and suites through all training and evaluation, at a tiny size."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 import torch
 
-from prelar import evaluate, finetune, pretrain
+from prelar import evaluate, finetune, pretrain, report
 from prelar.config import Config, read_yaml
 from prelar.evaluation import offline
 from prelar.methods import METHODS
@@ -24,6 +24,7 @@ from tests.control.toy_run import TINY as TINY_FINETUNE
 from tests.fake_results import moving
 
 DATASETS = ("ssv2", "demos")
+DMC = "dmc/cartpole-swingup"
 STEPS = 2
 
 
@@ -50,7 +51,7 @@ def make_store(dataset: str) -> None:
         writer.finish({"source": dataset})
 
 
-def config(method: str, dataset: str) -> Config:
+def config(method: str, dataset: str, task: str) -> Config:
     """params.yaml at a size at which a stage takes about a second."""
     params = read_yaml(ROOT / "params.yaml")
     merge(params, TINY)
@@ -64,7 +65,10 @@ def config(method: str, dataset: str) -> Config:
         "checkpoint_every": 16,
     }
     smoke["evaluate"] |= {"episodes": 1, "random_episodes": 2, "time_limit": 8, "probe_updates": 1}
-    changes = {"method": method, "dataset": dataset, "task": "reach", "device": "cpu", "action_dim": 8}
+    if task == DMC:
+        smoke["finetune"] |= {"time_limit": 10, "prefill": 10, "train_every": 2}
+        smoke["evaluate"] |= {"time_limit": 10}
+    changes = {"method": method, "dataset": dataset, "task": task, "device": "cpu", "action_dim": 8}
     return Config.model_validate(params | changes | {"scale": "smoke", "threads": 1})
 
 
@@ -81,33 +85,43 @@ def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     torch.use_deterministic_algorithms(False)
 
 
+DEFAULT = {
+    ("dreamerv2", "ssv2", DMC),
+    *((method, "ssv2", "reach") for method in METHODS),
+    ("prelar", "demos", "reach"),
+}
+CELLS = [(method, dataset, "reach") for dataset in DATASETS for method in METHODS]
+CELLS += [(method, "ssv2", DMC) for method in METHODS]
+
+
 @pytest.mark.parametrize(
-    ("method", "dataset"),
-    [
-        pytest.param(
-            method, dataset, marks=[] if dataset == "ssv2" or method == "prelar" else pytest.mark.long
-        )
-        for dataset in DATASETS
-        for method in METHODS
-    ],
+    ("method", "dataset", "task"),
+    [pytest.param(*cell, marks=[] if cell in DEFAULT else pytest.mark.long) for cell in CELLS],
 )
-def test_a_method_runs_through_every_stage(method: str, dataset: str) -> None:
+def test_a_method_runs_through_every_stage(method: str, dataset: str, task: str) -> None:
     make_store(dataset)
-    cfg = config(method, dataset)
+    cfg = config(method, dataset, task)
     pretrain.run(cfg)
     finetune.run(cfg)
     evaluate.run(cfg)
+    report.run(cfg)
     pretrains = METHODS[method].pretrains
     before, after = load_description(pretrain.OUTPUT), load_description(finetune.OUTPUT)
     assert before["step"] == (STEPS if pretrains else 0)
     assert before["model"]["method"] == after["method"] == method
     assert after["updates"] == finetune.updates_after(16, cfg.finetune) > 0
     metrics = json.loads((evaluate.REPORT / evaluate.METRICS.name).read_text(encoding="utf-8"))
-    assert metrics["success_rate"] in (0, 1) and metrics["prediction_error_policy"] > 0
+    assert metrics["prediction_error_policy"] > 0
+    succeeds = task == "reach"
+    assert metrics["success_rate"] in (0, 1) if succeeds else "success_rate" not in metrics
+    assert (finetune.LOGS / "plots/metrics/eval/success.tsv").exists() == succeeds
+    shown = report.page.PAGE.read_text(encoding="utf-8")
+    assert ("tells no success" in shown) == (not succeeds)
     assert ("prediction_error" in metrics) == pretrains
-    assert ("probe_r2" in metrics) == (method == "prelar")
+    assert ("probe_r2" in metrics) == (method == "prelar" and succeeds)
     assert ("probe_demonstrations_r2" in metrics) == (method == "prelar" and dataset == "demos")
     assert ("offline_error_pretrained" in metrics) == pretrains and metrics["offline_error_scratch"] > 0
+    assert after["action_repeat"] == (1 if succeeds else 2)
     assert all(math.isfinite(value) for value in metrics.values())
     described = json.loads((evaluate.REPORT / "dataset.json").read_text(encoding="utf-8"))
     assert (described["clips"], described["attributes"]["source"]) == (6, dataset)

@@ -58,7 +58,8 @@ class Collector:
         if not finished:
             return {}
         success, total = np.mean(finished, axis=0)
-        return {"train/success": float(success), "train/return": float(total)}
+        told = {"train/success": float(success)} if self.envs.succeeds else {}
+        return told | {"train/return": float(total)}
 
     def forget(self) -> None:
         """Drop the policy's memory, as before another kind of policy takes over."""

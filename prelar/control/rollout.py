@@ -28,13 +28,13 @@ class Policy(Protocol):
 class Episode:
     """One finished episode of T actions.
 
-    rewards float32 (T,); actions float32 (T, A); success: whether the task was solved at any step; frames
-    uint8 (T + 1, 64, 64, 3), or None where they were not kept.
+    rewards float32 (T,); actions float32 (T, A); success: whether the task was solved at any step, None where
+    it tells no success; frames uint8 (T + 1, 64, 64, 3), or None where they were not kept.
     """
 
     rewards: npt.NDArray[np.float32]
     actions: Actions
-    success: bool
+    success: bool | None
     frames: Image | None
 
     @property
@@ -72,13 +72,15 @@ def play(env: PixelEnv, policy: Policy, *, episode: int, seed: int, keep_frames:
             action, memory = policy.act(memory, image[None], np.array([not actions]))
             image, reward, terminated, truncated, info = env.step(action[0])
             ended = terminated or truncated
-            success = success or bool(info["success"])
+            success = success or bool(info.get("success"))
             actions.append(action[0])
             rewards.append(reward)
             if keep_frames:
                 frames.append(image)
     kept = np.stack(frames) if keep_frames else None
-    return Episode(np.asarray(rewards, np.float32), np.stack(actions), success, kept)
+    return Episode(
+        np.asarray(rewards, np.float32), np.stack(actions), success if env.succeeds else None, kept
+    )
 
 
 def play_episodes(
@@ -91,8 +93,7 @@ def play_episodes(
 
 
 def summarise(played: Sequence[Episode]) -> dict[str, float]:
-    """Share of episodes with success, and mean return."""
-    return {
-        "success": float(np.mean([episode.success for episode in played])),
-        "return": float(np.mean([episode.total for episode in played])),
-    }
+    """Share of episodes with success, where the task tells it, and mean return."""
+    solved = [episode.success for episode in played if episode.success is not None]
+    success = {"success": float(np.mean(solved))} if solved else {}
+    return success | {"return": float(np.mean([episode.total for episode in played]))}

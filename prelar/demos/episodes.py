@@ -28,7 +28,7 @@ import numpy as np
 import numpy.typing as npt
 from PIL import Image
 
-from prelar.envs import gl, metaworld
+from prelar.envs import distractions, gl, metaworld, painter, simulator
 from prelar.store import store
 from prelar.store.store import Frames, Row
 from prelar.utils import files
@@ -129,7 +129,8 @@ def staging_key(source: Source, jobs: Sequence[Job], fps: float | None = None) -
     """A name for all that decides the result, so that only work towards the same result is continued."""
     kinds = [kind.__module__ for kind in type(source).__mro__ if kind.__module__ != "builtins"]
     own = [*kinds, *getattr(source, "code", ())]
-    code = (gl.__name__, metaworld.__name__, store.__name__, __name__, *own)
+    drawing = (module.__name__ for module in (gl, simulator, painter, distractions, metaworld))
+    code = (*drawing, store.__name__, __name__, *own)
     found = [path for job in jobs for path in source.files(job) if path.exists()]
     decides = {
         "schema": store.SCHEMA,

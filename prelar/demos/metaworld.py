@@ -11,9 +11,11 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from prelar.config import PLAIN, View
 from prelar.demos.episodes import ALIGNMENT, FIRST_EPISODE, TAIL, Array, Episode, Job
-from prelar.envs.metaworld import ACTION_DIM, GRIPPER_DIM, MAX_STEPS, SUPERSAMPLING, Simulator
+from prelar.envs.metaworld import ACTION_DIM, GRIPPER_DIM, MAX_STEPS, Simulator
 from prelar.envs.names import check_camera, check_task
+from prelar.envs.painter import SUPERSAMPLING
 from prelar.utils.errors import UserError
 from prelar.utils.frames import FRAME, SIZE
 
@@ -24,7 +26,8 @@ class Metaworld:
 
     noise: standard deviation of the normal noise on each of the expert's actions, which are clipped to
     [-1, 1] after it; what is stored is the action that was taken. An episode ends some steps after its
-    success. Goals differ from those of fine-tuning and evaluation under the same seed.
+    success. Goals differ from those of fine-tuning and evaluation under the same seed. view: how pictures
+    look.
     """
 
     tasks: tuple[str, ...]
@@ -33,6 +36,7 @@ class Metaworld:
     noise: float
     keep_failures: bool
     seed: int
+    view: View = PLAIN
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "tasks", tuple(check_task(task) for task in self.tasks))
@@ -63,7 +67,7 @@ class Metaworld:
 
     def collect(self, job: Job) -> Episode:
         """Let the expert act; draw only an episode that is kept."""
-        simulator = _simulator(job.task)
+        simulator = _simulator(job.task, self.view)
         actions, success = self._act(simulator, job)
         if not success and not self.keep_failures:
             reason = f"the expert did not solve the task in {len(actions)} steps"
@@ -101,13 +105,15 @@ class Metaworld:
 
     def attributes(self) -> dict[str, Any]:
         """The source and how it was asked."""
-        source = {"name": "metaworld", "noise": self.noise, "seed": self.seed}
+        source: dict[str, Any] = {"name": "metaworld", "noise": self.noise, "seed": self.seed}
+        if self.view != PLAIN:
+            source["view"] = self.view._asdict()
         side = SUPERSAMPLING * SIZE
         resize = f"drawn at {side}x{side}, means of {SUPERSAMPLING}x{SUPERSAMPLING} pixels"
         return {"source": source, "resize": resize, "alignment": ALIGNMENT}
 
 
 @functools.lru_cache(maxsize=1)
-def _simulator(task: str) -> Simulator:
+def _simulator(task: str, view: View) -> Simulator:
     """The worker's simulator; a used one equals a fresh one."""
-    return Simulator(task)
+    return Simulator(task, view=view)

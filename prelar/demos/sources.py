@@ -7,9 +7,7 @@ something that is called with the group `demos` of params.yaml (`prelar.config.D
 from __future__ import annotations
 
 import dataclasses
-import importlib
 import importlib.metadata
-import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
@@ -21,7 +19,7 @@ from prelar.demos.rlbench_live import RlbenchLive
 from prelar.envs import gl
 from prelar.envs.names import CAMERAS, DEMONSTRATED, RLBENCH_CAMERAS, SEEN_FROM, TASKS, chosen
 from prelar.utils import hub
-from prelar.utils.errors import UserError, one_line
+from prelar.utils.own import load_own
 
 
 @dataclasses.dataclass(frozen=True)
@@ -45,6 +43,7 @@ def _metaworld(settings: Demos) -> Source:
         noise=settings.noise,
         keep_failures=settings.keep_failures,
         seed=settings.seed,
+        view=settings.view,
     )
 
 
@@ -105,21 +104,9 @@ KINDS = {
 def open_source(settings: Demos) -> Source:
     """The source that the group `demos` names. Raises `UserError` where it cannot be used."""
     kind = KINDS.get(settings.source)
-    return kind.open(settings) if kind else _own(settings.source)(settings)
-
-
-def _own(name: str) -> Callable[[Demos], Source]:
-    """What opens a source of the user's own. Raises `UserError` where it cannot be imported."""
-    points = importlib.metadata.entry_points(group=OWN_SOURCES)
-    place = next((point.value for point in points if point.name == name), name)
-    module, _, attribute = place.partition(":")
-    if (here := str(Path.cwd())) not in sys.path:
-        sys.path.append(here)
-    try:
-        found: Callable[[Demos], Source] = getattr(importlib.import_module(module), attribute)
-    except (ImportError, AttributeError, ValueError) as error:
-        raise UserError(f"demos.source = {name}: cannot be imported ({one_line(error)}); mend it") from None
-    return found
+    own = kind.open if kind else load_own("demos.source", settings.source, OWN_SOURCES)
+    source: Source = own(settings)
+    return source
 
 
 def listing() -> str:

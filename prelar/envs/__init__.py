@@ -1,32 +1,57 @@
-"""The suites of tasks: which simulator plays a task. A new suite is a module here and a branch in `suite`."""
+"""The suites of tasks: which simulator plays a task. A new one is a module and a branch in `make_env`."""
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
+
+from prelar.config import PLAIN, Config, View, refilled
+from prelar.envs.names import DMC, METAWORLD, EnvSpec, suite_of
 
 if TYPE_CHECKING:
-    from prelar.envs.metaworld import Simulator
+    from prelar.envs.simulator import Simulator
 
 
-def suite(task: str) -> type[Simulator]:
-    """The simulator's class, which tells the size of its actions and for how many steps one is applied.
+def make_env(
+    task: str, *, time_limit: int | None = None, action_repeat: int | None = None, view: View = PLAIN
+) -> Simulator:
+    """A simulator of a task; sizes, `time_limit`, `action_repeat` and whether it succeeds travel with it.
 
-    Imported late: it takes OpenGL with it.
+    task: as in params.yaml. time_limit: simulator steps per episode. action_repeat: simulator steps that an
+    action is applied for. None: the suite's own. view: how pictures look.
+    Raises `UserError` for an unknown task, and where a suite is not installed.
+
+    Simulators are imported late: they take OpenGL with them.
     """
-    from prelar.envs.metaworld import Simulator
+    settings: dict[str, Any] = {"time_limit": time_limit, "action_repeat": action_repeat, "view": view}
+    suite = suite_of(task)
+    if suite is METAWORLD:
+        from prelar.envs import metaworld
 
-    return Simulator
+        return metaworld.Simulator(task, **settings)
+    if suite is DMC:
+        from prelar.envs import dmc
+
+        return dmc.Simulator(task, **settings)
+    from prelar.envs import own
+
+    return own.Simulator(task, **settings)
 
 
-def make_env(task: str, *, time_limit: int | None = None, action_repeat: int | None = None) -> Simulator:
-    """A simulator of a task; sizes, `time_limit` and `action_repeat` travel with it.
+def describe(task: str) -> EnvSpec:
+    """What a task's environment is: known by its name, or from making it where it is the user's own."""
+    suite = suite_of(task)
+    if suite is not None:
+        return suite.spec(task)
+    with make_env(task) as simulator:
+        return EnvSpec(
+            simulator.action_dim, simulator.time_limit, simulator.action_repeat, simulator.succeeds
+        )
 
-    time_limit: simulator steps per episode. action_repeat: simulator steps that an action is applied for.
-    None: the suite's own. Raises `UserError` for an unknown task.
+
+def settled(config: Config) -> Config:
+    """`config` with its task's own time limit and action repeat where params.yaml leaves them to the task.
+
+    Raises `UserError` where the presets do not fit them.
     """
-    found = suite(task)
-    return found(
-        task,
-        time_limit=found.time_limit if time_limit is None else time_limit,
-        action_repeat=found.action_repeat if action_repeat is None else action_repeat,
-    )
+    spec = describe(config.task)
+    return refilled(config, time_limit=spec.time_limit, action_repeat=spec.action_repeat)

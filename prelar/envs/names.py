@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+import importlib.metadata
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
-from prelar.config import PARAMS, Config, Demos, load_config
-from prelar.utils.errors import UserError, nearest
+from prelar.config import OWN, PARAMS, Config, Demos, load_config, refilled
+from prelar.utils.errors import UserError, nearest, shown
 
 VERSION = "-v3"
 ALL = ["all"]
@@ -26,6 +29,61 @@ TASKS = (
 CAMERAS = ("topview", "corner", "corner2", "corner3", "corner4", "behindGripper", "gripperPOV")
 DEMONSTRATED, SEEN_FROM = ("drawer-open", "reach", "dial-turn"), ("corner",)
 RLBENCH_CAMERAS = ("left_shoulder", "right_shoulder", "overhead", "wrist", "front")
+OWN_ENVS = "prelar.envs"
+"""The group of entry points that name environments of one's own."""
+
+
+class EnvSpec(NamedTuple):
+    """What the environment of a task is.
+
+    action_dim: numbers of an action. time_limit: simulator steps of a whole episode. action_repeat: simulator
+    steps that an action is applied for, unless params.yaml says otherwise. succeeds: whether it tells
+    success.
+    """
+
+    action_dim: int
+    time_limit: int
+    action_repeat: int
+    succeeds: bool
+
+
+@dataclass(frozen=True)
+class Suite:
+    """Tasks of one simulator: their names, without `prefix`, with what each one's environment is."""
+
+    title: str
+    prefix: str
+    tasks: Mapping[str, EnvSpec]
+
+    def spec(self, task: str) -> EnvSpec:
+        """What a task's environment is, the task named as in params.yaml."""
+        return self.tasks[task.removeprefix(self.prefix).removesuffix(VERSION)]
+
+
+def _dmc(actions: int, *tasks: str) -> dict[str, EnvSpec]:
+    return {task: EnvSpec(actions, time_limit=1000, action_repeat=2, succeeds=False) for task in tasks}
+
+
+METAWORLD_SPEC = EnvSpec(action_dim=4, time_limit=500, action_repeat=1, succeeds=True)
+METAWORLD = Suite(
+    "Meta-World",
+    "",
+    dict.fromkeys(TASKS, METAWORLD_SPEC),
+)
+DMC = Suite(
+    "DeepMind Control",
+    "dmc/",
+    _dmc(1, "acrobot-swingup", "cartpole-balance", "cartpole-balance-sparse")
+    | _dmc(1, "cartpole-swingup", "cartpole-swingup-sparse")
+    | _dmc(6, "cheetah-run")
+    | _dmc(2, "cup-catch", "finger-spin", "finger-turn-easy", "finger-turn-hard")
+    | _dmc(4, "hopper-hop", "hopper-stand")
+    | _dmc(1, "pendulum-swingup")
+    | _dmc(12, "quadruped-run", "quadruped-walk")
+    | _dmc(2, "reacher-easy", "reacher-hard")
+    | _dmc(6, "walker-run", "walker-stand", "walker-walk"),
+)
+SUITES = (METAWORLD, DMC)
 
 
 def checked_config(path: Path = PARAMS) -> Config:
@@ -37,7 +95,10 @@ def checked_config(path: Path = PARAMS) -> Config:
 
 def check_names(config: Config) -> None:
     """Check the values that name things of a simulator. Raises `UserError` with the nearest known name."""
-    check_task(config.task)
+    suite = suite_of(config.task)
+    if suite:
+        spec = suite.spec(config.task)
+        refilled(config, time_limit=spec.time_limit, action_repeat=spec.action_repeat)
     for name in ("demos", *config.sources):
         if isinstance(settings := config.source(name), Demos):
             _check_demos(settings)
@@ -71,8 +132,34 @@ def among(key: str, given: Sequence[str] | None, recorded: Iterable[str]) -> tup
     return tuple(name for name in names if given is None or name in given)
 
 
+def suite_of(task: str) -> Suite | None:
+    """The suite of a task of params.yaml; None where it is an environment of the user's own.
+
+    Raises `UserError` with the nearest names where the task, or what stands before its slash, is unknown.
+    """
+    for suite in SUITES:
+        if (
+            task.startswith(suite.prefix)
+            and task.removeprefix(suite.prefix).removesuffix(VERSION) in suite.tasks
+        ):
+            return suite
+    own = importlib.metadata.entry_points(group=OWN_ENVS).names
+    if OWN.fullmatch(task) or task in own:
+        return None
+    known = [suite.prefix + name for suite in SUITES for name in suite.tasks] + sorted(own)
+    group, slash, _ = task.partition("/")
+    if slash and f"{group}/" != DMC.prefix:
+        raise UserError(
+            f"task = {shown(task)}: no suite {shown(group)}; there is {DMC.prefix}walker-walk, "
+            f"{METAWORLD.title}'s reach without a suite, and module:Class for an environment of your own"
+        )
+    close = nearest(task, known) or known[:5]
+    owner = DMC.title if slash else METAWORLD.title
+    raise UserError(f"task = {task!r}: {owner} has none of this name; did you mean {', '.join(close)}?")
+
+
 def check_task(task: str) -> str:
-    """The task's name without version suffix. Raises `UserError` with the nearest names if unknown."""
+    """A Meta-World task's name without version suffix. Raises `UserError` with near names if unknown."""
     return check_name("task", task.removesuffix(VERSION), TASKS)
 
 

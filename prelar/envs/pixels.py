@@ -19,7 +19,7 @@ import numpy as np
 import numpy.typing as npt
 from gymnasium.vector import AsyncVectorEnv, AutoresetMode, SyncVectorEnv
 
-from prelar.envs.metaworld import Step
+from prelar.envs.simulator import Step
 from prelar.utils.errors import UserError
 from prelar.utils.frames import FRAME
 from prelar.utils.processes import follow_parent
@@ -32,12 +32,14 @@ class Simulator(Protocol):
     """What an environment asks of a simulator; `prelar.envs.make_env` makes one.
 
     action_dim: numbers of an action. time_limit: simulator steps per episode. action_repeat: simulator steps
-    that an action is applied for; the last one of an episode has what is left.
+    that an action is applied for; the last one of an episode has what is left. succeeds: whether the task
+    tells success.
     """
 
     action_dim: int
     time_limit: int
     action_repeat: int
+    succeeds: bool
 
     def reset(self, seed: int, episode: int) -> Step:
         """Start an episode."""
@@ -69,8 +71,8 @@ class PixelEnv(gymnasium.Env[Image, Actions]):
     environments never share one; `options={"episode": n}` chooses the number. `reset(seed=…)` changes the
     seed and starts from `first` again. Episodes end by the simulator's time limit only, as truncation.
     Rewards are the simulator's own, summed over the steps that an action is applied for. `info["success"]`
-    tells whether the task is solved after any of these steps. draws: False for policies that do not look: all
-    images are black.
+    tells whether the task is solved after any of these steps; it is not there where a task tells no success.
+    draws: False for policies that do not look: all images are black.
     """
 
     metadata = {"render_modes": ["rgb_array"]}  # noqa: RUF012  gymnasium's own form
@@ -81,7 +83,7 @@ class PixelEnv(gymnasium.Env[Image, Actions]):
         self.render_mode = "rgb_array"
         self.observation_space = gymnasium.spaces.Box(0, 255, FRAME, np.uint8)
         self.action_space = gymnasium.spaces.Box(-1.0, 1.0, (simulator.action_dim,), np.float32)
-        self.action_repeat = simulator.action_repeat
+        self.action_repeat, self.succeeds = simulator.action_repeat, simulator.succeeds
         self._simulator, self._draws = simulator, draws
         self._seed = seed
         self._first, self._stride = first, stride
@@ -102,7 +104,7 @@ class PixelEnv(gymnasium.Env[Image, Actions]):
         self._actions = []
         with self._timed("simulation"):
             step = self._simulator.reset(self._seed, self._episode)
-        return self.render(), {"success": step.success}
+        return self.render(), self._info(step)
 
     def step(self, action: Actions) -> tuple[Image, float, bool, bool, dict[str, Any]]:
         """Take one action, which is clipped to [-1, 1]."""
@@ -110,7 +112,10 @@ class PixelEnv(gymnasium.Env[Image, Actions]):
         with self._timed("simulation"):
             step = self._simulator.step(taken)
         self._actions.append(taken)
-        return self.render(), step.reward, False, step.done, {"success": step.success}
+        return self.render(), step.reward, False, step.done, self._info(step)
+
+    def _info(self, step: Step) -> dict[str, Any]:
+        return {"success": step.success} if self.succeeds else {}
 
     def render(self) -> Image:
         """Draw the present state."""
@@ -154,7 +159,8 @@ class Answer(NamedTuple):
 
     images uint8 (N, 64, 64, 3): what the next action is chosen by, the first image of the next episode where
     one ended. results uint8 (N, 64, 64, 3): what the action led to. rewards float32 (N,). ended, success bool
-    (N,): whether the action ended the episode, and whether the task is solved at any of its steps.
+    (N,): whether the action ended the episode, and whether the task is solved at any of its steps, False
+    where it tells no success.
     """
 
     images: Image
@@ -193,6 +199,8 @@ class Envs:
         self.count = count
         self._sent: Actions | None = None
         self._envs = _vector([maker(i) for i in range(count)], processes)
+        with _deaths_told():
+            self.succeeds: bool = self._envs.get_attr("succeeds")[0]
 
     def reset(self) -> Image:
         """Start every environment's first episode: images (N, 64, 64, 3)."""
@@ -217,7 +225,9 @@ class Envs:
                 found = self._envs.step(self._sent)
         images, rewards, terminated, truncated, info = found
         ended = terminated | truncated
-        success = np.where(ended, info.get("final_info", info)["success"], info["success"])
+        success = ended & False
+        if self.succeeds:
+            success = np.where(ended, info.get("final_info", info)["success"], info["success"])
         results = images.copy()
         for index in np.flatnonzero(ended):
             results[index] = info["final_obs"][index]

@@ -1,9 +1,9 @@
 """Does pre-training help? The fine-tuning world model, fitted to a fixed set of a robot's episodes.
 
 From the pre-trained weights and from scratch, with the same batches in the same order, the world model of
-fine-tuning learns Meta-World episodes, half of them random and half of the scripted expert. How well it
-foresees the images and rewards of held-out episodes is measured against updates. No policy is learnt, so that
-nothing but the world model's start tells the curves apart.
+fine-tuning learns episodes of the task, half of them random and half of the scripted expert, or all random
+where there is none. How well it foresees the images and rewards of held-out episodes is measured against
+updates. No policy is learnt, so that nothing but the world model's start tells the curves apart.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from lightning_fabric import Fabric
 from torch import Tensor
 from tqdm import tqdm
 
-from prelar.envs.metaworld import Simulator
+from prelar.envs.simulator import Simulator
 from prelar.model.images import first_steps, normalise
 from prelar.model.world_model import WorldModel
 from prelar.train.loop import adam, descend, seed_step
@@ -60,8 +60,9 @@ def collect(
 ) -> tuple[Experience, Experience]:
     """Play episodes by turns at random, each action held, and as the expert with some noise.
 
-    Episodes have `steps` actions, or as many as the time limit allows. Returns those to learn from and those
-    held out, a third of either kind: a pure function of arguments and task.
+    Where there is no expert all are random. Episodes have `steps` actions, or as many as the time limit
+    allows. Returns those to learn from and those held out, a third of either kind: a pure function of
+    arguments and task.
     """
     repeat = simulator.action_repeat
     steps, held = min(steps, -(-simulator.time_limit // repeat)), -(-HELD // repeat)
@@ -73,7 +74,8 @@ def collect(
         simulator.reset(seed, episode)
         seen, taken, earned = [simulator.render()], [np.zeros(simulator.action_dim)], [0.0]
         for step in range(steps):
-            action = drawn[step] if episode % 2 == 0 else simulator.expert() + noise[step]
+            alone = episode % 2 == 0 or not simulator.scripted
+            action = drawn[step] if alone else simulator.expert() + noise[step]
             taken.append(action.clip(-1, 1))
             earned.append(simulator.step(taken[-1]).reward)
             seen.append(simulator.render())
@@ -112,8 +114,8 @@ def open_loop_error(
 ) -> tuple[float, float]:
     """Errors of open-loop prediction after `observed` steps: of images and of rewards.
 
-    Both are means of squares: of pixels in [0, 1], predictions clipped to that range, and of Meta-World's
-    rewards, 0 to 10 an environment step.
+    Both are means of squares: of pixels in [0, 1], predictions clipped to that range, and of the suite's
+    own rewards, of Meta-World 0 to 10 an environment step.
     """
     image_error = reward_error = 0.0
     for begin in range(0, len(held_out.reward), CHUNK):

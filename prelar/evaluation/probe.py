@@ -20,7 +20,7 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from prelar.envs.metaworld import Simulator
+from prelar.envs.simulator import Simulator
 from prelar.evaluation.panels import grid
 from prelar.methods import build_model
 from prelar.model.images import denormalise, first_steps, normalise

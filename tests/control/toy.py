@@ -7,7 +7,7 @@ from collections.abc import Iterable
 import numpy as np
 import numpy.typing as npt
 
-from prelar.envs.metaworld import Step
+from prelar.envs.simulator import Step
 
 ACTIONS = 2
 SPEED = 0.1
@@ -20,7 +20,7 @@ class DotWorld:
     action is applied for `action_repeat` steps, or to the time limit.
     """
 
-    action_dim = ACTIONS
+    action_dim, succeeds = ACTIONS, True
 
     def __init__(self, time_limit: int = 20, action_repeat: int = 1) -> None:
         self.time_limit, self.action_repeat = time_limit, action_repeat
