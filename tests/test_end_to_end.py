@@ -75,15 +75,8 @@ def test_editing_the_actor_leaves_pretraining_alone(project: Project) -> None:
     assert "finetune" in status and "pretrain" not in status
 
 
-def test_an_experiment_runs_only_what_depends_on_its_param(project: Project) -> None:
-    told = project.run("dvc", "exp", "run", "-S", f"{OF_EVALUATION}=1").stdout
-    for stage in (*DATA_STAGES, "pretrain", "finetune"):
-        assert f"Stage '{stage}' didn't change, skipping" in told
-    assert "Running stage 'evaluate'" in told and "Running stage 'report'" in told
-
-
 def test_queued_experiments_run_and_are_shown(project: Project) -> None:
-    project.run("dvc", "exp", "run", "--queue", "--name", "smaller", "-S", "beta_a=0.01")
+    project.run("dvc", "exp", "run", "--queue", "--name", "smaller", "-S", "bonus=0.3")
     project.run("dvc", "queue", "start")
     deadline = time.monotonic() + 400
     while time.monotonic() < deadline:
@@ -93,11 +86,48 @@ def test_queued_experiments_run_and_are_shown(project: Project) -> None:
         time.sleep(1)
     assert states.count("Success") == 1, states
     ran = re.findall("^Running stage '(.*)':", project.run("dvc", "queue", "logs", "smaller").stdout, re.M)
-    assert set(ran) == {"pretrain", "finetune", "evaluate", "simulator", "report"}
+    assert set(ran) == {"finetune", "evaluate", "simulator", "report"}
     shown = project.run("dvc", "exp", "show", "--csv").stdout.splitlines()
     columns = shown[0].split(",")
-    assert "0.01" in {row.split(",")[columns.index("beta_a")] for row in shown[1:]}
+    assert "0.3" in {row.split(",")[columns.index("bonus")] for row in shown[1:]}
     assert "success_rate" in columns and "prediction_error" in columns
+
+
+@pytest.fixture(scope="module")
+def ui(project: Project) -> Iterator[str]:
+    """The API of `make ui`."""
+    with serving(project.root, project.environment) as url:
+        yield url
+
+
+def test_a_browser_runs_an_experiment_beside_the_workspace(project: Project, ui: str) -> None:
+    """The queued experiment again, whose stages DVC has in its cache."""
+    params = (project.root / "params.yaml").read_text(encoding="utf-8")
+    refused = create_run(ui, "pipeline/pipeline", params={"beta_a": -1})
+    assert 400 <= refused.status_code < 500 and "beta_a" in refused.text
+    with browser_page() as (page, hosts):
+        run_from_form(page, sign_in(page, ui), "pipeline", "smaller-bonus", {"bonus": "0.3"})
+        of_run, number = page.url, page.url.rpartition("/")[2].partition("?")[0]
+        page.goto("about:blank")  # the page of a run that goes on draws, and takes a core from it
+        until(lambda: told("GET", f"{ui}/flow_runs/{number}").json()["state"]["type"] in ENDS, "its end", 600)
+        page.goto(of_run)
+        page.get_by_text("Completed", exact=True).first.wait_for()
+        picture(page, "ended")
+        told_of, links = read_artifact(page, "result")
+        assert re.search(r"bonus\s+0\.3", told_of) and "success_rate" in told_of
+        (name,) = [text for text in links if text.startswith("reports/experiments/")]
+        assert hosts == {httpx.URL(ui).netloc.decode()}
+        page.goto(links[name])
+        page.locator("video").first.wait_for(state="attached")
+    assert "<video" in (project.root / name).read_text(encoding="utf-8")
+    assert (project.root / "params.yaml").read_text(encoding="utf-8") == params
+
+
+def test_an_experiment_runs_only_what_depends_on_its_param(project: Project) -> None:
+    told = project.run("dvc", "exp", "run", "-S", f"{OF_EVALUATION}=1").stdout
+    for stage in (*DATA_STAGES, "pretrain", "finetune"):
+        assert f"Stage '{stage}' didn't change, skipping" in told
+    assert "Running stage 'evaluate'" in told and "Running stage 'report'" in told
 
 
 @pytest.mark.long
@@ -129,7 +159,7 @@ def test_experiments_are_compared_without_noise(project: Project) -> None:
     assert chosen
     shown = project.run("dvc", "exp", "show", *shlex.split(chosen[1]), "--csv").stdout
     columns = set(shown.splitlines()[0].split(","))
-    wanted = {"beta_a", OF_EVALUATION, "success_rate", "prediction_error", "prediction_error_policy"}
+    wanted = {"bonus", OF_EVALUATION, "success_rate", "prediction_error", "prediction_error_policy"}
     more = {name for name in columns if name.startswith(("return", "prediction_error_", "controllability"))}
     assert wanted <= columns <= wanted | more | {"Experiment", "rev", "typ", "parent", "State", "Executor"}
     project.run("dvc", "plots", "diff", "smaller", "--out", "plots")
@@ -143,35 +173,6 @@ def test_a_bad_value_stops_before_anything_runs(project: Project) -> None:
     (project.root / "params.yaml").write_text(kept, encoding="utf-8")
     assert done.returncode != 0
     assert "beta_a = -1.0" in done.stderr and "Traceback" not in done.stderr
-
-
-@pytest.fixture(scope="module")
-def ui(project: Project) -> Iterator[str]:
-    """The API of `make ui`."""
-    with serving(project.root, project.environment) as url:
-        yield url
-
-
-def test_a_browser_runs_an_experiment_beside_the_workspace(project: Project, ui: str) -> None:
-    params = (project.root / "params.yaml").read_text(encoding="utf-8")
-    refused = create_run(ui, "pipeline/pipeline", params={"beta_a": -1})
-    assert 400 <= refused.status_code < 500 and "beta_a" in refused.text
-    with browser_page() as (page, hosts):
-        run_from_form(page, sign_in(page, ui), "pipeline", "smaller-bonus", {"bonus": "0.3"})
-        of_run, number = page.url, page.url.rpartition("/")[2].partition("?")[0]
-        page.goto("about:blank")  # the page of a run that goes on draws, and takes a core from it
-        until(lambda: told("GET", f"{ui}/flow_runs/{number}").json()["state"]["type"] in ENDS, "its end", 600)
-        page.goto(of_run)
-        page.get_by_text("Completed", exact=True).first.wait_for()
-        picture(page, "ended")
-        told_of, links = read_artifact(page, "result")
-        assert re.search(r"bonus\s+0\.3", told_of) and "success_rate" in told_of
-        (name,) = [text for text in links if text.startswith("reports/experiments/")]
-        assert hosts == {httpx.URL(ui).netloc.decode()}
-        page.goto(links[name])
-        page.locator("video").first.wait_for(state="attached")
-    assert "<video" in (project.root / name).read_text(encoding="utf-8")
-    assert (project.root / "params.yaml").read_text(encoding="utf-8") == params
 
 
 def test_the_deployments_wait_for_each_other_and_start_nothing_by_themselves(ui: str) -> None:

@@ -125,6 +125,7 @@ def test_a_stage_ends_with_dvc_even_while_it_is_stopped_and_others_live_on(
     os.kill(child, signal.SIGKILL)
 
 
+@pytest.mark.long
 def test_a_stage_without_dvc_is_gone_when_the_cache_answers_and_goes_on_later(
     tmp_path: Path, data: Path
 ) -> None:

@@ -55,7 +55,8 @@ def add_remote(toy: Toy, url: str) -> None:
         toy.command("dvc", "remote", "modify", "--local", "shared", "password", PASSWORD)
 
 
-@pytest.mark.parametrize("server", [bucket, pytest.param(ssh, marks=pytest.mark.long)])
+@pytest.mark.long
+@pytest.mark.parametrize("server", [bucket, ssh])
 def test_what_is_pushed_is_pulled(server: Callable[[], AbstractContextManager[str]], tmp_path: Path) -> None:
     toy = make_toy(tmp_path)
     toy.command("dvc", "repro")

@@ -41,6 +41,8 @@ PAGES = (
     *("dashboard", "runs", "flows", "deployments", "work-pools", "blocks", "variables", "automations"),
     *("events", "concurrency-limits", "artifacts", "settings"),
 )
+UI_PAGES = {"/v2": PAGES, "": PAGES[1:4]}
+"""The pages of the UI that are looked at, by the version that stands in their address."""
 
 
 @contextmanager
@@ -295,23 +297,29 @@ def command_lines() -> Iterator[str]:
             continue
 
 
-def test_every_page_of_the_ui_works_signed_in(api: str) -> None:
+@pytest.mark.parametrize(
+    "pages",
+    [("deployments",), pytest.param(PAGES, marks=pytest.mark.long)],
+    ids=["deployments", "every page"],
+)
+def test_the_ui_works_signed_in(api: str, pages: tuple[str, ...]) -> None:
     with browser_page() as (page, hosts):
         refused: list[str] = []
         ui = sign_in(page, api)
         page.on(
             "response", lambda answer: refused.append(answer.url) if answer.status in (401, 403) else None
         )
-        for version, names in (("/v2", PAGES), ("", PAGES[1:4])):
-            for name in names:
-                page.goto(f"{ui}{version}/{name}")
-                page.wait_for_load_state("networkidle")
-                assert "/login" not in page.url
+        for version in ("/v2", ""):
+            for name in pages:
+                if name in UI_PAGES[version]:
+                    page.goto(f"{ui}{version}/{name}")
+                    page.wait_for_load_state("networkidle")
+                    assert "/login" not in page.url
             page.goto(f"{ui}{version}/deployments")
             page.get_by_text("demos", exact=True).first.wait_for()
             picture(page, f"deployments{version.replace('/', '-')}")
         assert not refused
-        run_from_form(page, ui, "pipeline", "from-a-form", {"seed": "3"})
+        run_from_form(page, ui, "pipeline", f"from-a-form-{len(pages)}", {"seed": "3"})
         page.get_by_text("Completed", exact=True).first.wait_for()
         picture(page, "from-a-form")
         assert hosts == {httpx.URL(api).netloc.decode()}

@@ -76,24 +76,31 @@ def test_flow_survives_what_simulators_do_and_being_killed(project: Project, tmp
     assert not list((root / "data/.staging").glob("demos-*/demos"))
 
 
+@pytest.mark.parametrize(
+    "signals",
+    [(signal.SIGTERM,), pytest.param((signal.SIGINT, signal.SIGTERM), marks=pytest.mark.long)],
+    ids=["once", "twice"],
+)
 def test_signals_end_all_simulators_and_lose_only_attempts_in_progress(
-    project: Project, tmp_path: Path
+    project: Project, tmp_path: Path, signals: tuple[signal.Signals, ...]
 ) -> None:
     standin = tmp_path / "standin"
-    orders(standin, push_button="work work hang hang work work hang hang")
-    settings = {"tasks": ["push_button"], "variations": 1, "episodes": 10, "cameras": ["front"]}
+    orders(standin, push_button=" ".join(["work work hang hang"] * len(signals)))
+    episodes = 4 * len(signals) + 2
+    settings = {"tasks": ["push_button"], "variations": 1, "episodes": episodes, "cameras": ["front"]}
     project.edit(demos={**settings, "workers": 2, "timeout": 600.0})
 
     def attempts() -> int:
         asked = standin / "orders/asked"
         return asked.read_text().split().count("push_button") if asked.exists() else 0
 
-    for number, begun in ((signal.SIGINT, 4), (signal.SIGTERM, 8)):
+    for begun, number in zip((4, 8), signals, strict=False):
         process = FlowProcess(project.root, "flows.demos")
         assert process.wait_for(lambda begun=begun: attempts() == begun)
         assert process.interrupt(number) != 0 and attempts() == begun
     told = project.run("python", "-m", "flows.demos").stdout
-    assert attempts() == 10 + 4 and "10 clips of 1 camera, " in told
+    lost = 2 * len(signals)
+    assert attempts() == episodes + lost and f"{episodes} clips of 1 camera, " in told
 
 
 def test_store_by_the_former_name_is_adopted_if_it_holds_the_same_demos(

@@ -225,8 +225,7 @@ def test_a_picture_of_ones_own_is_a_start(
     (tmp_path / "none.png").write_bytes(b"no picture")
     with opened(file) as (page, _):
         page.locator("#file").set_input_files(tmp_path / "own.png")
-        page.locator("#clip option:text-is('your picture')").wait_for(state="attached")
-        page.wait_for_function("simulator.clip === simulator.world.clips")
+        page.get_by_text("Your picture, as the model sees it").wait_for()
         start = page.evaluate(
             "[[...simulator.steps[0].frame], [...simulator.steps[0].stoch], simulator.steps[0].value]"
         )
@@ -238,7 +237,7 @@ def test_a_picture_of_ones_own_is_a_start(
         page.get_by_role("button", name="Copy a link").click()
         page.get_by_text("A link cannot carry").wait_for()
         page.locator("#file").set_input_files(tmp_path / "wide.jpg")
-        page.wait_for_function("simulator.steps.length === 1")
+        page.locator("#step:text-is('0')").wait_for()
         red, green, blue = page.evaluate("[...simulator.steps[0].frame.slice(0, 3)]")
         assert red > 180 and green < 60 and blue < 60
         page.locator("#file").set_input_files(tmp_path / "none.png")
