@@ -23,6 +23,7 @@ from typing import Any
 import fsspec
 from fsspec.implementations.local import LocalFileSystem
 
+from prelar.store import cache
 from prelar.utils import files
 from prelar.utils.errors import UserError, one_line, shown
 from prelar.utils.urls import check_url
@@ -195,9 +196,18 @@ class Published:
         self._store, self._index, self._told = _read_manifest(f"{url}/{MANIFEST}", content)
         wanted = {name: about["size"] for name, about in self._told.items()}
         _compare(self._objects, wanted, self._objects.sizes())
+        self._cached = None
+        if self._objects.local is None and (kept := cache.blocks()):
+            whole = hashlib.sha256(content).hexdigest()[:16]
+            self._cached = cache.CachedReader(kept, whole, wanted.__getitem__, self._objects.read_ranges)
 
     def __str__(self) -> str:
         return self._objects.url
+
+    @property
+    def is_cached(self) -> bool:
+        """Whether what is read is kept on this machine."""
+        return self._cached is not None
 
     @property
     def folder(self) -> Path | None:
@@ -224,11 +234,19 @@ class Published:
 
     def fill(self, pieces: Sequence[Piece]) -> None:
         """Fill each view with the bytes of the object `name` from `offset` on; all are asked for at once."""
+        if self._cached is not None:
+            self._cached.fill([(f"{self._store}/{name}", begin, view) for name, begin, view in pieces])
+            return
         wanted = [(f"{self._store}/{name}", begin, begin + len(view)) for name, begin, view in pieces]
         for (name, _, view), got in zip(pieces, self._objects.read_ranges(wanted), strict=True):
             if len(got) != len(view):
                 raise UserError(f"{self}/{self._store}/{name}: cut short; publish the store again")
             view[:] = got
+
+    def prefetch(self, pieces: Sequence[Piece]) -> None:
+        """Begin to fetch pieces that will be asked for, where there is a cache for them."""
+        if self._cached is not None:
+            self._cached.prefetch([(f"{self._store}/{name}", begin, view) for name, begin, view in pieces])
 
     def _whole(self, name: str, most: int) -> bytes:
         if name not in self._told:

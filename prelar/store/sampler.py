@@ -20,6 +20,8 @@ Batch = dict[str, Tensor]
 Numbers = npt.NDArray[np.int64]
 
 _KEPT = 2
+_AHEAD = 6
+"""Steps ahead of which a cache of a remote store begins to fetch."""
 
 
 class SegmentSampler:
@@ -66,6 +68,7 @@ class SegmentSampler:
         self._seed = seed
         self._rows = range(rank * batch // world, (rank + 1) * batch // world)
         self._actions = store.array("actions") if store.has("actions") else None
+        self._announced = -1
         self._epochs: list[dict[int, tuple[Numbers, Numbers]]] = [{} for _ in parts]
 
     @property
@@ -93,6 +96,7 @@ class SegmentSampler:
         """
         clips, starts = self.segments(step)
         begins, strides = self._store.clip_start[clips] + starts, self._strides[clips]
+        self._announce(step)
         first = np.zeros((len(clips), self._length), dtype=np.bool_)
         first[:, 0] = True
         batch = {
@@ -105,6 +109,16 @@ class SegmentSampler:
             rows = begins[:, None] + strides[:, None] * np.arange(self._length)
             batch["actions"] = torch.from_numpy(self._actions[rows])
         return batch
+
+    def _announce(self, step: int) -> None:
+        """Let a remote store begin to fetch what the next steps read."""
+        if not step - 1 <= self._announced - _AHEAD <= step:
+            self._announced = step
+        while self._store.is_cached and self._announced < step + _AHEAD:
+            self._announced += 1
+            clips, starts = self.segments(self._announced)
+            begins, strides = self._store.clip_start[clips] + starts, self._strides[clips]
+            self._store.prefetch(begins, self._length, strides=strides)
 
     def _epoch(self, part: int, epoch: int) -> tuple[Numbers, Numbers]:
         """The clips of an epoch of a source in order, and where the segment of each starts."""

@@ -494,6 +494,10 @@ def _read(path: Path, most: int) -> bytes:
 class _Place(Protocol):
     """Where the files of a store lie; names are relative to the store."""
 
+    @property
+    def is_cached(self) -> bool:
+        """Whether what lies elsewhere is kept here, so that it is worth a `prefetch`."""
+
     def arrays(self) -> list[str]:
         """Names of the arrays."""
 
@@ -509,9 +513,14 @@ class _Place(Protocol):
     def fill(self, pieces: Sequence[Piece]) -> None:
         """Fill the view of each piece (name, offset, view) from its file."""
 
+    def prefetch(self, pieces: Sequence[Piece]) -> None:
+        """Begin to fetch pieces that will be asked for; their views stay as they are."""
+
 
 class _Folder:
     """A store in a folder of this machine."""
+
+    is_cached = False
 
     def __init__(self, path: Path) -> None:
         if not path.is_dir():
@@ -547,16 +556,25 @@ class _Folder:
             finally:
                 os.close(handle)
 
+    def prefetch(self, pieces: Sequence[Piece]) -> None:
+        """Nothing: the files are here."""
+
 
 class _Items:
-    """Items of one array, `items` of them, laid out as `layout` says."""
+    """Items of one array, `items` of them, laid out as `layout` says; `readers` are those of their files."""
 
     layout: Layout
     items: int
+    readers: list[_Reader]
+
+    def places(self, starts: Sequence[int], out: npt.NDArray[Any]) -> list[tuple[_Place, list[Piece]]]:
+        """What fills `out[i]` with the items from `starts[i]` on, by where it lies."""
+        raise NotImplementedError
 
     def read_many(self, starts: Sequence[int], out: npt.NDArray[Any]) -> None:
         """Fill `out[i]` with the items from `starts[i]` on."""
-        raise NotImplementedError
+        for place, pieces in self.places(starts, out):
+            place.fill(pieces)
 
     def read(self, start: int, length: int) -> npt.NDArray[Any]:
         """Items `start` to `start + length` as a new array (length, *item)."""
@@ -573,6 +591,7 @@ class _Reader(_Items):
         self.layout = layout
         self.items = items
         self.place = place
+        self.readers = [self]
         self._name = name
         self._files: list[str] = []
         for begin in range(0, items, layout.shard):
@@ -595,10 +614,9 @@ class _Reader(_Items):
             yield self._files[number], inside * size, view[done : done + count]
             done += count
 
-    def read_many(self, starts: Sequence[int], out: npt.NDArray[Any]) -> None:
-        self.place.fill(
-            [piece for start, part in zip(starts, out, strict=True) for piece in self.pieces(start, part)]
-        )
+    def places(self, starts: Sequence[int], out: npt.NDArray[Any]) -> list[tuple[_Place, list[Piece]]]:
+        pieces = (self.pieces(start, part) for start, part in zip(starts, out, strict=True))
+        return [(self.place, list(itertools.chain.from_iterable(pieces)))]
 
 
 class _Joined(_Items):
@@ -606,12 +624,11 @@ class _Joined(_Items):
 
     def __init__(self, parts: Sequence[_Items]) -> None:
         self.layout = parts[0].layout
-        flat = (part.readers if isinstance(part, _Joined) else [part] for part in parts)
-        self.readers: list[_Reader] = [r for some in flat for r in some if isinstance(r, _Reader)]
+        self.readers = [reader for part in parts for reader in part.readers]
         self._ends = list(itertools.accumulate(reader.items for reader in self.readers))
         self.items = self._ends[-1]
 
-    def read_many(self, starts: Sequence[int], out: npt.NDArray[Any]) -> None:
+    def places(self, starts: Sequence[int], out: npt.NDArray[Any]) -> list[tuple[_Place, list[Piece]]]:
         wanted: list[list[Piece]] = [[] for _ in self.readers]
         for start, part in zip(starts, out, strict=True):
             if start < 0 or start + len(part) > self.items:
@@ -624,16 +641,14 @@ class _Joined(_Items):
                 count = min(len(part) - done, reader.items - inside)
                 wanted[number] += reader.pieces(inside, part[done : done + count])
                 done += count
-        for reader, pieces in zip(self.readers, wanted, strict=True):
-            if pieces:
-                reader.place.fill(pieces)
+        return [(reader.place, pieces) for reader, pieces in zip(self.readers, wanted, strict=True) if pieces]
 
 
 class _Held(_Items):
     """Numbers that are not read from a file."""
 
     def __init__(self, layout: Layout, items: int, make: Callable[[], npt.NDArray[np.int64]]) -> None:
-        self.layout, self.items, self._make = layout, items, make
+        self.layout, self.items, self.readers, self._make = layout, items, [], make
 
     def read(self, start: int, length: int) -> npt.NDArray[np.int64]:
         return self._make()[start : start + length]
@@ -796,12 +811,22 @@ class Store:
             out = np.empty(shape, dtype=np.uint8)
         elif out.shape != shape or out.dtype != np.uint8 or not out.flags.c_contiguous:
             raise ValueError(f"out: {out.dtype} {out.shape}, expected contiguous uint8 {shape}")
-        if strides is None or (strides == 1).all():
-            self._readers["frames"].read_many(begins.tolist(), out)
-        else:
-            apart = begins[:, None] + strides[:, None] * np.arange(length)
-            self._readers["frames"].read_many(apart.ravel().tolist(), out.reshape(-1, 1, *FRAME))
+        self._readers["frames"].read_many(*_spread(begins, out, strides))
         return out
+
+    def prefetch(
+        self, starts: npt.ArrayLike, length: int, *, strides: npt.NDArray[np.int64] | None = None
+    ) -> None:
+        """Begin to fetch segments that `read_many` will be asked for, where there is a cache for them."""
+        begins = np.asarray(starts, dtype=np.int64)
+        untouched = np.empty((len(begins), length, *FRAME), dtype=np.uint8)
+        for place, pieces in self._readers["frames"].places(*_spread(begins, untouched, strides)):
+            place.prefetch(pieces)
+
+    @property
+    def is_cached(self) -> bool:
+        """Whether what lies elsewhere is kept here, so that it is worth a `prefetch`."""
+        return any(reader.place.is_cached for reader in self._readers["frames"].readers)
 
     def has(self, name: str) -> bool:
         """Whether the store holds the optional per-frame array `name`."""
@@ -853,6 +878,16 @@ class Store:
                 equal = pc.fill_null(pc.equal(self.clip_index[column], value), False)
                 chosen &= equal.to_numpy(zero_copy_only=False)
         return np.flatnonzero(chosen).astype(np.int64)
+
+
+def _spread(
+    begins: npt.NDArray[np.int64], out: Frames, strides: npt.NDArray[np.int64] | None
+) -> tuple[list[int], Frames]:
+    """Where runs of neighbours begin that fill segments `out` (n, length, …), and a view of it for them."""
+    if strides is None or (strides == 1).all():
+        return begins.tolist(), out
+    apart = begins[:, None] + strides[:, None] * np.arange(out.shape[1])
+    return apart.ravel().tolist(), out.reshape(-1, 1, *FRAME)
 
 
 def _parsed(place: _Place, name: str) -> dict[str, Any]:

@@ -24,6 +24,7 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import numpy as np
 import zarr
@@ -34,13 +35,15 @@ from prefect.task_runners import ThreadPoolTaskRunner
 
 from flows import runtime, ssv2
 from prelar.config import load_config
+from prelar.store.remote import publish
 from prelar.store.sampler import SegmentSampler
-from prelar.store.store import Store, StoreWriter
+from prelar.store.store import Store, StoreWriter, index_path
 from prelar.utils.frames import FRAME
 from prelar.videos import ingest
 from prelar.videos.decode import SCALE, Decoder
 from prelar.videos.labels import Labels, read_labels
 from tests import archives, full_size
+from tests.bucket import bucket
 from tests.conftest import ROOT
 from tests.memory import held
 
@@ -50,6 +53,7 @@ DISTINCT = 48
 BATCH = 16
 LENGTH = 25
 SECONDS = 1.0
+COLD = 6
 FEW, MANY = 500, 5_000
 HOUR = 3600
 
@@ -240,6 +244,37 @@ def reading(folder: Path, clips: int = 600, length: int = 45) -> dict[str, float
             sum(path.stat().st_size for path in store.path.rglob("*") if path.is_file())
         )
         / store.num_frames,
+        **remote(folder, store),
+    }
+
+
+def remote(folder: Path, near: Store) -> dict[str, float]:
+    """Segments a second from a bucket: without a cache, into an empty one, and out of a full one.
+
+    The S3 server is a Python program here that shares the cores, so what is not warm tells of it, not of a
+    link. A full cache and the local store are read in turn.
+    """
+    given = {"PRELAR_CACHE": str(folder / "cache"), "PRELAR_CACHE_GB": "8"}
+    with bucket() as url:
+        published = publish(url, Path(near.path), index_path(Path(near.path)))["url"]
+        plain = SegmentSampler(Store.open(published), length=LENGTH, batch=BATCH, seed=0)
+        ranges = COLD * BATCH / _seconds(lambda: [plain.at(step) for step in range(COLD)])
+        with mock.patch.dict(os.environ, given):
+            far = Store.open(published)
+            cached = SegmentSampler(far, length=LENGTH, batch=BATCH, seed=0)
+            cold = COLD * BATCH / _seconds(lambda: [cached.at(step) for step in range(COLD)])
+            far.read(0, far.num_frames)
+            local = SegmentSampler(near, length=LENGTH, batch=BATCH, seed=0)
+            rates: dict[str, list[float]] = {"warm": [], "local": []}
+            for _ in range(REPEATS):
+                rates["warm"].append(_segments_per_second(cached.at))
+                rates["local"].append(_segments_per_second(local.at))
+    shutil.rmtree(folder / "cache")
+    return {
+        "bucket_segments_per_s": ranges,
+        "bucket_cold_segments_per_s": cold,
+        "bucket_warm_segments_per_s": statistics.median(rates["warm"]),
+        "bucket_warm_vs_local": paired("bucket_warm_vs_local", rates["warm"], rates["local"]),
     }
 
 
