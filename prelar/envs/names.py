@@ -47,7 +47,7 @@ class EnvSpec(NamedTuple):
     succeeds: bool
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Suite:
     """Tasks of one simulator: their names, without `prefix`, with what each one's environment is."""
 

@@ -302,7 +302,7 @@ class _Line:
         if low is None or high is None or len(x) < 2:
             return ""
         points = _points(x_axis([*x, *reversed(x)]), y_axis([*high, *reversed(low)]))
-        return f'<polygon class="band s{self.style}" points="{points}"/>'
+        return f'<polygon class="band {self.look}" points="{points}"/>'
 
 
 def _y_limits(low: float, high: float, log: bool) -> tuple[float, float]:

@@ -1,6 +1,7 @@
-"""Aggregates over tasks and seeds: the interquartile mean and its stratified-bootstrap interval.
+"""Aggregates over tasks and seeds: interquartile mean, probability of improvement, performance profile.
 
-Both as in Agarwal et al., Deep Reinforcement Learning at the Edge of the Statistical Precipice, NeurIPS 2021.
+Each with its stratified-bootstrap interval, as in Agarwal et al., Deep Reinforcement Learning at the Edge of
+the Statistical Precipice, NeurIPS 2021.
 """
 
 from __future__ import annotations
@@ -83,3 +84,49 @@ def estimate(scores: Sequence[npt.ArrayLike], *, resamples: int = RESAMPLES) -> 
         low, high = (None, None) if interval is None else (float(interval[0][k]), float(interval[1][k]))
         found.append(Estimate(middle, mean, low, high, len(pooled)))
     return found
+
+
+def probability_of_improvement(
+    ours: Sequence[npt.ArrayLike],
+    theirs: Sequence[npt.ArrayLike],
+    *,
+    resamples: int = RESAMPLES,
+    seed: int = 0,
+) -> tuple[float, float, float]:
+    """How probably a run of ours beats a run of theirs on a task drawn at random, ties counted half.
+
+    Scores (seeds,) for each of the same tasks on either side. Returns it with the ends of its interval, runs
+    drawn anew within each task.
+    """
+
+    def beats(x: Scores, y: Scores) -> Scores:
+        return ((x[:, :, None] > y[:, None]) + 0.5 * (x[:, :, None] == y[:, None])).mean(axis=(1, 2))
+
+    random = np.random.default_rng(seed)
+    value, drawn = np.zeros(1), np.zeros(resamples)
+    for mine, other in zip(ours, theirs, strict=True):
+        x, y = np.asarray(mine, np.float64), np.asarray(other, np.float64)
+        value = value + beats(x[None], y[None]) / len(ours)
+        picks = [random.integers(0, len(scores), (resamples, len(scores))) for scores in (x, y)]
+        drawn = drawn + beats(x[picks[0]], y[picks[1]]) / len(ours)
+    low, high = np.quantile(drawn, [(1 - LEVEL) / 2, (1 + LEVEL) / 2])
+    return float(value[0]), float(low), float(high)
+
+
+def performance_profile(
+    scores: Sequence[npt.ArrayLike], thresholds: npt.ArrayLike, *, resamples: int = RESAMPLES, seed: int = 0
+) -> tuple[Scores, Scores, Scores]:
+    """The share of runs that score more than each threshold (K,), and the ends of its interval, (K,) each.
+
+    Scores (seeds,) for each task; runs are drawn anew within each task.
+    """
+    limits = np.asarray(thresholds, np.float64)
+    tasks = [np.asarray(task, np.float64) for task in scores]
+    random, above = np.random.default_rng(seed), np.zeros((resamples, len(limits)))
+    for task in tasks:
+        picked = task[random.integers(0, len(task), (resamples, len(task)))]
+        above += (picked[:, :, None] > limits).sum(axis=1)
+    count = sum(map(len, tasks))
+    low, high = np.quantile(above / count, [(1 - LEVEL) / 2, (1 + LEVEL) / 2], axis=0)
+    share: Scores = (np.concatenate(tasks)[:, None] > limits).mean(axis=0)
+    return share, low, high

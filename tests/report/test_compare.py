@@ -63,17 +63,18 @@ def test_one_seed_has_no_interval_and_smoke_no_published_results() -> None:
 
 def test_real_runs_stand_before_published_ones() -> None:
     text = compare.render(real_runs())
-    assert "n = 12: 6 tasks, 2 seeds each" in text and text.count('class="band') == 4
+    assert "n = 12: 6 tasks, 2 seeds each" in text and text.count('class="band s') == 6
+    assert text.count('class="band behind') == 2, "the published ones, DreamerV2 and APV"
     assert "APV on RLBench (published)" in text and "PreLAR without its action loss (published)" in text
     assert "mean 58.2%" in text and "not ours" in text and "Seo et al., ICML 2022" in text
-    (row,) = re.findall(r"<tr><th scope=\"row\">DreamerV2</th>.*?</tr>", text)
+    (row,) = re.findall(r"<tr><th scope=\"row\">DreamerV2</th><td>n = 12.*?</tr>", text)
     assert "37% [" in row and "not reached" not in row
 
 
 @pytest.mark.parametrize(
     ("runs", "expected"),
     [
-        (real_runs(steps=9), "the runs end at 90,000"),
+        ([replace(r, curves={"success": ((4e3,), (0.1,))}) for r in real_runs()], "the runs end at 4,000"),
         (real_runs()[:-2], "not run on the same tasks"),
     ],
 )
@@ -127,6 +128,27 @@ def test_commands_and_dirt_of_each_run_are_shown() -> None:
 def test_nothing_private_is_shown() -> None:
     text = compare.render([make_run("a", [0.1]), make_run("b", [0.1], ssv2__source="/home/hush/parts")])
     assert "hush" not in text and "…/parts" in text
+
+
+def test_every_seed_and_step_is_exported() -> None:
+    runs = real_runs(("reach",), seeds=2, steps=3)
+    header, *rows = [line.split(",") for line in compare.export(runs).splitlines()]
+    assert header == ["run", "setting", "method", "task", "seed", "step", "success", "return"]
+    assert len(rows) == 2 * 2 * 3
+    assert rows[4][2:] == ["dreamerv2", "reach", "1", "20000", "0.06", ""]
+
+
+def test_settings_are_held_against_each_other_beyond_means() -> None:
+    text = compare.render(real_runs())
+    assert "Probability of improvement" in text and "2000 stratified bootstrap draws" in text
+    assert "Performance profile at 250,000 steps" in text
+
+
+def test_tasks_without_success_are_compared_by_return() -> None:
+    runs = [replace(run, curves={"return": run.curves["success"]}) for run in real_runs(("dmc/hopper-hop",))]
+    text = compare.render(runs)
+    assert "DreamerV2, its authors’ runs (published)" in text and "Return of each setting by step" in text
+    assert "APV on locomotion (published)" in text and "PreLAR without" not in text
 
 
 def test_the_file_is_written(

@@ -6,9 +6,15 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from scipy.stats import trim_mean
+from scipy.stats import mannwhitneyu, trim_mean
 
-from prelar.report.statistics import bootstrap_interval, estimate, interquartile_mean
+from prelar.report.statistics import (
+    bootstrap_interval,
+    estimate,
+    interquartile_mean,
+    performance_profile,
+    probability_of_improvement,
+)
 
 SCORES = st.lists(st.floats(-1e3, 1e3), min_size=1, max_size=40)
 
@@ -103,3 +109,22 @@ def test_estimates_state_n() -> None:
     assert found.low is not None and found.high == 1
     (alone,) = estimate([[[0.25]]])
     assert (alone.n, alone.iqm, alone.low, alone.high) == (1, 0.25, None, None)
+
+
+def test_the_probability_of_improvement_by_hand_and_by_mann_whitney() -> None:
+    assert probability_of_improvement([[1.0, 3.0]], [[2.0, 2.0]])[0] == 0.5
+    assert probability_of_improvement([[3.0, 3.0], [0.0, 1.0]], [[2.0, 2.0], [1.0, 1.0]])[0] == (1 + 0.25) / 2
+    random = np.random.default_rng(0)
+    x, y = random.normal(0.5, 1, 12), random.normal(0, 1, 9)
+    value, low, high = probability_of_improvement([x], [y])
+    assert value == pytest.approx(mannwhitneyu(x, y).statistic / (12 * 9)) and low < value < high
+    back = probability_of_improvement([y], [x])[0]
+    assert value + back == pytest.approx(1)
+
+
+def test_a_performance_profile_falls_from_all_runs_to_none() -> None:
+    scores = [[0.0, 0.5, 1.0], [0.25, 0.25]]
+    share, low, high = performance_profile(scores, [-1, 0, 0.25, 0.5, 1])
+    assert share.tolist() == [1, 0.8, 0.4, 0.2, 0]
+    assert (low <= share).all() and (share <= high).all() and low[0] == high[0] == 1
+    assert (np.diff(low) <= 0).all() and (np.diff(high) <= 0).all()
