@@ -359,16 +359,18 @@ def _episode_rows(held: LerobotSet) -> Iterator[dict[str, Any]]:
 
 def _texts(file: Any) -> list[list[str]]:
     """The column `tasks` of an opened file. Raises `ValueError` where its texts unpack to too much."""
-    column = file.read(["tasks"])["tasks"].combine_chunks()
-    if not pa.types.is_list(column.type) or not pa.types.is_dictionary(column.type.value_type):
-        raise ValueError(f"tasks are {column.type}")
-    texts = [printable(text or "", MAX_TASK) for text in column.values.dictionary.to_pylist()]
-    known = column.values.indices.to_pylist()
-    borders = column.offsets.to_pylist()
-    return [
-        [texts[number] for number in known[begin:end] if number is not None]
-        for begin, end in itertools.pairwise(borders)
-    ]
+    found: list[list[str]] = []
+    for group in range(file.num_row_groups):  # Arrow reads such a column of several groups not at once
+        column = file.read_row_group(group, ["tasks"])["tasks"].combine_chunks()
+        if not pa.types.is_list(column.type) or not pa.types.is_dictionary(column.type.value_type):
+            raise ValueError(f"tasks are {column.type}")
+        texts = [printable(text or "", MAX_TASK) for text in column.values.dictionary.to_pylist()]
+        known = column.values.indices.to_pylist()
+        found += [
+            [texts[number] for number in known[begin:end] if number is not None]
+            for begin, end in itertools.pairwise(column.offsets.to_pylist())
+        ]
+    return found
 
 
 # --- data ---------------------------------------------------------------------------------------------------

@@ -330,6 +330,15 @@ def test_a_set_that_is_not_to_be_read_is_refused_in_a_line(changes: dict[str, An
         lerobot.open_folder(folder)
 
 
+def test_row_groups_of_the_episodes_change_nothing(tmp_path: Path) -> None:
+    """lerobot writes one for every ten episodes that it records, and a single one of a set that it edits."""
+    folder = write_image_set(tmp_path / "set", [3, 4, 5, 6])
+    jobs = lerobot.open_folder(folder).jobs()
+    pq.write_table(pq.read_table(folder / EPISODES), folder / EPISODES, row_group_size=1)
+    assert pq.ParquetFile(folder / EPISODES).num_row_groups == 4
+    assert lerobot.open_folder(folder).jobs() == jobs and jobs[0].task
+
+
 def test_v1_is_refused_by_name(tmp_path: Path) -> None:
     (tmp_path / "meta_data").mkdir()
     (tmp_path / "meta_data/info.json").write_text("{}")
