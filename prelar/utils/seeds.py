@@ -37,7 +37,10 @@ def generator(stream: RngStream, *numbers: int) -> np.random.Generator:
 def seed_torch(stream: RngStream, *numbers: int) -> None:
     """Seed torch's global generators for a purpose and its numbers, none negative."""
     entropy = np.random.SeedSequence([int(stream), *numbers])
-    torch.manual_seed(int(entropy.generate_state(1, np.uint64)[0]))
+    seed = int(entropy.generate_state(1, np.uint64)[0])
+    torch.default_generator.manual_seed(seed)
+    if torch.cuda.is_available():  # torch.manual_seed keeps a traceback of every call where there is none
+        torch.cuda.manual_seed_all(seed)
 
 
 def episode_seed(stream: RngStream, seed: int) -> int:
