@@ -520,7 +520,7 @@ class Config(_Frozen):
     threads: Workers = Field(description="CPU threads of torch")
     loggers: list[Literal["tensorboard", "wandb"]] = Field(
         default_factory=list,
-        description="beside the log, of training: [tensorboard, wandb], each an extra of its name; []: none",
+        description="beside the project's own log: [tensorboard, wandb], each an extra of its name; []: none",
     )
     data_root: Text = Field(
         description="where stores are published: data | an absolute folder | a URL, s3://bucket/prefix or gs://…"

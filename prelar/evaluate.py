@@ -33,8 +33,10 @@ from prelar.evaluation.probe import collect, demonstrations, run_probe, swap_act
 from prelar.methods import METHODS, build_model, load_pretrained, restore
 from prelar.model.spec import ModelSpec
 from prelar.model.world_model import WorldModel
+from prelar.stages import stage_fingerprint
 from prelar.store.store import Store
 from prelar.train.checkpoint import load_config, load_parts
+from prelar.train.loggers import open_loggers
 from prelar.train.loop import set_up
 from prelar.utils.errors import UserError
 from prelar.utils.files import publish, remove, write_text
@@ -133,8 +135,21 @@ def run(config: Config) -> None:
     metrics = {name: float(f"{value:.9g}") for name, value in found.metrics.items()}
     _write_json(folder / METRICS.name, metrics)
     publish(folder, REPORT)
+    log_results(config, metrics)
     _write_json(METRICS, {name: metrics[name] for name in HEADLINE_METRICS if name in metrics})
     print(f"evaluate: {headline(found.metrics)} -> {METRICS}, {REPORT}", flush=True)
+
+
+def log_results(config: Config, metrics: Mapping[str, float], folder: Path = REPORT) -> None:
+    """Hand metrics, videos and pictures to the loggers, under the step 0."""
+    fingerprint = stage_fingerprint("evaluate", config.model_dump(mode="json")) if config.loggers else ""
+    for logger in open_loggers(config.loggers, "evaluate", f"evaluate-{fingerprint[:16]}", 0):
+        logger.log(0, metrics)
+        for path in sorted(folder.glob("*.mp4")):
+            logger.video(0, path.stem, path)
+        for path in sorted(folder.glob("*.png")):
+            logger.picture(0, path.stem, path)
+        logger.close()
 
 
 def headline(metrics: Mapping[str, float]) -> str:

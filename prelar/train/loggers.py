@@ -1,4 +1,4 @@
-"""TensorBoard and Weights & Biases beside the log: the same scalars by the same names, and videos.
+"""TensorBoard and Weights & Biases beside the log: the same scalars by the same names, videos, pictures.
 
 They lie in `reports/loggers/<logger>/`, outside what DVC tracks, since they hold times. A run that resumes
 goes on in its log from the step of its snapshot. Nothing goes over the network but to Weights & Biases, and
@@ -34,6 +34,9 @@ class Logger(Protocol):
     def video(self, step: int, name: str, path: Path) -> None:
         """Take an MP4."""
 
+    def picture(self, step: int, name: str, path: Path) -> None:
+        """Take a PNG."""
+
     def close(self) -> None:
         """Write what is left to write."""
 
@@ -65,9 +68,17 @@ class TensorBoard:
 
     def video(self, step: int, name: str, path: Path) -> None:
         """Append a video."""
+        self._image(step, name, *as_gif(path))
+
+    def picture(self, step: int, name: str, path: Path) -> None:
+        """Append a picture."""
+        with Image.open(path) as image:
+            self._image(step, name, path.read_bytes(), image.size)
+
+    def _image(self, step: int, name: str, content: bytes, size: tuple[int, int]) -> None:
         from tensorboard.compat.proto.summary_pb2 import Summary
 
-        content, (width, height) = as_gif(path)
+        width, height = size
         image = Summary.Image(height=height, width=width, colorspace=3, encoded_image_string=content)
         self._writer._get_file_writer().add_summary(
             Summary(value=[Summary.Value(tag=name, image=image)]), step
@@ -105,6 +116,10 @@ class WeightsAndBiases:
     def video(self, step: int, name: str, path: Path) -> None:
         """Append a video."""
         self._run.log({name: self._wandb.Video(str(path), format="mp4")}, step=step)
+
+    def picture(self, step: int, name: str, path: Path) -> None:
+        """Append a picture."""
+        self._run.log({name: self._wandb.Image(str(path))}, step=step)
 
     def close(self) -> None:
         """Finish the run."""

@@ -14,6 +14,8 @@ import numpy as np
 import pytest
 import torch
 
+from prelar import evaluate
+from prelar.config import load_config
 from prelar.train.checkpoint import Snapshots
 from prelar.train.loggers import open_loggers
 from prelar.train.loop import Hook, train
@@ -21,7 +23,7 @@ from prelar.utils.errors import UserError
 from prelar.utils.tables import read_tsv
 from prelar.utils.video_file import write_mp4
 from tests.conftest import ROOT
-from tests.fake_results import moving
+from tests.fake_results import make_evaluation, moving
 
 ONLINE = """
 import socket, sys
@@ -70,10 +72,10 @@ def run(folder: Path, loggers: list[str], stop: int | None = None) -> None:
         assert stop is not None
 
 
-def read(folder: Path) -> Any:
+def read(folder: Path, name: str = "toy") -> Any:
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-    found = EventAccumulator(str(folder / "reports/loggers/tensorboard/toy"))
+    found = EventAccumulator(str(folder / "reports/loggers/tensorboard" / name))
     return found.Reload()
 
 
@@ -96,6 +98,20 @@ def test_a_run_that_stopped_goes_on_in_the_same_curves(
         assert np.allclose([event.value for event in events], table[name.rpartition("/")[2]])
     films = board.Images("film")
     assert [film.step for film in films] == [3, 6] and films[0].encoded_image_string.startswith(b"GIF")
+
+
+def test_what_the_evaluation_found_is_logged_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("tensorboard")
+    make_evaluation(tmp_path / "reports/evaluate")
+    config = load_config(ROOT / "params.yaml").model_copy(update={"loggers": ["tensorboard"]})
+    monkeypatch.chdir(tmp_path)
+    evaluate.log_results(config, {"success_rate": 0.5, "return": 3.0})
+    board = read(tmp_path, "evaluate")
+    assert [board.Scalars(name)[0].value for name in ("success_rate", "return")] == [0.5, 3.0]
+    shown = {
+        path.stem for path in (tmp_path / "reports/evaluate").glob("*.*") if path.suffix in (".png", ".mp4")
+    }
+    assert shown and set(board.Tags()["images"]) == shown
 
 
 def test_another_run_begins_a_log_of_its_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
