@@ -6,12 +6,13 @@ import argparse
 import contextlib
 import importlib
 import os
+import re
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from prelar import __version__
-from prelar.utils.errors import UserError, run_main
+from prelar.utils.errors import UserError, run_main, shown
 from prelar.utils.files import exclusive
 from prelar.utils.parents import end_with_dvc
 
@@ -21,7 +22,7 @@ if TYPE_CHECKING:
 STAGES = {
     "sample": "render the embedded sample archive, in the shape of Something-Something V2, to data/sample",
     "pretrain": "pre-train the world model of `method` on the store of `dataset`, to data/pretrain",
-    "finetune": "fine-tune it with reinforcement learning on the Meta-World `task`, to data/finetune",
+    "finetune": "fine-tune it with reinforcement learning on the `task`, to data/finetune",
     "evaluate": "measure the agent and the model, to metrics.json and reports/evaluate",
     "simulator": "write the page in which a person drives what the models imagine, to reports/simulator.html",
     "report": "write the page that shows it all from the results at hand, to reports/index.html; "
@@ -44,6 +45,7 @@ HELPERS = {
     "actions": "write the latent actions of videos, or of a store, to a Parquet file",
     "export-lerobot": "write a store as a LeRobotDataset v3.0, with latent actions if a model is named",
     "play": "serve a checkpoint to a browser on this machine, to drive what its model imagines",
+    "record": "write episodes of an agent, or of random actions, as a folder of videos or into a store",
     "import-reference": "turn a published checkpoint into data/pretrain, for fine-tuning to start from",
     "push": "hand a checkpoint on through the Hugging Face Hub, with a card of its params and figures",
     "completion": 'print what completes these commands in a shell: eval "$(prelar completion bash)"',
@@ -89,6 +91,8 @@ def main() -> None:
         run_actions(config, arguments)
     elif arguments.command == "export-lerobot":
         run_export(config, arguments)
+    elif arguments.command == "record":
+        run_record(config, arguments)
     elif arguments.command == "report" and arguments.experiments:
         run_comparison(arguments)
     else:
@@ -111,6 +115,7 @@ def build_parser(name: str | None = None) -> argparse.ArgumentParser:
     add_join_arguments(parsers["join"])
     add_action_arguments(parsers["actions"])
     add_export_arguments(parsers["export-lerobot"])
+    add_record_arguments(parsers["record"])
     add_play_arguments(parsers["play"])
     add_import_arguments(parsers["import-reference"])
     add_push_arguments(parsers["push"])
@@ -220,6 +225,34 @@ def run_export(config: Config, arguments: argparse.Namespace) -> None:
             fps=arguments.fps,
             device=str(fabric.device),
             ffmpeg=config.ssv2.ffmpeg,
+        )
+
+
+def add_record_arguments(parser: argparse.ArgumentParser) -> None:
+    """The arguments of record."""
+    parser.add_argument("checkpoint", metavar="CHECKPOINT", type=Path, help="of fine-tuning, data/finetune")
+    parser.add_argument("folder", metavar="DIR", nargs="?", type=Path, help="where videos go")
+    parser.add_argument("--store", metavar="NAME", help="write data/NAME.zarr, with the actions")
+    parser.add_argument("--episodes", type=int, default=10, help="default: 10")
+    parser.add_argument("--random", action="store_true", help="random actions in place of the agent's")
+
+
+def run_record(config: Config, arguments: argparse.Namespace) -> None:
+    """Record episodes while holding the lock on what is written."""
+    from prelar import record
+
+    if arguments.store and not re.fullmatch("[a-z][a-z0-9_]{0,63}", arguments.store):
+        raise UserError(f"--store {shown(arguments.store)}: use small letters, digits and underscores")
+    if arguments.episodes < 1:
+        raise UserError(f"--episodes {arguments.episodes}: record 1 or more")
+    with exclusive(arguments.folder or Path(f"data/{arguments.store}.zarr")):
+        record.run(
+            config,
+            arguments.checkpoint,
+            arguments.folder,
+            store=arguments.store,
+            episodes=arguments.episodes,
+            random=arguments.random,
         )
 
 

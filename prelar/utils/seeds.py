@@ -27,6 +27,7 @@ class RngStream(IntEnum):
     EVALUATION_EPISODES = 18
     PROBE_EPISODES = 19
     OFFLINE_EPISODES = 20
+    RECORDED_EPISODES = 21
 
 
 def generator(stream: RngStream, *numbers: int) -> np.random.Generator:

@@ -1,4 +1,5 @@
-"""Rendering of Meta-World: our frames of 64×64, drawn at 128×128, against gymnasium's `render()` at 128×128.
+"""Rendering of Meta-World: our frames of 64×64, drawn at 128×128, against gymnasium's `render()` at 128×128,
+and of both suites: fast frames against faithful ones, drawn as the suite draws.
 
 Each reading is a process of its own: in software, gymnasium's viewer draws into whichever context is current.
 A picture of both, enlarged, side by side, goes to reports/render.png.
@@ -18,9 +19,11 @@ import numpy as np
 import numpy.typing as npt
 from PIL import Image
 
-from prelar.envs import gl
+from prelar.config import View
+from prelar.envs import gl, make_env
 
 TASK, CAMERA = "drawer-open", "corner"
+SUITES = {"metaworld": TASK, "dmc": "dmc/walker-walk"}
 DRAWN = 128
 PAIRS = 5
 SECONDS = 3.0
@@ -47,7 +50,24 @@ def run() -> dict[str, float]:
     Image.fromarray(np.concatenate([np.asarray(one) for one in shown], axis=1)).save(PICTURE)
     for who in ("ours", "gymnasium"):
         picture(who).unlink()
-    return {"render_fps": statistics.median(ours for ours, _ in readings), "render_vs_gymnasium": middle}
+    figures = {"render_fps": statistics.median(ours for ours, _ in readings), "render_vs_gymnasium": middle}
+    return figures | renderers()
+
+
+def renderers() -> dict[str, float]:
+    """Frames a second of either renderer in each suite, and the median of their paired ratios."""
+    figures = {}
+    for suite, task in SUITES.items():
+        pairs = [(reading(f"fast {task}"), reading(f"faithful {task}")) for _ in range(PAIRS)]
+        ratios = [fast / faithful for fast, faithful in pairs]
+        for name, column in zip(("fast", "faithful"), zip(*pairs, strict=True), strict=True):
+            figures[f"render_{suite}_{name}_fps"] = statistics.median(column)
+        figures[f"render_{suite}_fast_vs_faithful"] = statistics.median(ratios)
+        print(
+            f"render_{suite}_fast_vs_faithful: {statistics.median(ratios):.1f} "
+            f"(from {min(ratios):.1f} to {max(ratios):.1f}, {PAIRS} pairs)"
+        )
+    return figures
 
 
 def picture(who: str) -> Path:
@@ -63,23 +83,23 @@ def reading(who: str) -> float:
 
 def main(who: str) -> None:
     """Measure one renderer, leave a frame of it, print its frames a second."""
-    render = ours() if who == "ours" else gymnasium()
+    words = who.split()
+    render = gymnasium() if who == "gymnasium" else ours(*words) if len(words) > 1 else ours()
     frame = render()
     frames, begin = 0, time.perf_counter()
     while time.perf_counter() - begin < SECONDS:
         frame = render()
         frames += 1
     rate = frames / (time.perf_counter() - begin)
-    picture(who).parent.mkdir(exist_ok=True)
-    Image.fromarray(frame).save(picture(who))
+    if len(words) == 1:
+        picture(who).parent.mkdir(exist_ok=True)
+        Image.fromarray(frame).save(picture(who))
     print(rate)
 
 
-def ours() -> Callable[[], Frame]:
+def ours(renderer: str = "fast", task: str = TASK) -> Callable[[], Frame]:
     """Our simulator's frames."""
-    from prelar.envs.metaworld import Simulator
-
-    simulator = Simulator(TASK, camera=CAMERA)
+    simulator = make_env(task, view=View(renderer=renderer))
     simulator.reset(0, 0)
     return simulator.render
 
