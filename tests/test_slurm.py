@@ -99,7 +99,7 @@ def test_a_run_that_slurm_stopped_goes_on_to_the_same_bytes(
     project = make_project(tmp_path_factory.mktemp("project"))
     (project.root / ".venv").symlink_to(ROOT / ".venv")
     preset = {"steps": 120, "checkpoint_every": 10, "video_every": 120}
-    project.edit(threads=1, scales={"smoke": {"pretrain": preset}})
+    project.edit(threads=1, device="cpu", devices=2, scales={"smoke": {"pretrain": preset}})
     with StoreWriter(project.root / "data/ssv2.zarr") as writer:
         for number in range(12):
             split = "validation" if number % 3 == 0 else "train"

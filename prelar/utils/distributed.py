@@ -15,6 +15,11 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from lightning_fabric import Fabric
+from lightning_fabric.plugins.environments import (
+    ClusterEnvironment,
+    LightningEnvironment,
+    TorchElasticEnvironment,
+)
 from lightning_fabric.strategies import DDPStrategy
 from torch import Tensor
 
@@ -34,7 +39,9 @@ def launch(*, accelerator: str, precision: str, devices: int | None) -> Fabric:
     """
     logging.getLogger("lightning_fabric").setLevel(logging.WARNING)
     count, nodes = devices or 1, 1
+    place: ClusterEnvironment = LightningEnvironment()  # whatever scheduler started this process
     if dist.is_available() and dist.is_torchelastic_launched():
+        place = TorchElasticEnvironment()
         count = int(os.environ["LOCAL_WORLD_SIZE"])
         nodes = int(os.environ["WORLD_SIZE"]) // count
         if devices is None and count * nodes > 1:
@@ -50,6 +57,7 @@ def launch(*, accelerator: str, precision: str, devices: int | None) -> Fabric:
         num_nodes=nodes,
         strategy="auto" if count * nodes == 1 else shared,
         precision=precision,  # type: ignore[arg-type]
+        plugins=[place],
     )
     server = _server() if count > 1 and "LOCAL_RANK" not in os.environ else None
     fabric.launch()
