@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from prelar.config import View
 from prelar.demos import episodes, metaworld
 from prelar.demos.episodes import Episode, Job, Splits, at_size, clips, fault
 from prelar.demos.metaworld import Metaworld
@@ -355,3 +356,17 @@ def test_changed_share_counts_pixels() -> None:
     frames[2, 0, :5, 1] = 100
     frames[1, 1, 0] = episodes.MOTION
     assert changed_share(frames) == pytest.approx(0.05)
+
+
+@pytest.mark.long
+def test_distractions_change_the_pictures_alone_and_are_told() -> None:
+    plain = dataclasses.replace(SOURCE, tasks=("reach",), cameras=("corner",))
+    shaken = dataclasses.replace(plain, view=View(distract="camera"))
+    one, other = (source.collect(source.jobs()[0]) for source in (plain, shaken))
+    assert all(np.array_equal(one.arrays[name], other.arrays[name]) for name in one.arrays)
+    assert one.success == other.success and one.fps == other.fps
+    assert (one.frames["corner"] != other.frames["corner"]).any(axis=(1, 2, 3)).all()
+    assert "view" not in plain.attributes()["source"]
+    assert shaken.attributes()["source"]["view"]["distract"] == "camera"
+    keys = {episodes.staging_key(source, source.jobs()) for source in (plain, shaken)}
+    assert len(keys) == 2, "neither goes on with the other's work"

@@ -28,7 +28,7 @@ def clips(tmp_path_factory: pytest.TempPathFactory) -> str:
     return str(path)
 
 
-def episode(env: PixelEnv, number: int, count: int = 6) -> tuple[np.ndarray, list[float]]:
+def episode(env: PixelEnv, number: int, count: int = 3) -> tuple[np.ndarray, list[float]]:
     """Pictures and rewards of an episode of one action."""
     frames, rewards = [env.reset(options={"episode": number})[0]], []
     for _ in range(count):
@@ -47,15 +47,17 @@ def test_only_pictures_change_and_they_repeat(task: str, clips: str) -> None:
     with make_env(task) as simulator:
         plain, rewards = episode(PixelEnv(simulator, seed=3), 1)
     for kind in KINDS:
-        weak, env, again = made(kind, 0.2), made(kind, 0.8), made(kind, 0.8)
+        weak, env = made(kind, 0.2), made(kind, 0.8)
         other = episode(env, 2, 1)[0]
         frames, earned = episode(env, 1)
-        assert earned == rewards and np.array_equal(frames, episode(again, 1)[0])
+        assert earned == rewards and np.array_equal(frames, episode(env, 1)[0])
         assert not np.array_equal(other[0] - plain[0], frames[0] - plain[0]), "each episode has its own"
-        again.restore(env.state())
-        assert np.array_equal(again.render(), frames[-1]), "after its state was restored"
         faint = np.abs(episode(weak, 1)[0] - plain).mean()
         assert 0.5 < np.abs(frames - plain).mean() > faint > 0, kind
+        env.reset(options={"episode": 5})
+        again = made(kind, 0.8)
+        again.restore(env.state())
+        assert np.array_equal(again.render(), env.render()), "after its state was restored"
         for one in (weak, env, again):
             one.close()
 
