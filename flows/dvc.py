@@ -125,8 +125,8 @@ def stamps(stage: str) -> Stamps:
     Nothing where the current folder is not the top of a DVC project with that stage, and inside a stage,
     whose outputs DVC commits itself.
     """
-    project = Path(".dvc").is_dir() and PIPELINE.is_file() and PARAMS.is_file()
-    stages = Stages().resolved(read_yaml(PARAMS)) if project else {}
+    values = read_yaml(PARAMS) if PARAMS.is_file() else {}
+    stages = Stages().resolved(values) if Path(".dvc").is_dir() and PIPELINE.is_file() else {}
     if any(name in os.environ for name in IN_STAGE) or stage not in stages:
         return {}
     return {path: _stamps(path) for path in (PARAMS, *map(Path, stages[stage]["deps"]))}

@@ -117,7 +117,8 @@ def _filled(stage: Mapping[str, Any], values: Values) -> dict[str, Any]:
     """A stage with values filled in where it names them."""
     lists = {key: [_fill(text, values) for text in stage[key]] for key in ("deps", "params") if key in stage}
     outs = {"outs": [_fill(out, values) for out in _outs(stage)]} if _outs(stage) else {}
-    return {"cmd": _fill(stage.get("cmd") or "", values), **lists, **outs}
+    cmd = stage.get("cmd")
+    return {"cmd": _fill(cmd, values) if isinstance(cmd, str) else cmd, **lists, **outs}
 
 
 def _fill(text: str, values: Values) -> str:
