@@ -41,10 +41,77 @@ def test_a_shell_completes_every_command(
         subprocess.run([program, "-n"], input=script, text=True, check=True)
 
 
+ACTING = """
+from prelar.envs import make_env
+with make_env({task!r}, time_limit=4) as simulator:
+    simulator.reset(0, 0)
+    assert simulator.step([0.0] * simulator.action_dim).reward >= 0
+    assert simulator.render().shape == (64, 64, 3)
+"""
+LOGGING = """
+import pathlib
+from prelar.train.loggers import open_loggers
+(logger,) = open_loggers([{name!r}], "it", "key", 0)
+logger.log(1, {{"loss": 0.5}})
+logger.close()
+assert any(pathlib.Path("reports/loggers/{name}").rglob("*"))
+"""
+OFFLINE = """
+import os
+os.environ["HF_HUB_OFFLINE"] = "1"
+import prelar
+from prelar.utils.errors import UserError
+try:
+    prelar.load("org/name")
+except UserError as told:
+    assert "go online" in str(told), told
+"""
+STAGES = """
+import dvc.repo
+import prefect
+from prelar.report import compare, page
+from prelar.validation import suites
+"""
+EXPORTING = """
+from prelar.simulator import demo, page, play, step
+assert len(step.export(step.load_step(demo.DEMO))) > 100_000
+"""
+USES = {
+    "sim": ACTING.format(task="reach"),
+    "dmc": ACTING.format(task="dmc/walker-walk"),
+    "pipeline": STAGES,
+    "hub": OFFLINE,
+    "simulator": EXPORTING,
+    "tensorboard": LOGGING.format(name="tensorboard"),
+    "wandb": LOGGING.format(name="wandb"),
+    "s3": "import dvc_s3, s3fs",
+    "ssh": "import dvc_ssh",
+}
+"""What each extra is for, as a program that fails where the extra does not bring all of it."""
+
+
+@pytest.fixture(scope="module")
+def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("wheel")
+    uv("build", "--wheel", "--out-dir", folder)
+    (wheel,) = folder.glob("*.whl")
+    return wheel
+
+
 @pytest.mark.long
-def test_a_wheel_without_extras_loads_a_checkpoint(tmp_path: Path) -> None:
-    uv("build", "--wheel", "--out-dir", tmp_path)
-    (wheel,) = tmp_path.glob("*.whl")
+@pytest.mark.parametrize("extra", USES)
+def test_an_extra_brings_what_it_is_for(extra: str, wheel: Path, tmp_path: Path) -> None:
+    uv("venv", "--python", sys.executable, tmp_path / "env")
+    uv("pip", "install", "--python", tmp_path / "env/bin/python", f"prelar[{extra}] @ {wheel.as_uri()}")
+    command = [tmp_path / "env/bin/python", "-c", USES[extra]]
+    done = subprocess.run(
+        command, cwd=tmp_path, env={"PATH": "/usr/bin:/bin"}, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.long
+def test_a_wheel_without_extras_loads_a_checkpoint(tmp_path: Path, wheel: Path) -> None:
     names = zipfile.ZipFile(wheel).namelist()
     assert {name.split("/")[0] for name in names} == {"prelar", f"prelar-{__version__}.dist-info"}
     assert "prelar/report/templates/report.css" in names
