@@ -34,7 +34,7 @@ def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 
 
 def config(precision: str) -> Config:
-    cfg = tiny("prelar", "ssv2")
+    cfg = tiny("prelar", "ssv2", "reach")
     preset = cfg.pretrain.model_copy(update={"steps": 6, "checkpoint_every": 2, "log_every": 6})
     smoke = cfg.scales.smoke.model_copy(update={"pretrain": preset})
     scales = cfg.scales.model_copy(update={"smoke": smoke})

@@ -90,7 +90,8 @@ def test_every_stage_ties_itself_to_dvc_before_anything_else(
         assert (parent, number) == (os.getppid(), signal.SIGKILL)
         raise Tied
 
-    _, _, _, module, *words = STAGES[name]["cmd"].split()
+    command = STAGES[name].get("do", STAGES[name])["cmd"]
+    _, _, _, module, *words = command.replace("${item.kind}", "demos").replace("${key}", "more").split()
     monkeypatch.setattr(parents, "end_with_parent", tie)
     monkeypatch.setattr(sys, "argv", [module, *words])
     monkeypatch.chdir(tmp_path)
