@@ -17,6 +17,7 @@ import psutil
 import pytest
 from ruamel.yaml import YAML
 
+import flows.ssv2  # noqa: F401  Prefect makes its folder where it is first imported, which is here
 from prelar.config import Config, read_yaml
 from prelar.utils import parents
 from prelar.utils.files import LOCKS, remove
