@@ -249,7 +249,7 @@ def account(store: Store) -> list[str]:
 def main() -> None:
     """Run the flow with the settings of params.yaml."""
     name = staging.named_store(__doc__, NAME)
-    settings, stage = settings_of(checked_config(), name), NAME if name == NAME else f"source@{name}"
+    settings, stage = settings_of(checked_config(), name), staging.stage_of(name, NAME)
     begun = dvc.stamps(stage)
     with staging.store_build(name):
         pool: Any = ThreadPoolTaskRunner(max_workers=settings.workers)

@@ -157,8 +157,7 @@ def fill(writer: StoreWriter, source: Source, known: Labels, decoder: Decoder, s
 def main() -> None:
     """Run the flow with the settings of params.yaml."""
     name = staging.named_store(__doc__, NAME)
-    config = checked_config()
-    settings, stage = settings_of(config, name), NAME if name == NAME else f"source@{name}"
+    settings, stage = settings_of(checked_config(), name), staging.stage_of(name, NAME)
     begun = dvc.stamps(stage)
     with staging.store_build(name):
         flow_run = ssv2.with_options(task_runner=decoding.task_runner(settings))

@@ -73,6 +73,11 @@ def named_store(about: str | None, kind: str) -> str:
     return name
 
 
+def stage_of(name: str, kind: str) -> str:
+    """The stage of dvc.yaml that makes a store."""
+    return name if name == kind else f"source@{name}"
+
+
 def target(name: str) -> Path:
     """Where the store `name` is published."""
     return Path(f"data/{name}.zarr")

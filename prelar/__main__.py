@@ -240,8 +240,9 @@ def add_record_arguments(parser: argparse.ArgumentParser) -> None:
 def run_record(config: Config, arguments: argparse.Namespace) -> None:
     """Record episodes while holding the lock on what is written."""
     from prelar import record
+    from prelar.config import STORE_NAME
 
-    if arguments.store and not re.fullmatch("[a-z][a-z0-9_]{0,63}", arguments.store):
+    if arguments.store and not re.fullmatch(STORE_NAME, arguments.store):
         raise UserError(f"--store {shown(arguments.store)}: use small letters, digits and underscores")
     if arguments.episodes < 1:
         raise UserError(f"--episodes {arguments.episodes}: record 1 or more")

@@ -42,6 +42,7 @@ RECORDED = ("apv_npz", "rlbench_folder", "lerobot", "hdf5")
 SOURCES = ("metaworld", "rlbench", *RECORDED)
 """Of demonstrations, as in prelar.demos.sources; others are entry points of the group `OWN_SOURCES`."""
 OWN_SOURCES = "prelar.sources"
+STORE_NAME = "[a-z][a-z0-9_]{0,63}"
 OWN = re.compile(r"[A-Za-z_][\w.]*:[A-Za-z_]\w*")  # module:Class
 EPISODE = 500  # steps of Meta-World's episodes
 CLASSES = 8  # of a group of a discrete latent action, as in prelar.model.actions
@@ -63,7 +64,7 @@ Rate = Annotated[float, Field(gt=0, le=1)]
 Share = Annotated[float, Field(ge=0, le=1)]
 Weight = Annotated[float, Field(ge=0, le=1e6)]
 Text = Annotated[str, Field(min_length=1, max_length=4096)]
-Name = Annotated[str, Field(pattern=r"^[a-z][a-z0-9_]{0,63}$")]
+Name = Annotated[str, Field(pattern=f"^{STORE_NAME}$")]
 Distract = Literal["none", "camera", "colour", "background"]
 
 

@@ -129,9 +129,8 @@ class Dream:
         self.time += 1
         if not self.robot:
             return np.zeros(len(noise), np.float32)
-        plain = "dual_reward" in self.model.heads
-        reward = self.model.predict_dual_reward if plain else self.model.predict_reward
-        rewards: npt.NDArray[np.float32] = reward(self.model.feature(self._state)).cpu().numpy()
+        predicted = self.model.predict_plain_reward(self.model.feature(self._state))
+        rewards: npt.NDArray[np.float32] = predicted.cpu().numpy()
         return rewards
 
     def observe(self) -> Array:

@@ -346,14 +346,24 @@ def cut_segments(
 
 def evaluate_prediction(config: Config, model: WorldModel, store: Store, folder: Path) -> EvalResult:
     """Open-loop prediction of held-out clips; where the store has none, the summary says so."""
+    gap, prediction = model.spec.frame_gap, predict_held_out(config, model, store)
+    if prediction is None:
+        apart = "or more" if gap is None else f"{gap:g} s apart"
+        missing = f"Not measured: no clip of the {SPLIT} split has {config.evaluate.length} frames {apart}."
+        return EvalResult(summary={"prediction_missing": missing})
+    write_prediction(folder, "prediction", "open_loop", prediction)
+    more: dict[str, Any] = {"split": SPLIT, "latent": infers_actions(model), "gap": gap}
+    return _record(prediction, "prediction", **more)
+
+
+def predict_held_out(config: Config, model: WorldModel, store: Store) -> Prediction | None:
+    """Open-loop prediction of held-out clips of a store, beside the median pictures; None without any."""
     settings, gap = config.evaluate, model.spec.frame_gap
     shown = held_out(store, length=settings.length, count=settings.clips, seed=config.seed, gap=gap)
     if shown is None:
-        apart = "or more" if gap is None else f"{gap:g} s apart"
-        missing = f"Not measured: no clip of the {SPLIT} split has {settings.length} frames {apart}."
-        return EvalResult(summary={"prediction_missing": missing})
+        return None
     truth, clips = shown
-    prediction = measure(
+    return measure(
         model.open_loop,
         truth,
         observed=settings.observed,
@@ -361,9 +371,6 @@ def evaluate_prediction(config: Config, model: WorldModel, store: Store, folder:
         medians=median_pictures(store, clips),
         seed=config.seed,
     )
-    write_prediction(folder, "prediction", "open_loop", prediction)
-    more: dict[str, Any] = {"split": SPLIT, "latent": infers_actions(model), "gap": gap}
-    return _record(prediction, "prediction", **more)
 
 
 def evaluate_actions(config: Config, model: WorldModel, store: Store, folder: Path) -> EvalResult:
@@ -391,14 +398,7 @@ def evaluate_actions(config: Config, model: WorldModel, store: Store, folder: Pa
             )
             write_tsv(folder / f"{name}_gaps.tsv", result.pop("gaps"))
             _write_json(folder / f"{name}.json", result)
-            latent, untrained, difference = (row["mean"] for row in result["rows"][:3])
-            found |= EvalResult(
-                {
-                    f"{name}_r2": latent,
-                    f"{name}_r2_untrained": untrained,
-                    f"{name}_r2_difference": difference,
-                }
-            )
+            found |= EvalResult(_probed(result, name))
     shown = held_out(store, length=settings.length, count=settings.clips, seed=config.seed, gap=gap)
     if shown is None:
         return found
@@ -426,20 +426,7 @@ def evaluate_sources(config: Config, model: WorldModel, store: Store) -> EvalRes
     found, rows = EvalResult(), []
     for member in (member for member in store.members if member.weight is not None):
         metrics: dict[str, float] = {}
-        shown = held_out(
-            member.store, length=settings.length, count=settings.clips, seed=config.seed, gap=gap
-        )
-        if shown is not None:
-            truth, clips = shown
-            medians = median_pictures(member.store, clips)
-            prediction = measure(
-                model.open_loop,
-                truth,
-                observed=settings.observed,
-                device=device,
-                medians=medians,
-                seed=config.seed,
-            )
+        if (prediction := predict_held_out(config, model, member.store)) is not None:
             metrics |= _record(prediction, "prediction").metrics
         seed = episode_seed(RngStream.PROBE_EPISODES, config.seed)
         recorded = demonstrations(member.store, episodes=settings.probe_episodes, seed=seed, gap=gap)
@@ -447,11 +434,16 @@ def evaluate_sources(config: Config, model: WorldModel, store: Store) -> EvalRes
             result = run_probe(
                 model, recorded, updates=settings.probe_updates, seed=config.seed, device=device
             )
-            names = ("probe_r2", "probe_r2_untrained", "probe_r2_difference")
-            metrics |= {name: row["mean"] for name, row in zip(names, result["rows"], strict=False)}
+            metrics |= _probed(result, "probe")
         rows.append({"source": member.name, "weight": member.weight, **metrics})
         found |= EvalResult({f"{name}@{member.name}": value for name, value in metrics.items()})
     return found | EvalResult(summary={"sources": rows}) if rows else found
+
+
+def _probed(result: Mapping[str, Any], name: str) -> dict[str, float]:
+    """The metrics of a probe: mean R² of the latent action, of an untrained encoder's, of raw differences."""
+    kinds = (f"{name}_r2", f"{name}_r2_untrained", f"{name}_r2_difference")
+    return {kind: row["mean"] for kind, row in zip(kinds, result["rows"][:3], strict=True)}
 
 
 def infers_actions(model: WorldModel) -> bool:

@@ -159,8 +159,8 @@ def watched_clips(store: Store, length: int, gap: float | None = None) -> tuple[
     """
     for split in ("validation", "train"):
         long = store.clips(split=split, min_length=length, gap=gap)
-        of_parts = [long[(long >= part.start) & (long < part.stop)] for part, _ in store.parts]
-        turns = (clip for turn in itertools.zip_longest(*of_parts) for clip in turn if clip is not None)
+        rounds = itertools.zip_longest(*store.split_parts(long))
+        turns = (clip for turn in rounds for clip in turn if clip is not None)
         clips = np.fromiter(itertools.islice(turns, VIDEO_CLIPS), np.int64)
         if len(clips) > 0:
             strides = store.strides(gap)[clips]

@@ -14,11 +14,11 @@ import numpy as np
 import numpy.typing as npt
 from tqdm import tqdm
 
-from prelar.config import Config, View
+from prelar.config import Config
 from prelar.control.agent import load_agent
 from prelar.control.rollout import Episode, Policy, RandomPolicy, play
 from prelar.demos.episodes import ALIGNMENT, Job, Splits
-from prelar.envs import gl, make_env
+from prelar.envs import gl, make_env_of
 from prelar.envs.pixels import PixelEnv
 from prelar.store.store import StoreWriter, index_path
 from prelar.train.loop import set_up
@@ -46,20 +46,15 @@ def run(
     gl.ensure()
     fabric = set_up(device=config.device, precision=config.precision, threads=config.threads)
     agent, described = load_agent(checkpoint, device=fabric.device)
-    task, repeat = described["task"], described.get("action_repeat", 1)
-    with make_env(
-        task,
-        time_limit=config.evaluate.time_limit,
-        action_repeat=repeat,
-        view=View(**described.get("view", {})),
-    ) as simulator:
+    task = described["task"]
+    with make_env_of(described, time_limit=config.evaluate.time_limit) as simulator:
         env = PixelEnv(simulator, seed=episode_seed(RngStream.RECORDED_EPISODES, config.seed))
         policy: Policy = RandomPolicy(simulator.action_dim) if random else agent
         played = [
             play(env, policy, episode=number, seed=config.seed, keep_frames=True)
             for number in tqdm(range(episodes), desc="record", unit="episode", disable=None)
         ]
-        fps = simulator.fps / repeat
+        fps = simulator.fps / simulator.action_repeat
     name = task.replace("/", "-").replace(":", "-")
     if folder is not None:
         (folder / name).mkdir(parents=True, exist_ok=True)

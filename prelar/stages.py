@@ -39,7 +39,9 @@ class Stages:
 
     def fingerprint(self, name: str, values: Values) -> str:
         """Digest of a stage's own command, params and code, in hex. What it reads is not looked at."""
-        stage = self.resolved(values).get(name, {})
+        return self._fingerprint(name, self.resolved(values).get(name, {}), values)
+
+    def _fingerprint(self, name: str, stage: Mapping[str, Any], values: Values) -> str:
         keys = stage.get("params", list(values))
         if name not in self._code:
             deps = stage.get("deps", CODE[:1])
@@ -50,26 +52,18 @@ class Stages:
 
     def fingerprints(self, values: Values) -> dict[str, str]:
         """For each stage, the digest of its fingerprint and of those of all stages before it, in hex."""
-        above = self.upstream(values)
+        stages = self.resolved(values)
+        above = _upstream(stages)
         found: dict[str, str] = {}
         for name in graphlib.TopologicalSorter(above).static_order():
             found[name] = _digest(
-                [self.fingerprint(name, values), sorted(found[other] for other in above[name])]
+                [self._fingerprint(name, stages[name], values), sorted(found[other] for other in above[name])]
             )
         return found
 
     def upstream(self, values: Values) -> dict[str, set[str]]:
         """For each stage, the stages of whose outputs it reads one, or the folder that one lies in."""
-        stages = self.resolved(values)
-        makers: dict[str, set[str]] = {}
-        for name, stage in stages.items():
-            for out in _outs(stage):
-                for place in (out, *map(str, PurePosixPath(out).parents)):
-                    makers.setdefault(place, set()).add(name)
-        return {
-            name: {made for dep in stage.get("deps", []) for made in makers.get(dep, ())}
-            for name, stage in stages.items()
-        }
+        return _upstream(self.resolved(values))
 
     def code(self) -> list[str]:
         """The files and folders that stages read and no stage makes, params.yaml apart."""
@@ -103,6 +97,19 @@ def code_digest(paths: Iterable[str]) -> str:
             content = file.read_bytes()
             digest.update(f"\0{file.relative_to(PROJECT).as_posix()}\0{len(content)}\0".encode() + content)
     return digest.hexdigest()
+
+
+def _upstream(stages: Mapping[str, Mapping[str, Any]]) -> dict[str, set[str]]:
+    """`Stages.upstream` of stages with values filled in."""
+    makers: dict[str, set[str]] = {}
+    for name, stage in stages.items():
+        for out in _outs(stage):
+            for place in (out, *map(str, PurePosixPath(out).parents)):
+                makers.setdefault(place, set()).add(name)
+    return {
+        name: {made for dep in stage.get("deps", []) for made in makers.get(dep, ())}
+        for name, stage in stages.items()
+    }
 
 
 def _outs(stage: Mapping[str, Any]) -> list[str]:

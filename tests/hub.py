@@ -8,10 +8,11 @@ import hashlib
 import http.server
 import json
 import re
-import threading
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
+
+from tests.webserver import listening
 
 PATH = re.compile(
     r"/(?:api/(?P<api>models|datasets)/(?P<id>[^/]+/[^/]+)(?P<rest>/.*)?|(?P<kind>datasets/)?(?P<name>[^/]+/[^/]+)"
@@ -68,16 +69,8 @@ def serve() -> Iterator[Hub]:
         def log_message(self, *arguments: object) -> None:
             pass
 
-    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler) as listener:
-        listener.daemon_threads = True
-        hub.url = f"http://127.0.0.1:{listener.server_address[1]}"
-        thread = threading.Thread(target=listener.serve_forever, kwargs={"poll_interval": 0.05})
-        thread.start()
-        try:
-            yield hub
-        finally:
-            listener.shutdown()
-            thread.join()
+    with listening(Handler) as hub.url:
+        yield hub
 
 
 def _may(handler: Any, hub: Hub) -> bool:

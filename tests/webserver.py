@@ -58,13 +58,19 @@ def serve(files: dict[str, bytes], behaviour: Behaviour | None = None) -> Iterat
         def log_message(self, *arguments: object) -> None:
             pass
 
-    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler) as listener:
+    with listening(Handler) as server.url:
+        yield server
+
+
+@contextlib.contextmanager
+def listening(handler: type[http.server.BaseHTTPRequestHandler]) -> Iterator[str]:
+    """Let a handler answer on a free port of this machine, until the end; yields its address."""
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler) as listener:
         listener.daemon_threads = True
-        server.url = f"http://127.0.0.1:{listener.server_address[1]}"
         thread = threading.Thread(target=listener.serve_forever, kwargs={"poll_interval": 0.05})
         thread.start()
         try:
-            yield server
+            yield f"http://127.0.0.1:{listener.server_address[1]}"
         finally:
             listener.shutdown()
             thread.join()

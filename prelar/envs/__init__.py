@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 from prelar.config import PLAIN, Config, View, refilled
@@ -35,6 +36,13 @@ def make_env(
     from prelar.envs import own
 
     return own.Simulator(task, **settings)
+
+
+def make_env_of(described: Mapping[str, Any], *, time_limit: int | None = None) -> Simulator:
+    """The simulator that a fine-tuning checkpoint acts in: task, pace and view are as its config says."""
+    repeat = described.get("action_repeat", 1)  # not said by checkpoints of before
+    view = View(**described.get("view", {}))
+    return make_env(described["task"], time_limit=time_limit, action_repeat=repeat, view=view)
 
 
 def describe(task: str) -> EnvSpec:

@@ -16,7 +16,6 @@ import numpy as np
 
 from prelar.config import PLAIN, View
 from prelar.envs import gl
-from prelar.envs.distractions import Distractor
 from prelar.envs.names import DMC, suite_of
 from prelar.envs.painter import Studio
 from prelar.envs.simulator import Doubles, Image, episode_entropy, stretch
@@ -91,13 +90,11 @@ class Simulator(Base):
         self._low, self._high = bounds.minimum, bounds.maximum
         model = self._env.physics.model.ptr
         planes = np.flatnonzero(model.geom_type == PLANE)
-        self._distractor = Distractor.of(view, planes.tolist(), self.fps)
-        self._studio = Studio(model, faithful=view.renderer == "faithful", distractor=self._distractor)
+        self._studio = Studio(model, view, backdrop=planes.tolist(), fps=self.fps)
 
     def _start(self, seed: int, episode: int) -> Doubles:
         self._env.task._random = np.random.RandomState(episode_entropy(seed, episode))
-        if self._distractor:
-            self._distractor.start(seed, episode)
+        self._studio.start(seed, episode)
         return _row(self._env.reset())
 
     def _advance(self, action: Doubles) -> tuple[Doubles, float, bool]:

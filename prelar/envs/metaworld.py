@@ -13,7 +13,6 @@ import numpy.typing as npt
 
 from prelar.config import PLAIN, View
 from prelar.envs import gl
-from prelar.envs.distractions import Distractor
 from prelar.envs.names import METAWORLD_SPEC, VERSION, check_camera, check_task
 from prelar.envs.painter import Studio
 from prelar.envs.simulator import Doubles, Image, episode_entropy
@@ -75,8 +74,7 @@ class Simulator(Base):
         model = self._env.model
         owners = [model.body(body).name for body in model.geom_bodyid]
         scenery = np.flatnonzero(np.isin(owners, SCENERY))
-        self._distractor = Distractor.of(view, scenery.tolist(), self.fps)
-        self._studio = Studio(model, faithful=view.renderer == "faithful", distractor=self._distractor)
+        self._studio = Studio(model, view, backdrop=scenery.tolist(), fps=self.fps)
 
     def _start(self, seed: int, episode: int) -> Doubles:
         from metaworld.policies import ENV_POLICY_MAP
@@ -87,8 +85,7 @@ class Simulator(Base):
         self._observation, _ = self._env.reset()
         policy: Any = ENV_POLICY_MAP[self.task + VERSION]
         self._policy = policy()
-        if self._distractor:
-            self._distractor.start(seed, episode)
+        self._studio.start(seed, episode)
         return self._observation
 
     def _advance(self, action: Doubles) -> tuple[Doubles, float, bool]:

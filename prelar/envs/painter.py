@@ -9,12 +9,13 @@ from __future__ import annotations
 
 import atexit
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import TYPE_CHECKING
 
 import numpy as np
 from PIL import Image as Picture
 
+from prelar.config import View
 from prelar.envs.distractions import Distractor
 from prelar.envs.simulator import Image
 
@@ -106,13 +107,19 @@ def _free(context: mujoco.GLContext, buffers: mujoco.MjrContext) -> None:
 class Studio:
     """The painters of one model, one for each size that pictures are asked in.
 
-    faithful: as of `Painter`. distractor: what is to distract in the pictures.
+    view: how they look. backdrop, fps: as of `Distractor`.
     """
 
-    def __init__(self, model: mujoco.MjModel, *, faithful: bool, distractor: Distractor | None) -> None:
-        self.faithful, self.distractor = faithful, distractor
+    def __init__(self, model: mujoco.MjModel, view: View, *, backdrop: Iterable[int], fps: float) -> None:
+        self.faithful = view.renderer == "faithful"
+        self.distractor = Distractor.of(view, backdrop, fps)
         self._model = model
         self._painters: dict[tuple[int, int], Painter] = {}
+
+    def start(self, seed: int, episode: int) -> None:
+        """Draw what an episode is distracted by."""
+        if self.distractor is not None:
+            self.distractor.start(seed, episode)
 
     def render(self, draw: Callable[[int, int], Image], width: int, height: int) -> Image:
         """A picture of a size, uint8 (height, width, 3), from what draws pictures of given sizes.

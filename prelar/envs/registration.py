@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import gymnasium
 
-from prelar.config import View
+from prelar.config import PLAIN, View
 from prelar.envs import make_env
 from prelar.envs.names import DMC, METAWORLD
 from prelar.envs.pixels import PixelEnv
@@ -23,10 +23,10 @@ def make(
     seed: int = 0,
     time_limit: int | None = None,
     action_repeat: int | None = None,
-    view: View | None = None,
+    view: View = PLAIN,
 ) -> PixelEnv:
     """A task from pixels; arguments as of `prelar.envs.make_env`, seed as of `PixelEnv`."""
-    simulator = make_env(task, time_limit=time_limit, action_repeat=action_repeat, view=view or View())
+    simulator = make_env(task, time_limit=time_limit, action_repeat=action_repeat, view=view)
     return PixelEnv(simulator, seed=seed)
 
 

@@ -272,6 +272,11 @@ class WorldModel(nn.Module):
         predicted: Tensor = self.heads["dual_reward"](feature).squeeze(-1)
         return predicted.float()
 
+    def predict_plain_reward(self, feature: Tensor) -> Tensor:
+        """The task's own reward, by the head that has no bonus in it: (…, F) -> (…)."""
+        plain = "dual_reward" in self.heads
+        return self.predict_dual_reward(feature) if plain else self.predict_reward(feature)
+
     @torch.no_grad()
     def open_loop(
         self,

@@ -79,11 +79,9 @@ class Step(nn.Module):
         """Features (…, F) -> plain reward (…), value (…), the policy's action (…, A); () of pre-training."""
         if self.agent is None or self.critic is None:
             return ()
-        plain = "dual_reward" in self.model.heads
-        reward = (self.model.predict_dual_reward if plain else self.model.predict_reward)(feature)
         policy = self.agent.actor(feature)
         action = policy.mean() if self.agent.choose == "mean" else policy.mode()
-        return reward, self.critic(feature).squeeze(-1).float(), action
+        return self.model.predict_plain_reward(feature), self.critic(feature).squeeze(-1).float(), action
 
 
 class Look(nn.Module):

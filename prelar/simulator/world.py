@@ -16,9 +16,8 @@ import torch
 from safetensors import safe_open
 from safetensors.numpy import save
 
-from prelar.config import View
 from prelar.control.rollout import play
-from prelar.envs import gl, make_env
+from prelar.envs import gl, make_env_of
 from prelar.envs.pixels import PixelEnv
 from prelar.model.images import first_steps, normalise
 from prelar.simulator.step import Step
@@ -117,11 +116,8 @@ def describe(step: Step, controls: str, labels: list[str]) -> dict[str, Any]:
 def episodes_world(step: Step, *, seed: int, time_limit: int | None, episodes: int = EPISODES) -> World:
     """Episodes of the agent, the first of its evaluation, for a fine-tuned model."""
     gl.ensure()
-    described = step.described
-    repeat = described.get("action_repeat", 1)
     assert step.agent is not None
-    view = View(**described.get("view", {}))
-    with make_env(described["task"], time_limit=time_limit, action_repeat=repeat, view=view) as simulator:
+    with make_env_of(step.described, time_limit=time_limit) as simulator:
         env = PixelEnv(simulator, seed=episode_seed(RngStream.EVALUATION_EPISODES, seed))
         played = [play(env, step.agent, episode=n, seed=seed, keep_frames=True) for n in range(episodes)]
     length = min(LONGEST, *(len(episode.actions) + 1 for episode in played))

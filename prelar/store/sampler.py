@@ -57,7 +57,7 @@ class SegmentSampler:
         self._store = store
         self._strides = store.strides(gap)
         clips, parts = store.clips(split=split, label=label, min_length=length, gap=gap), store.parts
-        self._clips = [clips[(clips >= part.start) & (clips < part.stop)] for part, _ in parts]
+        self._clips = store.split_parts(clips)
         for number, found in enumerate(self._clips):
             if len(found) == 0:
                 lacking = store.members[number].store if len(parts) > 1 else store

@@ -758,6 +758,10 @@ class Store:
             for end, count, weight in zip(ends, counts, weights, strict=True)
         ]
 
+    def split_parts(self, clips: npt.NDArray[np.int64]) -> list[npt.NDArray[np.int64]]:
+        """Clip numbers, by the part of `parts` that they are of."""
+        return [clips[(clips >= part.start) & (clips < part.stop)] for part, _ in self.parts]
+
     def digest(self) -> str:
         """What tells the store from others: sha256 of its attributes and of frames spread over it, in hex.
 
