@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 from axe_playwright_python.sync_playwright import Axe
-from playwright.sync_api import Page, sync_playwright
+from playwright.sync_api import Browser, Page, sync_playwright
 
 from tests.conftest import ROOT
 from tests.serving import split
@@ -20,16 +20,26 @@ PATIENCE_MS = 120_000
 
 
 @contextlib.contextmanager
-def browser_page(*options: str) -> Iterator[tuple[Page, set[str]]]:
-    """An empty page, and the hosts that it asked for anything so far; `options` are the browser's."""
+def launched(*options: str) -> Iterator[Browser]:
+    """A browser with these options. Within, this thread can run no asyncio of its own."""
     found = next((path for name in NAMES if (path := shutil.which(name))), None)
     if found is None:
         pytest.fail(
             f"none of {', '.join(NAMES)} found; install one: sudo apt-get install chromium", pytrace=False
         )
-    with sync_playwright() as playwright:
-        browser = playwright.chromium.launch(executable_path=found, args=["--no-sandbox", *options])
-        page = browser.new_context(viewport={"width": 1280, "height": 1400}).new_page()
+    words = ["--no-sandbox", *options]
+    with (
+        sync_playwright() as playwright,
+        playwright.chromium.launch(executable_path=found, args=words) as browser,
+    ):
+        yield browser
+
+
+@contextlib.contextmanager
+def empty_page(browser: Browser) -> Iterator[tuple[Page, set[str]]]:
+    """A page that shares nothing with others, and the hosts that it asked for anything so far."""
+    with browser.new_context(viewport={"width": 1280, "height": 1400}) as context:
+        page = context.new_page()
         page.set_default_timeout(PATIENCE_MS)
         hosts: set[str] = set()
         page.on(
@@ -39,7 +49,13 @@ def browser_page(*options: str) -> Iterator[tuple[Page, set[str]]]:
             yield page, hosts
         finally:
             picture(page, "last")
-            browser.close()
+
+
+@contextlib.contextmanager
+def browser_page() -> Iterator[tuple[Page, set[str]]]:
+    """`empty_page` of a browser of its own."""
+    with launched() as browser, empty_page(browser) as page:
+        yield page
 
 
 def picture(page: Page, name: str, *, whole: bool = False) -> None:

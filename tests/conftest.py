@@ -26,9 +26,10 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # before torch is imported:
 
 ROOT = Path(__file__).parents[1]
 TINY: dict[str, Any] = {
+    "threads": 1,
     "sample": {"clips": 8},
     "ssv2": {"batch": 3},
-    "demos": {"tasks": ["reach"], "episodes": 2},
+    "demos": {"tasks": ["reach"], "episodes": 2, "workers": 1},
     "scales": {
         "smoke": {
             "pretrain": {
@@ -66,7 +67,7 @@ TINY: dict[str, Any] = {
             "evaluate": {
                 "episodes": 1,
                 "random_episodes": 2,
-                "time_limit": 20,
+                "time_limit": 8,
                 "clips": 2,
                 "observed": 2,
                 "length": 6,

@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Literal
 
 import pytest
+from playwright.sync_api import Browser
 
 from prelar.config import load_config
 from prelar.report import compare as comparison
 from prelar.report import page as report
 from prelar.report.runs import workspace_files
 from prelar.utils.files import write_text
-from tests.browser import browser_page, obstacles, picture
+from tests.browser import empty_page, launched, obstacles, picture
 from tests.conftest import ROOT
 from tests.fake_results import make_results
 from tests.report.run_files import make_run
@@ -22,8 +24,16 @@ UPDATES = (10.0, 20.0, 30.0)
 SCRIPT = "document.body.append(Object.assign(document.createElement('script'), {text: 'open()'}))"
 
 
-def write_pages(folder: Path) -> list[Path]:
+@pytest.fixture(scope="module")
+def browser() -> Iterator[Browser]:
+    with launched() as browser:
+        yield browser
+
+
+@pytest.fixture(scope="module")
+def pages(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
     """The page of one run, and one that compares settings, of one seed and of two."""
+    folder = tmp_path_factory.mktemp("pages")
     make_results(folder)
     report.run(load_config(ROOT / "params.yaml"), folder)
     runs = []
@@ -42,14 +52,14 @@ def write_pages(folder: Path) -> list[Path]:
 
 @pytest.mark.parametrize(("scheme", "width"), [("light", 390), ("dark", 1280)])
 def test_the_pages_are_open_to_everybody(
-    tmp_path: Path, scheme: Literal["light", "dark"], width: int
+    browser: Browser, pages: list[Path], scheme: Literal["light", "dark"], width: int
 ) -> None:
-    with browser_page() as (page, hosts):
+    with empty_page(browser) as (page, hosts):
         page.emulate_media(color_scheme=scheme)
         page.set_viewport_size({"width": width, "height": 900})
         told: list[str] = []
         page.on("console", lambda message: told.append(message.text))
-        for path in write_pages(tmp_path):
+        for path in pages:
             page.goto(path.as_uri())
             picture(page, f"{path.stem}-{scheme}-{width}", whole=True)
             assert obstacles(page) == ""

@@ -11,7 +11,7 @@ import re
 import shlex
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 import httpx
@@ -20,17 +20,9 @@ import pytest
 from tests.browser import browser_page, picture, read_artifact, run_from_form, sign_in
 from tests.conftest import Project
 from tests.docs import blocks, commands
-from tests.serving import create_run, serving, told, until
+from tests.serving import serving, told, until
 
-FLOWS = {
-    "pipeline": "pipeline",
-    "experiments": "experiments",
-    "ssv2": "store-ssv2",
-    "demos": "store-demos",
-}
-DATA_STAGES = ("sample", "ssv2", "demos")
 ENDS = ("COMPLETED", "FAILED", "CRASHED", "CANCELLED")
-OF_EVALUATION = "scales.smoke.evaluate.probe_updates"
 
 
 @pytest.fixture(scope="module")
@@ -58,6 +50,7 @@ def test_repro_again_does_nothing(project: Project) -> None:
     assert "Data and pipelines are up to date." in project.run("dvc", "repro").stdout
 
 
+@pytest.mark.long
 def test_the_same_params_give_the_same_bytes(project: Project) -> None:
     before = digest(project.root / "dvc.lock")
     told = project.run("dvc", "repro", "-f", "-s", "pretrain", "finetune")
@@ -75,41 +68,34 @@ def test_editing_the_actor_leaves_pretraining_alone(project: Project) -> None:
     assert "finetune" in status and "pretrain" not in status
 
 
-def test_queued_experiments_run_and_are_shown(project: Project) -> None:
-    project.run("dvc", "exp", "run", "--queue", "--name", "smaller", "-S", "bonus=0.3")
+def test_a_queued_experiment_runs_only_what_depends_on_its_param(project: Project) -> None:
+    project.run("dvc", "exp", "run", "--queue", "--name", "smaller", "-S", "bonus=0.3", "finetune")
     project.run("dvc", "queue", "start")
     deadline = time.monotonic() + 400
     while time.monotonic() < deadline:
         states = project.run("dvc", "queue", "status").stdout
         if "Queued" not in states and "Running" not in states:
             break
-        time.sleep(1)
+        time.sleep(3)
     assert states.count("Success") == 1, states
-    ran = re.findall("^Running stage '(.*)':", project.run("dvc", "queue", "logs", "smaller").stdout, re.M)
-    assert set(ran) == {"finetune", "evaluate", "simulator", "report"}
+    told = project.run("dvc", "queue", "logs", "smaller").stdout
+    assert re.findall("^Running stage '(.*)':", told, re.M) == ["finetune"]
+    for stage in ("sample", "ssv2", "pretrain"):
+        assert f"Stage '{stage}' didn't change, skipping" in told
     shown = project.run("dvc", "exp", "show", "--csv").stdout.splitlines()
     columns = shown[0].split(",")
     assert "0.3" in {row.split(",")[columns.index("bonus")] for row in shown[1:]}
     assert "success_rate" in columns and "prediction_error" in columns
 
 
-@pytest.fixture(scope="module")
-def ui(project: Project) -> Iterator[str]:
-    """The API of `make ui`."""
-    with serving(project.root, project.environment) as url:
-        yield url
-
-
-def test_a_browser_runs_an_experiment_beside_the_workspace(project: Project, ui: str) -> None:
-    """The queued experiment again, whose stages DVC has in its cache."""
+@pytest.mark.long
+def test_a_browser_runs_an_experiment_beside_the_workspace(project: Project) -> None:
     params = (project.root / "params.yaml").read_text(encoding="utf-8")
-    refused = create_run(ui, "pipeline/pipeline", params={"beta_a": -1})
-    assert 400 <= refused.status_code < 500 and "beta_a" in refused.text
-    with browser_page() as (page, hosts):
+    with serving(project.root, project.environment) as ui, browser_page() as (page, hosts):
         run_from_form(page, sign_in(page, ui), "pipeline", "smaller-bonus", {"bonus": "0.3"})
         of_run, number = page.url, page.url.rpartition("/")[2].partition("?")[0]
         page.goto("about:blank")  # the page of a run that goes on draws, and takes a core from it
-        until(lambda: told("GET", f"{ui}/flow_runs/{number}").json()["state"]["type"] in ENDS, "its end", 600)
+        until(lambda: told("GET", f"{ui}/flow_runs/{number}").json()["state"]["type"] in ENDS, "its end", 900)
         page.goto(of_run)
         page.get_by_text("Completed", exact=True).first.wait_for()
         picture(page, "ended")
@@ -121,13 +107,6 @@ def test_a_browser_runs_an_experiment_beside_the_workspace(project: Project, ui:
         page.locator("video").first.wait_for(state="attached")
     assert "<video" in (project.root / name).read_text(encoding="utf-8")
     assert (project.root / "params.yaml").read_text(encoding="utf-8") == params
-
-
-def test_an_experiment_runs_only_what_depends_on_its_param(project: Project) -> None:
-    told = project.run("dvc", "exp", "run", "-S", f"{OF_EVALUATION}=1").stdout
-    for stage in (*DATA_STAGES, "pretrain", "finetune"):
-        assert f"Stage '{stage}' didn't change, skipping" in told
-    assert "Running stage 'evaluate'" in told and "Running stage 'report'" in told
 
 
 @pytest.mark.long
@@ -159,7 +138,7 @@ def test_experiments_are_compared_without_noise(project: Project) -> None:
     assert chosen
     shown = project.run("dvc", "exp", "show", *shlex.split(chosen[1]), "--csv").stdout
     columns = set(shown.splitlines()[0].split(","))
-    wanted = {"bonus", OF_EVALUATION, "success_rate", "prediction_error", "prediction_error_policy"}
+    wanted = {"bonus", "success_rate", "prediction_error", "prediction_error_policy"}
     more = {name for name in columns if name.startswith(("return", "prediction_error_", "controllability"))}
     assert wanted <= columns <= wanted | more | {"Experiment", "rev", "typ", "parent", "State", "Executor"}
     project.run("dvc", "plots", "diff", "smaller", "--out", "plots")
@@ -173,13 +152,3 @@ def test_a_bad_value_stops_before_anything_runs(project: Project) -> None:
     (project.root / "params.yaml").write_text(kept, encoding="utf-8")
     assert done.returncode != 0
     assert "beta_a = -1.0" in done.stderr and "Traceback" not in done.stderr
-
-
-def test_the_deployments_wait_for_each_other_and_start_nothing_by_themselves(ui: str) -> None:
-    held = told("POST", f"{ui}/deployments/filter", json={}).json()
-    assert {one["name"] for one in held} == FLOWS.keys()
-    for one in held:
-        assert one["description"] and one["tags"] and one["global_concurrency_limit"]["limit"] == 1
-        assert not any(schedule["active"] for schedule in one["schedules"])
-        checked = create_run(ui, f"{FLOWS[one['name']]}/{one['name']}", state="CANCELLED")
-        assert checked.is_success, f"its defaults are valid: {checked.text}"

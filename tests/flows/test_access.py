@@ -5,10 +5,9 @@ from __future__ import annotations
 import base64
 import http.server
 import os
+import re
 import socket
 import stat
-import subprocess
-import sys
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -19,6 +18,7 @@ import httpx
 import psutil
 import pytest
 import uvicorn
+from playwright.sync_api import Browser
 from starlette.applications import Starlette
 from starlette.responses import PlainTextResponse
 from starlette.routing import Route, WebSocketRoute
@@ -28,19 +28,26 @@ from websockets.sync.client import connect
 
 from flows import access, runtime, serve
 from prelar.utils.errors import UserError
-from tests.browser import browser_page, picture, run_from_form, sign_in
+from tests.browser import empty_page, launched, picture, read_artifact, run_from_form, sign_in
 from tests.flows.toy_pipeline import Toy, make_toy
-from tests.serving import create_run, serving, split, told, until
+from tests.serving import create_run, serving, split, told
 
 WORD = "me:a long enough word"
 BASIC = {"Authorization": f"Basic {base64.b64encode(WORD.encode()).decode()}"}
 NEAR, FAR = "127.0.0.1", "0.0.0.0"
+REBOUND = "elsewhere.example"
 ATTACK = Path(__file__).with_name("attack.js").read_text(encoding="utf-8")
 SOCKETS = ("events/in", "events/out", "logs/out", "task_runs/subscriptions/scheduled")
 PAGES = (
     *("dashboard", "runs", "flows", "deployments", "work-pools", "blocks", "variables", "automations"),
     *("events", "concurrency-limits", "artifacts", "settings"),
 )
+FLOWS = {
+    "pipeline": "pipeline",
+    "experiments": "experiments",
+    "ssv2": "store-ssv2",
+    "demos": "store-demos",
+}
 UI_PAGES = {"/v2": PAGES, "": PAGES[1:4]}
 """The pages of the UI that are looked at, by the version that stands in their address."""
 
@@ -149,17 +156,16 @@ def test_the_string_is_asked_for(given: dict[str, str], status: int) -> None:
 
 
 @pytest.mark.parametrize("given", [None, "", "short", "é" * 20, "a\nb" * 10])
-def test_beyond_this_machine_a_password_is_demanded(given: str | None, tmp_path: Path) -> None:
-    environment = {key: value for key, value in os.environ.items() if key != access.SERVER_AUTH}
-    done = subprocess.run(
-        [sys.executable, "-m", "flows.serve", "--host", FAR, "--port", "0"],
-        env=environment | ({access.SERVER_AUTH: given} if given is not None else {}),
-        capture_output=True,
-        text=True,
-        timeout=60,
-    )
-    assert done.returncode == 2 and done.stderr.startswith(f"error: {access.SERVER_AUTH}: ")
-    assert done.stderr.count("\n") == 1 and (not given or given not in done.stderr)
+def test_beyond_this_machine_a_password_is_demanded(
+    given: str | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv(access.SERVER_AUTH, given or "")
+    if given is None:
+        monkeypatch.delenv(access.SERVER_AUTH)
+    monkeypatch.setattr("sys.argv", ["flows.serve", "--host", FAR, "--port", "0"])
+    with pytest.raises(UserError, match=f"^{access.SERVER_AUTH}: .") as refused:
+        serve.main()
+    assert "\n" not in str(refused.value) and (not given or given not in str(refused.value))
 
 
 def test_a_password_of_the_users_is_taken(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -169,25 +175,13 @@ def test_a_password_of_the_users_is_taken(monkeypatch: pytest.MonkeyPatch) -> No
     assert access.draw() != access.draw()
 
 
-def test_a_server_that_refuses_is_told_in_one_line(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
-) -> None:
+@pytest.mark.long
+def test_the_server_of_a_flow_asks_for_its_string(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """As that of the UI does, with the same gate before it."""
     monkeypatch.setenv("PREFECT_HOME", str(tmp_path))
-    monkeypatch.delenv(access.AUTH, raising=False)
-    auth = access.draw()
-    with runtime._temporary(auth) as url:
-        monkeypatch.setenv(runtime.API, url)
-        for held, why in ((None, "is not set"), ("me:wrong", "is wrong")):
-            if held:
-                monkeypatch.setenv(access.AUTH, held)
-            with pytest.raises(UserError, match=f"{access.AUTH} {why}; export it"), runtime.server():
-                pass
+    with runtime._temporary(access.draw()) as url:
         assert httpx.post(f"{url}/flows/filter", json={}).status_code == 401
-        monkeypatch.setenv(access.AUTH, auth)
-        with runtime.server() as reached:
-            assert reached == url
         refuse_sockets(url)
-    assert capsys.readouterr().err == ""
 
 
 def test_a_string_goes_to_no_other_server(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
@@ -269,6 +263,24 @@ def api(toy: Toy) -> Iterator[str]:
         yield url
 
 
+def test_a_server_that_refuses_is_told_in_one_line(
+    api: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    url, auth = split(api)
+    monkeypatch.setenv("PREFECT_HOME", str(tmp_path))
+    monkeypatch.setenv(runtime.API, url)
+    monkeypatch.delenv(access.AUTH, raising=False)
+    for held, why in ((None, "is not set"), ("me:wrong", "is wrong")):
+        if held:
+            monkeypatch.setenv(access.AUTH, held)
+        with pytest.raises(UserError, match=f"{access.AUTH} {why}; export it"), runtime.server():
+            pass
+    monkeypatch.setenv(access.AUTH, auth)
+    with runtime.server() as reached:
+        assert reached == url
+    assert capsys.readouterr().err == ""
+
+
 def test_a_process_without_the_string_gets_nowhere(toy: Toy, api: str) -> None:
     url, auth = split(api)
     assert httpx.get(f"{url}/health").is_success
@@ -297,13 +309,20 @@ def command_lines() -> Iterator[str]:
             continue
 
 
+@pytest.fixture(scope="module")
+def browser() -> Iterator[Browser]:
+    """A browser that is told a wrong address of a foreign name: this machine's."""
+    with launched(f"--host-resolver-rules=MAP {REBOUND} {NEAR}") as browser:
+        yield browser
+
+
 @pytest.mark.parametrize(
     "pages",
     [("deployments",), pytest.param(PAGES, marks=pytest.mark.long)],
     ids=["deployments", "every page"],
 )
-def test_the_ui_works_signed_in(api: str, pages: tuple[str, ...]) -> None:
-    with browser_page() as (page, hosts):
+def test_the_ui_works_signed_in(browser: Browser, api: str, pages: tuple[str, ...]) -> None:
+    with empty_page(browser) as (page, hosts):
         refused: list[str] = []
         ui = sign_in(page, api)
         page.on(
@@ -321,8 +340,11 @@ def test_the_ui_works_signed_in(api: str, pages: tuple[str, ...]) -> None:
         assert not refused
         run_from_form(page, ui, "pipeline", f"from-a-form-{len(pages)}", {"seed": "3"})
         page.get_by_text("Completed", exact=True).first.wait_for()
-        picture(page, "from-a-form")
+        told_of, links = read_artifact(page, "result")
+        assert re.search(r"seed\s+3", told_of) and "success_rate" in told_of
+        (name,) = [text for text in links if text.startswith("reports/experiments/")]
         assert hosts == {httpx.URL(api).netloc.decode()}
+        assert page.goto(links[name]).ok
 
 
 @contextmanager
@@ -345,21 +367,20 @@ def foreign_page() -> Iterator[int]:
         server.shutdown()
 
 
-def test_a_page_of_another_gets_nowhere(toy: Toy, api: str) -> None:
+def test_a_page_of_another_gets_nowhere(browser: Browser, toy: Toy, api: str) -> None:
     """From another port, from another domain, and from a domain that is led to the server itself."""
     url, _ = split(api)
     own = httpx.URL(url).port
     held = told("GET", f"{api}/deployments/name/store-ssv2/ssv2").json()
-    rebound = "elsewhere.example"
-    with foreign_page() as port, browser_page(f"--host-resolver-rules=MAP {rebound} {NEAR}") as (page, _):
+    with foreign_page() as port, empty_page(browser) as (page, _):
         sign_in(page, api)
         for place, asked in (
             (f"http://{NEAR}:{port}", url),
-            (f"http://{rebound}:{port}", url),
-            (f"http://{rebound}:{own}", f"http://{rebound}:{own}/api"),
+            (f"http://{REBOUND}:{port}", url),
+            (f"http://{REBOUND}:{own}", f"http://{REBOUND}:{own}/api"),
         ):
             page.context.route(
-                f"http://{rebound}:{own}/page",
+                f"http://{REBOUND}:{own}/page",
                 lambda route: route.fulfill(body="<body></body>", content_type="text/html"),
             )
             other = page.context.new_page()
@@ -374,10 +395,11 @@ def test_a_page_of_another_gets_nowhere(toy: Toy, api: str) -> None:
     assert not list(toy.root.rglob("marker"))
 
 
-def test_a_run_of_a_deployment_works_with_the_string(toy: Toy, api: str) -> None:
-    done = create_run(api, "pipeline/pipeline", params={"seed": 5})
-    assert done.is_success, done.text
-    run = done.json()["id"]
-    until(
-        lambda: told("GET", f"{api}/flow_runs/{run}").json()["state"]["type"] == "COMPLETED", "the run's end"
-    )
+def test_the_deployments_wait_for_each_other_and_start_nothing_by_themselves(api: str) -> None:
+    held = told("POST", f"{api}/deployments/filter", json={}).json()
+    assert {one["name"] for one in held} == FLOWS.keys()
+    for one in held:
+        assert one["description"] and one["tags"] and one["global_concurrency_limit"]["limit"] == 1
+        assert not any(schedule["active"] for schedule in one["schedules"])
+        checked = create_run(api, f"{FLOWS[one['name']]}/{one['name']}", state="CANCELLED")
+        assert checked.is_success, f"its defaults are valid: {checked.text}"

@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from playwright.sync_api import Page
+from playwright.sync_api import Browser, Page
 
 from prelar.simulator import page as simulator
 from prelar.simulator import runtime
@@ -23,7 +23,7 @@ from prelar.simulator.page import Entry, render
 from prelar.simulator.step import Step, gumbel_noise, load_step
 from prelar.simulator.world import World
 from prelar.utils.errors import UserError
-from tests.browser import browser_page, obstacles, picture
+from tests.browser import empty_page, launched, obstacles, picture
 from tests.simulator.small import make_checkpoint, make_entry
 
 ATTACK = "</script><script>document.title='hurt'</script><img src=x onerror=\"document.title='hurt'\">"
@@ -63,10 +63,19 @@ def file(entries: dict[str, tuple[Entry, Path]], tmp_path_factory: pytest.TempPa
     return path
 
 
+@pytest.fixture(scope="module")
+def browser() -> Iterator[Browser]:
+    """With a camera that is none."""
+    with launched("--use-fake-device-for-media-stream", "--use-fake-ui-for-media-stream") as browser:
+        yield browser
+
+
 @contextmanager
-def opened(path: Path, fragment: str = "", script: str = "") -> Iterator[tuple[Page, list[str]]]:
+def opened(
+    browser: Browser, path: Path, fragment: str = "", script: str = ""
+) -> Iterator[tuple[Page, list[str]]]:
     """The page, ready or not, without a network; and what it asked for beside itself."""
-    with browser_page() as (page, _):
+    with empty_page(browser) as (page, _):
         page.context.set_offline(True)
         asked: list[str] = []
         page.on("request", lambda request: asked.append(request.url))
@@ -115,13 +124,13 @@ def follow(step: Step, world: World, clip: int, frame: int, seed: int, rolled: l
     ],
 )
 def test_it_imagines_what_torch_does(
-    file: Path, entries: dict[str, tuple[Entry, Path]], stage: str, seeds: int, steps: int
+    browser: Browser, file: Path, entries: dict[str, tuple[Entry, Path]], stage: str, seeds: int, steps: int
 ) -> None:
     number, (entry, folder) = list(entries).index(stage), entries[stage]
     step, random = load_step(folder), np.random.default_rng(1)
     assert entry.world is not None
     lasted = []
-    with opened(file) as (page, _):
+    with opened(browser, file) as (page, _):
         for seed in range(seeds):
             clip, frame = seed % 2, seed % 6
             records = random.integers(-127, 128, (steps, 4 if stage == "finetune" else 5))
@@ -134,9 +143,9 @@ def test_it_imagines_what_torch_does(
     assert sorted(lasted)[seeds // 10] >= 50, lasted
 
 
-def test_keys_buttons_and_a_gamepad_drive_it(file: Path) -> None:
+def test_keys_buttons_and_a_gamepad_drive_it(browser: Browser, file: Path) -> None:
     pad = "window.pads = [null]; navigator.getGamepads = () => window.pads;"
-    with opened(file, script=pad) as (page, _):
+    with opened(browser, file, script=pad) as (page, _):
         record = "() => simulator.steps.at(-1).record && [...simulator.steps.at(-1).record]"
         length = "() => simulator.steps.length"
 
@@ -173,8 +182,8 @@ def test_keys_buttons_and_a_gamepad_drive_it(file: Path) -> None:
         assert page.evaluate(record)[0] == 64
 
 
-def test_a_rollout_is_rewound_followed_kept_and_shared(file: Path) -> None:
-    with opened(file) as (page, _):
+def test_a_rollout_is_rewound_followed_kept_and_shared(browser: Browser, file: Path) -> None:
+    with opened(browser, file) as (page, _):
         page.get_by_label("the learnt policy").check()
         for _ in range(3):
             page.get_by_role("button", name="One step").click()
@@ -208,13 +217,13 @@ def test_a_rollout_is_rewound_followed_kept_and_shared(file: Path) -> None:
         fragment = page.evaluate("location.hash")
         last = page.evaluate("[...simulator.steps[4].frame]")
     assert parse_qs(fragment[1:])["steps"] == ["4"]
-    with opened(file, fragment) as (page, _):
+    with opened(browser, file, fragment) as (page, _):
         page.get_by_text("Replayed 4 steps").wait_for()
         assert page.evaluate("[...simulator.steps[4].frame]") == last
 
 
 def test_a_picture_of_ones_own_is_a_start(
-    file: Path, entries: dict[str, tuple[Entry, Path]], tmp_path: Path
+    browser: Browser, file: Path, entries: dict[str, tuple[Entry, Path]], tmp_path: Path
 ) -> None:
     """An uncompressed one of a frame's size, so that the model sees its bytes, and one of another size."""
     entry, folder = entries["finetune"]
@@ -223,7 +232,7 @@ def test_a_picture_of_ones_own_is_a_start(
     Image.fromarray(frame).save(tmp_path / "own.png")
     Image.new("RGB", (300, 200), (200, 30, 10)).save(tmp_path / "wide.jpg")
     (tmp_path / "none.png").write_bytes(b"no picture")
-    with opened(file) as (page, _):
+    with opened(browser, file) as (page, _):
         page.locator("#file").set_input_files(tmp_path / "own.png")
         page.get_by_text("Your picture, as the model sees it").wait_for()
         start = page.evaluate(
@@ -244,9 +253,8 @@ def test_a_picture_of_ones_own_is_a_start(
         page.get_by_text("none.png: no picture").wait_for()
 
 
-def test_the_camera_gives_a_start(file: Path) -> None:
-    fake = "--use-fake-device-for-media-stream", "--use-fake-ui-for-media-stream"
-    with browser_page(*fake) as (page, _):
+def test_the_camera_gives_a_start(browser: Browser, file: Path) -> None:
+    with empty_page(browser) as (page, _):
         page.goto(file.as_uri())
         page.get_by_role("button", name="Use the camera").click()
         page.get_by_role("button", name="Take the picture").click()
@@ -264,15 +272,17 @@ def test_the_camera_gives_a_start(file: Path) -> None:
         "#model=1&clip=0&frame=0&seed=1&steps=1&actions=AQkJCQk",
     ],
 )
-def test_a_link_that_does_not_fit_says_so(file: Path, fragment: str) -> None:
-    with opened(file, fragment) as (page, _):
+def test_a_link_that_does_not_fit_says_so(browser: Browser, file: Path, fragment: str) -> None:
+    with opened(browser, file, fragment) as (page, _):
         page.get_by_text("The link does not fit this page").wait_for()
         assert page.locator("#step").inner_text() == "0"
 
 
 @pytest.mark.parametrize(("scheme", "width"), [("light", 390), ("dark", 1280)])
-def test_it_is_open_to_everybody(file: Path, scheme: Literal["light", "dark"], width: int) -> None:
-    with browser_page() as (page, _):
+def test_it_is_open_to_everybody(
+    browser: Browser, file: Path, scheme: Literal["light", "dark"], width: int
+) -> None:
+    with empty_page(browser) as (page, _):
         page.emulate_media(color_scheme=scheme)
         page.set_viewport_size({"width": width, "height": 900})
         page.goto(file.as_uri())
@@ -295,26 +305,26 @@ def test_it_is_open_to_everybody(file: Path, scheme: Literal["light", "dark"], w
         ("WebAssembly.validate = () => false", "lacks WebAssembly SIMD"),
     ],
 )
-def test_a_browser_that_lacks_something_says_so(file: Path, script: str, told: str) -> None:
-    with opened(file, script=script) as (page, _):
+def test_a_browser_that_lacks_something_says_so(browser: Browser, file: Path, script: str, told: str) -> None:
+    with opened(browser, file, script=script) as (page, _):
         assert told in page.locator("#told").inner_text()
 
 
-def test_a_damaged_page_says_so(file: Path, tmp_path: Path) -> None:
+def test_a_damaged_page_says_so(browser: Browser, file: Path, tmp_path: Path) -> None:
     text, damaged = file.read_text(encoding="utf-8"), tmp_path / "damaged.html"
     block = re.search('id="block-model-0">([^<]+)<', text)
     assert block
     middle = (block.start(1) + block.end(1)) // 2
     for broken in (text[:middle] + "AAAAAAAA" + text[middle + 8 :], text[:middle]):
         damaged.write_text(broken, encoding="utf-8")
-        with opened(damaged) as (page, _):
+        with opened(browser, damaged) as (page, _):
             assert "This page is damaged" in page.locator("#told").inner_text()
 
 
-def test_without_the_runtime_it_names_the_command(tmp_path: Path) -> None:
+def test_without_the_runtime_it_names_the_command(browser: Browser, tmp_path: Path) -> None:
     path = tmp_path / "bare.html"
     path.write_text(render([Entry("It", ["A model."], World({}, {}), b"graph")], None), encoding="utf-8")
-    with opened(path) as (page, _):
+    with opened(browser, path) as (page, _):
         told = page.locator("main").inner_text()
         assert runtime.COMMAND in told and "Nothing can be played here" in told
     assert path.stat().st_size < 200_000
