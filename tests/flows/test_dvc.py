@@ -18,7 +18,8 @@ from prelar.utils.errors import UserError
 from tests.conftest import ROOT
 
 STAND_IN = """
-import subprocess, sys, time
+import signal, subprocess, sys, time
+signal.signal(signal.SIGINT, signal.default_int_handler)  # also in the background of a shell
 print(sys.argv[1:], flush=True)
 if "left" in sys.argv:
     print(subprocess.Popen(["sleep", "60"], start_new_session=True).pid)
