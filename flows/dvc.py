@@ -25,11 +25,16 @@ GRACE = 20
 PACE = 0.2
 EXPERIMENTS = "refs/exps"
 START = """\
-import runpy, signal, sys
+import resource, runpy, signal, sys
 from prelar.utils.parents import end_with_parent
 end_with_parent(int(sys.argv.pop(1)), signal.SIGKILL)
-runpy.run_module("dvc", run_name="__main__", alter_sys=True)
+try:
+    runpy.run_module("dvc", run_name="__main__", alter_sys=True)
+finally:
+    used = [resource.getrusage(who) for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)]
+    print("CPU seconds:", round(sum(one.ru_utime + one.ru_stime for one in used), 1), flush=True)
 """
+CPU_SECONDS = "CPU seconds: "
 
 
 class Log:
@@ -88,7 +93,8 @@ def dvc(
                     on_line(lines[-1])
             time.sleep(0 if ended else PACE)
     if process.returncode != 0:
-        reasons = [line for line in lines if line.lower().startswith("error")] or lines[-1:]
+        told = [line for line in lines if not line.startswith(CPU_SECONDS)]
+        reasons = [line for line in told if line.lower().startswith("error")] or told[-1:]
         raise UserError(
             f"dvc {words[0]} {words[1]} ended with status {process.returncode}: {'; '.join(reasons)}"
         )

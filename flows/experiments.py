@@ -33,7 +33,11 @@ from flows.sweep import (
     words_to_grid,
 )
 from flows.version import COPIES, LOGS, Step, Version
+from prelar.config import PARAMS, parse_yaml
 from prelar.envs.names import checked_config
+from prelar.report.provenance import flatten
+from prelar.report.results import Results
+from prelar.report.runs import find_runs
 from prelar.utils import files
 from prelar.utils.errors import UserError, one_line
 
@@ -43,6 +47,7 @@ UNCHANGED = GridForm()
 PACE = 1.0
 POOL_RUNS = 64
 COLUMNS = ("success_rate", "prediction_error")
+RESULTS = Path("results")
 
 
 @flow(name="experiments")
@@ -53,6 +58,7 @@ def experiments(
     workers: Annotated[int, Field(ge=1, le=64)] = 2,
     place: Place = "here",
     code: str | None = None,
+    results: str | None = None,
 ) -> dict[str, str]:
     """Run what a sweep lacks, as DVC experiments; returns the state of each.
 
@@ -64,14 +70,17 @@ def experiments(
         workers: Experiments at once on this machine.
         place: Where they run: on this machine, or with the workers of the pool on any.
         code: The tag or commit whose code and params.yaml are used. None: the project as it is now.
+        results: With `code`: table that keeps what was found, such as results/NAME.csv, for `prelar report`.
+            Runs that it has are not run again.
     """
     with files.exclusive("experiments"):
         files.remove(COPIES)
         version = Version.named(code)
         wanted = plan(grids(preset, grid.model_dump(), more), version)  # type: ignore[attr-defined]
+        kept = Kept(Path(results), wanted, version, code) if results and code else None
         if place == "pool":
-            return Sweep(wanted, Pool(version, whole=code is not None)).run(POOL_RUNS)
-        return Sweep(wanted, version).run(workers)
+            return Sweep(wanted, Pool(version, whole=code is not None), kept).run(POOL_RUNS)
+        return Sweep(wanted, version, kept).run(workers)
 
 
 @task(name="experiment", task_run_name="{step.name}", cache_policy=NO_CACHE)
@@ -79,21 +88,54 @@ def run_step(step: Step, sweep: Sweep) -> None:
     """Run an experiment, or shared stages, with its output as the task's log."""
     sweep.states[step.name] = "running"
     try:
-        sweep.place.run(step, get_run_logger().info, sweep.stop)
+        sweep.cpu_seconds[step.name] = sweep.place.run(step, get_run_logger().info, sweep.stop)
     except BaseException as error:
         sweep.states[step.name], sweep.errors[step.name] = "failed", one_line(error)
         raise
     sweep.states[step.name] = "done"
 
 
+class Kept:
+    """The results of a sweep over the code of a tag or commit, in a table that grows as runs end."""
+
+    def __init__(self, path: Path, wanted: list[Experiment], version: Version, code: str) -> None:
+        """Go on with the table at `path`. Raises `UserError` where it is of other code."""
+        self.path = path
+        if path.exists():
+            self.results = Results.read(path)
+        else:
+            params = flatten(parse_yaml(dvc.git("show", f"{version.commit}:./{PARAMS}")))
+            self.results = Results(code=code, commit=version.commit, params=params)
+        if self.results.commit != version.commit:
+            raise UserError(
+                f"{path}: has results of {self.results.code}, not of {code}; go on with `--code "
+                f"{self.results.code}`, or name another table"
+            )
+        self.results.changes |= {one.name: one.changes for one in wanted}
+
+    def update(self, sweep: Sweep) -> None:
+        """Take in what has ended since the last call, and what it took."""
+        results = self.results
+        for name, seconds in dict(sweep.cpu_seconds).items():
+            if seconds is not None:
+                results.cpu_seconds[name] = seconds
+        for name in results.changes:
+            if sweep.states.get(name) == "failed":
+                results.failed[name] = sweep.errors.get(name, "")
+            elif sweep.states.get(name) == "done" and name not in results.runs:
+                results.add(*find_runs([name]))
+        results.write(self.path)
+
+
 class Sweep:
     """One run of a sweep in a place, and what is known of its steps; `stop` ends those that run."""
 
-    def __init__(self, wanted: list[Experiment], place: Version | Pool) -> None:
-        done = place.results()
-        self.place, self.stop = place, threading.Event()
+    def __init__(self, wanted: list[Experiment], place: Version | Pool, kept: Kept | None = None) -> None:
+        done = place.results().keys() | (kept.results.runs.keys() if kept else set())
+        self.place, self.kept, self.stop = place, kept, threading.Event()
         self.states = {one.name: "done" if one.name in done else "waiting" for one in wanted}
         self.errors: dict[str, str] = {}
+        self.cpu_seconds: dict[str, float | None] = {}
         self._wanted = {one.name: one for one in wanted}
         self._seen: dict[str, str] = {}
         self._metrics: dict[str, dict[str, float]] = {}
@@ -144,6 +186,8 @@ class Sweep:
                 get_run_logger().info("%s: %s", name, state)
                 print(f"{state:8} {name}", flush=True)
         self._seen = states
+        if self.kept:
+            self.kept.update(self)
         keys = list(dict.fromkeys(itertools.chain(*(one.changes for one in self._wanted.values()))))
         rows = []
         for name, one in self._wanted.items():
@@ -175,6 +219,12 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument(
         "--code", help="tag or commit whose code and params.yaml to use (default: as they are)"
     )
+    parser.add_argument(
+        "--results",
+        type=Path,
+        metavar="CSV",
+        help="with --code: table that keeps what was found (default: results/PRESET.csv)",
+    )
     parser.add_argument("--pool", action="store_true", help="let workers run them (python -m flows.pool)")
     parser.epilog = "A sweep that is started again runs only what has no result yet."
     return parser.parse_args()
@@ -197,12 +247,23 @@ def main() -> None:
     if given.dry_run:
         print("\n".join(experiment.name for experiment in wanted))
         return
-    if not given.pool and not {experiment.name for experiment in wanted} - dvc.results().keys():
+    results = given.results
+    if results is None and given.preset and given.code:
+        results = RESULTS / f"{given.preset}.csv"
+    if results and not given.code:
+        raise UserError("--results: needs --code, the tag or commit whose code the results are of")
+    if not (given.pool or results) and not {one.name for one in wanted} - dvc.results().keys():
         print(f"nothing to do: all {len(wanted)} experiments have a result")
         return
     place: Place = "pool" if given.pool else "here"
     with runtime.server():
-        experiments(more=merged, workers=given.workers, place=place, code=given.code)
+        experiments(
+            more=merged,
+            workers=given.workers,
+            place=place,
+            code=given.code,
+            results=str(results) if results else None,
+        )
 
 
 if __name__ == "__main__":

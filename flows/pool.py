@@ -12,6 +12,7 @@ import signal
 import sys
 import threading
 from collections.abc import Callable
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any, cast
 
@@ -36,7 +37,9 @@ PACE = 3.0
 
 
 @flow(name="experiment")
-def experiment(name: str, changes: dict[str, Any], revision: str, targets: tuple[str, ...] = ()) -> str:
+def experiment(
+    name: str, changes: dict[str, Any], revision: str, targets: tuple[str, ...] = (), shared: bool = False
+) -> str:
     """Run one experiment in the worker's clone and push what it made; returns its name.
 
     Args:
@@ -44,6 +47,7 @@ def experiment(name: str, changes: dict[str, Any], revision: str, targets: tuple
         changes: Changes to the keys of params.yaml at the revision.
         revision: The commit that it is an experiment on.
         targets: Stages to run, with the stages they need. None: the whole pipeline.
+        shared: Whether other experiments need what it makes, and it is none itself.
     """
     logger = get_run_logger()
     os.chdir(os.environ[CLONE])
@@ -55,7 +59,7 @@ def experiment(name: str, changes: dict[str, Any], revision: str, targets: tuple
         with snapshots(name) as kept:
             dvc(*words, on_line=logger.info, environment=kept)
     dvc("exp", "push", "--run-cache", "origin", name, on_line=logger.info)
-    if targets:
+    if shared:
         dvc("exp", "remove", "--git-remote", "origin", name)
     return name
 
@@ -87,10 +91,13 @@ class Pool:
             git("fetch", "--quiet", "origin", f"{EXPERIMENTS}/*:{EXPERIMENTS}/*")
         return results()
 
-    def run(self, step: Step, on_line: Callable[[str], None], stop: threading.Event) -> None:
-        """Let the next worker that is free run a step, and wait for it; `stop` cancels it."""
-        given = {"name": step.name, "changes": step.changes, "targets": step.targets}
-        given["revision"] = self._version.commit
+    def run(self, step: Step, on_line: Callable[[str], None], stop: threading.Event) -> float | None:
+        """Let the next worker that is free run a step, and wait for it; `stop` cancels it.
+
+        What it took of the worker's machine is not known, None.
+        """
+        given = asdict(step) | {"revision": self._version.commit}
+        del given["needs"]
         run = cast(
             FlowRun,
             run_deployment(f"experiment/{DEPLOYMENT}", parameters=given, flow_run_name=step.name, timeout=0),
@@ -103,8 +110,9 @@ class Pool:
                     raise UserError(f"{step.name} was interrupted")
         if not state.is_completed():
             raise UserError(f"its flow run {run.id} is {state.name}: {state.message}")
-        if self._origin and not step.targets:
+        if self._origin and not step.shared:
             self._version.fetch("origin", step.name)
+        return None
 
 
 _RESULTS = [":(top,exclude)dvc.lock", ":(top,exclude)metrics.json"]

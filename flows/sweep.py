@@ -21,7 +21,7 @@ from prelar.stages import PIPELINE, Stages
 from prelar.utils.errors import UserError
 
 Grid = Mapping[str, list[Any]]
-Preset = Literal["demos", "ssv2", "action-representation", "beta-a"]
+Preset = Literal["demos", "ssv2", "action-representation", "beta-a", "small-comparison"]
 Part = tuple[str, str]
 """A stage and the digest of all that its outputs follow from."""
 
@@ -37,6 +37,15 @@ TASKS: list[Any] = [
 ]
 SEEDS: list[Any] = list(range(8))
 _EVERY: Grid = {"task": TASKS, "seed": SEEDS}
+_WITHOUT_ACTION_KL: Grid = {"beta_c": [0], "beta_a": [0], "action_kind": ["deterministic"]}
+_SMALL: Grid = {
+    "scale": ["small"],
+    "threads": [1],
+    "sample.tasks": [[task for task in TASKS if task != "reach"]],
+    "sample.clips": [300],
+    "task": ["reach", "window-close", "plate-slide"],
+    "seed": list(range(5)),
+}
 
 PRESETS: Mapping[str, tuple[str, tuple[Grid, ...]]] = MappingProxyType(
     {
@@ -53,18 +62,22 @@ PRESETS: Mapping[str, tuple[str, tuple[Grid, ...]]] = MappingProxyType(
             (
                 {"method": ["prelar"], **_EVERY},
                 {"method": ["prelar"], "beta_c": [0], **_EVERY},
-                {
-                    "method": ["prelar"],
-                    "beta_c": [0],
-                    "beta_a": [0],
-                    "action_kind": ["deterministic"],
-                    **_EVERY,
-                },
+                {"method": ["prelar"], **_WITHOUT_ACTION_KL, **_EVERY},
             ),
         ),
         "beta-a": (
             "PreLAR with the action KL weighted from 0.01 to 10",
             ({"method": ["prelar"], "beta_a": [0.01, 0.1, 1.0, 10.0], **_EVERY},),
+        ),
+        "small-comparison": (
+            "The methods and PreLAR's ablations on two cores: videos of other tasks, three tasks, five seeds",
+            (
+                {"method": ["dreamerv2"], **_SMALL},
+                {"method": ["apv"], "naive": [True], "scales.small.pretrain.steps": [0], **_SMALL},
+                {"method": ["apv", "contextwm", "prelar"], **_SMALL},
+                {"method": ["prelar"], "beta_a": [0], "action_kind": ["deterministic"], **_SMALL},
+                {"method": ["prelar"], "beta_c": [0], **_SMALL},
+            ),
         ),
     }
 )
@@ -128,11 +141,13 @@ def changed(base: Values, changes: Values) -> Values:
 
 @dataclass(frozen=True)
 class Experiment:
-    """A point of a sweep: `changes` to params.yaml, and the `parts` that its stages make, in their order."""
+    """A point of a sweep: `changes` to params.yaml, the stages `targets` that measure it, and the `parts`, in
+    their order, that these and the stages before them make."""
 
     name: str
     seed: int
     changes: Values
+    targets: tuple[str, ...]
     parts: tuple[Part, ...]
 
 
@@ -155,9 +170,11 @@ def plan_in(root: Path, grids: Iterable[Grid], code: str) -> list[Experiment]:
         check_names(config)
         values = config.model_dump(mode="json")
         identity = _digest([code, values])
-        parts = tuple((name, _digest([code, key])) for name, key in stages.fingerprints(values).items())
+        targets, needed = stages.measured(values)
+        keys = {name: key for name, key in stages.fingerprints(values).items() if name in needed}
+        parts = tuple((name, _digest([code, key])) for name, key in keys.items())
         name = _name(values, changes, identity)
-        found.setdefault(identity, Experiment(name, config.seed, changes, parts))
+        found.setdefault(identity, Experiment(name, config.seed, changes, tuple(targets), parts))
     return sorted(found.values(), key=lambda one: one.seed)
 
 
@@ -184,7 +201,9 @@ def steps(wanted: list[Experiment], workers: int) -> list[Step]:
             if one.name in names:
                 stages, digests = zip(*shared[names], strict=True)
                 needs.append(f"{stages[-1]}-{digests[-1][:10]}")
-                found.setdefault(needs[-1], Step(needs[-1], one.changes, stages, tuple(needs[:-1])))
+                found.setdefault(
+                    needs[-1], Step(needs[-1], one.changes, stages, tuple(needs[:-1]), shared=True)
+                )
         return tuple(needs)
 
     seeds = [list(group) for _, group in itertools.groupby(wanted, key=lambda one: one.seed)]
@@ -193,7 +212,7 @@ def steps(wanted: list[Experiment], workers: int) -> list[Step]:
         for one in itertools.chain(*seeds[number : number + ahead]):
             share(one)
         for one in seed:
-            found[one.name] = Step(one.name, one.changes, (), share(one))
+            found[one.name] = Step(one.name, one.changes, one.targets, share(one))
     return list(found.values())
 
 

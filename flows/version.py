@@ -12,7 +12,7 @@ from pathlib import Path
 from subprocess import CalledProcessError
 from typing import Any
 
-from flows.dvc import EXPERIMENTS, dvc, git, overrides, results
+from flows.dvc import CPU_SECONDS, EXPERIMENTS, dvc, git, overrides, results
 from prelar.stages import PIPELINE, Stages
 from prelar.utils.errors import UserError, printable
 from prelar.utils.files import RESUME, RESUME_FOLDER, remove
@@ -25,12 +25,13 @@ LOGS = Path("reports/experiments")
 
 @dataclass(frozen=True)
 class Step:
-    """A run of DVC: an experiment, or the stages `targets` that several share; after the steps it `needs`."""
+    """A run of DVC up to `targets`, after the steps that it `needs`: an experiment, or what several share."""
 
     name: str
     changes: Values
     targets: tuple[str, ...]
     needs: tuple[str, ...]
+    shared: bool = False
 
 
 @dataclass(frozen=True)
@@ -74,8 +75,8 @@ class Version:
         finally:
             shutil.rmtree(folder, ignore_errors=True)
 
-    def run(self, step: Step, on_line: Callable[[str], None], stop: threading.Event) -> None:
-        """Run a step beside the workspace, and keep its output in `LOGS`.
+    def run(self, step: Step, on_line: Callable[[str], None], stop: threading.Event) -> float | None:
+        """Run a step beside the workspace, its output kept in `LOGS`; returns the CPU seconds that it took.
 
         Of an experiment its commit is taken over; what stages made is in the cache in any case.
         """
@@ -85,9 +86,10 @@ class Version:
         with self.copy(folder), snapshots(step.name) as kept:
             _share_cache(folder)
             kept["DVC_SITE_CACHE_DIR"] = str((folder / ".dvc/tmp/site").absolute())
-            dvc(*words, on_line=on_line, folder=folder, log=log, stop=stop, environment=kept)
-            if not step.targets:
+            lines = dvc(*words, on_line=on_line, folder=folder, log=log, stop=stop, environment=kept)
+            if not step.shared:
                 self.fetch(str(folder), step.name)
+        return float(lines[-1].removeprefix(CPU_SECONDS))
 
     def results(self) -> dict[str, str]:
         """The references of the finished experiments of this and other versions, by name."""

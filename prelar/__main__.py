@@ -129,7 +129,8 @@ def add_report_arguments(parser: argparse.ArgumentParser) -> None:
         "experiments",
         metavar="EXP",
         nargs="*",
-        help="experiments (patterns too), branches, tags or commits, and `workspace`, to be compared",
+        help="experiments (patterns too), branches, tags or commits, `workspace`, and tables of a sweep's "
+        "results, results/NAME.csv, to be compared",
     )
     parser.add_argument("--output", type=Path, default=None, help="where a comparison goes")
 

@@ -265,6 +265,12 @@ class Pretrain(_Frozen):
         description="channels of the ResNet decoder's last maps, at least, and its first pictures are nearly "
         "grey: what a small cnn_depth needs; 0: as published",
     )
+    decoded: float = Field(
+        gt=0,
+        le=1,
+        description="share of a segment's frames, drawn anew for every update, that are decoded and "
+        "compared, in fine-tuning too; 1: all, as published",
+    )
     hidden: Width = Field(description="units of the dense layers")
     deter: Width = Field(description="size of the deterministic state, the GRU's")
     stoch: Width = Field(description="categorical variables of the stochastic state")

@@ -65,6 +65,14 @@ class Stages:
         """For each stage, the stages of whose outputs it reads one, or the folder that one lies in."""
         return _upstream(self.resolved(values))
 
+    def measured(self, values: Values) -> tuple[list[str], set[str]]:
+        """The stages that make metrics, and those with all the stages before them; all where none does."""
+        ends = [name for name, stage in self.stages.items() if stage.get("metrics")] or list(self.stages)
+        above, found, new = self.upstream(values), set(ends), set(ends)
+        while new := set().union(*(above[name] for name in new)) - found:
+            found |= new
+        return ends, found
+
     def code(self) -> list[str]:
         """The files and folders that stages read and no stage makes, params.yaml apart."""
         stages = [stage.get("do", stage) for stage in self.stages.values()]

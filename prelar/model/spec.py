@@ -14,7 +14,8 @@ class ModelSpec:
     """Method, sizes, action part, context and weights of a world model.
 
     `stage` is pretrain or finetune. `cnn_depth` counts channels of the vision, of which the last maps of a
-    ResNet decoder have at least `decoder_channels`; `hidden`, `deter`, `stoch` and `discrete` are the RSSM's
+    ResNet decoder have at least `decoder_channels`; `decoded` is the share of a segment's frames whose
+    pictures a training step compares; `hidden`, `deter`, `stoch` and `discrete` are the RSSM's
     sizes. `robot_action_dim` only sizes the unused action slot of DreamerV2 where the stage is pretrain.
     `beta`, `beta_a` and `beta_c` weight the KL of the dynamics, the KL of the action and the consistency.
     `naive`, `dual_reward`, `bonus`, `context_augment` and the reward heads' `units` and `layers` belong to
@@ -30,6 +31,7 @@ class ModelSpec:
     discrete: int
     stage: str = "pretrain"
     decoder_channels: int = 0
+    decoded: float = 1.0
     action_dim: int = 64
     action_kind: str = "gaussian"
     action_window: int = 2

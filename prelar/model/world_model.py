@@ -187,7 +187,9 @@ class WorldModel(nn.Module):
     ) -> tuple[Observation, Losses, Outputs]:
         seen = self._observe(images, is_first, action, self.training, sample=True)
         seen_feature = feature(seen.post)
-        losses = {"image": image_loss(self.decoder(seen_feature, seen.context, self.training), images)}
+        shown = self._decoded(images.shape[1], images.device)
+        decoded = self.decoder(seen_feature[:, shown], seen.context, self.training)
+        losses = {"image": image_loss(decoded, images[:, shown])}
         dynamics_losses, kl = self.dynamics.kl(seen.post, seen.prior)
         found = Actions(seen.action, seen.stats)
         losses |= dynamics_losses | self.action.losses(found, seen.post, seen.prior, self.dynamics, is_first)
@@ -205,6 +207,13 @@ class WorldModel(nn.Module):
             "metrics": metrics,
         }
         return seen, losses, outputs
+
+    def _decoded(self, length: int, device: torch.device) -> Tensor | slice:
+        """The steps of a segment whose pictures the image loss compares: the share `decoded`, drawn anew."""
+        count = max(1, round(self.spec.decoded * length))
+        if count == length:
+            return slice(None)
+        return torch.rand(length, device=device).argsort()[:count]
 
     def _bonus_feature(self, seen: Observation) -> Tensor:
         """What the exploration bonus looks at (B, T, bonus_dim)."""

@@ -26,6 +26,7 @@ from prelar.report.charts import DASHES, TABLE_ROWS, Figure, Series, figure, num
 from prelar.report.page import embed_media, environment
 from prelar.report.provenance import redact
 from prelar.report.published import STEPS, Published, comparable, published_results
+from prelar.report.results import Results
 from prelar.report.runs import Run, find_runs
 from prelar.report.statistics import RESAMPLES, Estimate, performance_profile, probability_of_improvement
 from prelar.report.variants import Variant, aggregate, at_step, differences, essential, group
@@ -52,8 +53,16 @@ class Row:
 
 
 def run(names: Sequence[str], output: Path = PAGE, root: Path = Path()) -> None:
-    """Write the page that compares the runs of some revisions. Raises `UserError` where one lacks results."""
-    runs = find_runs(names, root)
+    """Write the page that compares the runs of some revisions, and of tables of results, named NAME.csv.
+
+    Raises `UserError` where one lacks results.
+    """
+    tables = {name: Results.read(root / name) for name in names if name.endswith(".csv")}
+    runs = [run for results in tables.values() for run in results.runs.values()]
+    runs += find_runs([name for name in names if name not in tables], root)
+    for name, results in tables.items():
+        for failed, error in results.failed.items():
+            print(f"{name}: {failed} failed and is not shown: {error}", flush=True)
     write_text(output, render(runs))
     table = output.with_suffix(".csv")
     write_text(table, export(runs))

@@ -28,7 +28,13 @@ def pretrainings(plan: list[Experiment]) -> int:
 
 @pytest.mark.parametrize(
     ("preset", "count", "shared"),
-    [("demos", 192, 32), ("ssv2", 192, 32), ("action-representation", 144, 24), ("beta-a", 192, 32)],
+    [
+        ("demos", 192, 32),
+        ("ssv2", 192, 32),
+        ("action-representation", 144, 24),
+        ("beta-a", 192, 32),
+        ("small-comparison", 105, 35),
+    ],
 )
 def test_presets_share_pretraining_over_tasks(preset: str, count: int, shared: int) -> None:
     plan = plan_in(ROOT, sweep.PRESETS[preset][1], "code")

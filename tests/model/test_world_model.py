@@ -65,6 +65,22 @@ def test_pretraining_reaches_every_parameter(method: str) -> None:
     assert not any(value.requires_grad for value in outputs["post"].values())
 
 
+def test_a_share_of_the_frames_is_decoded_each_as_often() -> None:
+    model, (images, _, _, is_first) = pretrain("prelar", decoded=0.5), batch()
+    seen: list[Tensor] = []
+    model.decoder.register_forward_pre_hook(lambda _, given: seen.append(given[0]))
+    losses, outputs = model.pretrain_losses(images, is_first)
+    model.total(losses).backward()
+    assert without_gradient(model) == set()
+    counts = torch.zeros(TIME)
+    for _ in range(40):
+        _, outputs = model.pretrain_losses(images, is_first)
+        given = (seen[-1][:, :, None] == outputs["feature"][:, None]).all(-1).all(0)
+        assert given.shape == (TIME // 2, TIME) and given.sum() == TIME // 2
+        counts += given.sum(0)
+    assert (counts / 40 - 0.5).abs().max() < 0.25
+
+
 @pytest.mark.parametrize("kind", ["deterministic", "discrete"])
 @pytest.mark.parametrize("window", [2, 3])
 def test_pretraining_with_other_latent_actions(kind: str, window: int) -> None:
