@@ -218,7 +218,8 @@ def steps(wanted: list[Experiment], workers: int) -> list[Step]:
 
 def _name(values: Values, changes: Values, identity: str) -> str:
     shown = [str(values[key]) for key in NAME_KEYS]
-    shown += [f"{key.split('.')[-1]}-{value}" for key, value in changes.items() if key not in NAME_KEYS]
+    told = {key: value for key, value in changes.items() if not isinstance(value, list)}
+    shown += [f"{key.split('.')[-1]}-{value}" for key, value in told.items() if key not in NAME_KEYS]
     return re.sub(r"[^A-Za-z0-9.-]+|\.(?=\.|-|$)", "-", "-".join([*shown, identity[:10]]))
 
 
