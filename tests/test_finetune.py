@@ -6,6 +6,7 @@ import csv
 import json
 import multiprocessing
 import random
+import shutil
 import signal
 import time
 from collections.abc import Iterator
@@ -30,7 +31,7 @@ from prelar.train.checkpoint import load_parts, save_parts
 from prelar.utils.errors import UserError
 from prelar.utils.seeds import RngStream, episode_seed
 from tests.conftest import Spy
-from tests.control.toy import ACTIONS, DotWorld
+from tests.control.toy import ACTIONS, TASK, DotWorld
 from tests.control.toy_run import TINY, run
 
 ROOT = Path(__file__).parents[1]
@@ -69,11 +70,11 @@ def in_folder(root: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 def config(**changes: object) -> Config:
-    """params.yaml at a size that runs in seconds, one environment, on the task reach."""
+    """params.yaml at a size that runs in seconds, one environment, on a task that is drawn quickly."""
     plain = load_config(ROOT / "params.yaml").model_dump()
     tiny = TINY | {"envs": 1, "env_steps": 24, "time_limit": 7, "prefill": 8}
     plain["scales"][plain["scale"]]["finetune"] = tiny | changes.pop("finetune", {})  # type: ignore[operator]
-    return Config.model_validate(plain | {"task": "reach", "device": "cpu", "threads": 1} | changes)
+    return Config.model_validate(plain | {"task": TASK, "device": "cpu", "threads": 1} | changes)
 
 
 def pretrained(method: str) -> None:
@@ -93,22 +94,32 @@ def test_the_stage_leaves_an_agent_that_acts(method: str) -> None:
     finetune.run(config(method=method))
     agent, description = load_agent(finetune.OUTPUT, device=torch.device("cpu"))
     assert description == load_description(finetune.OUTPUT)
-    assert (description["method"], description["task"]) == (method, "reach")
+    assert (description["method"], description["task"]) == (method, TASK)
     assert (description["env_steps"], description["updates"]) == (24, 6)
-    assert agent.actor(torch.zeros(1, agent.model.feature_dim)).loc.shape == (1, 4)
+    assert agent.actor(torch.zeros(1, agent.model.feature_dim)).loc.shape == (1, ACTIONS)
     assert not list(Path("data/.resume").iterdir()), "a finished run leaves nothing to resume"
     logged = {path.stem for path in finetune.LOGS.glob("plots/metrics/*/*.tsv")}
     assert {"success", "return", "image", "kl", "actor", "critic"} <= logged
     assert ("mean" in logged) == (method != "dreamerv2"), "the exploration bonus"
 
 
+@pytest.fixture(scope="module")
+def evaluated(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """What the stage leaves where the agent is evaluated by the mean of its actions."""
+    folder = tmp_path_factory.mktemp("evaluated")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(folder)
+        pretrained("dreamerv2")
+        finetune.run(config(method="dreamerv2", finetune={"eval_action": "mean"}))
+    return folder / finetune.OUTPUT
+
+
 @pytest.mark.parametrize(
     ("given", "chosen"), [("sample", "sample"), ("mean", "mean"), (None, "mode"), ("std", None)]
 )
-def test_an_agent_chooses_as_it_was_evaluated(given: str | None, chosen: str | None) -> None:
+def test_an_agent_chooses_as_it_was_evaluated(evaluated: Path, given: str | None, chosen: str | None) -> None:
     """A checkpoint of before, which does not say how, acts by the mode."""
-    pretrained("dreamerv2")
-    finetune.run(config(method="dreamerv2", finetune={"eval_action": "mean"}))
+    shutil.copytree(evaluated, finetune.OUTPUT)
     path = finetune.OUTPUT / "config.json"
     described = json.loads(path.read_text())
     assert described.pop("eval_action") == "mean"
@@ -146,7 +157,7 @@ def test_the_stage_reads_the_params_that_its_key_and_dvc_track(capsys: pytest.Ca
     assert "view" in spy.read
     assert (spy.read | VIEW) - presets - {"view"} == tracked - presets
     told = capsys.readouterr().out.splitlines()
-    assert told[-1] == "finetune: prelar, 24 steps of reach -> data/finetune, reports/finetune"
+    assert told[-1] == f"finetune: prelar, 24 steps of {TASK} -> data/finetune, reports/finetune"
 
 
 def test_it_learns_in_mixed_precision_with_a_bonus() -> None:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from typing import Any
 
+import gymnasium
 import numpy as np
 import numpy.typing as npt
 
@@ -61,3 +63,29 @@ class DotWorld:
 
     def close(self) -> None:
         self.closed = True
+
+
+class DotEnv(gymnasium.Env[npt.NDArray[np.uint8], npt.NDArray[np.float32]]):
+    """The same world as a task of one's own, for stages, which take the name of one: `TASK`."""
+
+    action_space = gymnasium.spaces.Box(-1, 1, (ACTIONS,), np.float32)
+    observation_space = gymnasium.spaces.Box(0, 255, (64, 64, 3), np.uint8)
+    time_limit = 100
+
+    def __init__(self) -> None:
+        self._world = DotWorld(self.time_limit)
+
+    def reset(
+        self, *, seed: int | None = None, options: dict[str, Any] | None = None
+    ) -> tuple[npt.NDArray[np.uint8], dict[str, Any]]:
+        self._world.reset(seed or 0, 0)
+        return self._world.render(), {"success": False}
+
+    def step(
+        self, action: npt.NDArray[np.float32]
+    ) -> tuple[npt.NDArray[np.uint8], float, bool, bool, dict[str, Any]]:
+        found = self._world.step(action)
+        return self._world.render(), found.reward, False, found.done, {"success": found.success}
+
+
+TASK = f"{__name__}:{DotEnv.__name__}"
