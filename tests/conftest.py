@@ -190,10 +190,12 @@ class Project:
 
 
 @pytest.fixture(scope="session")
-def make_project() -> Callable[[Path], Project]:
+def make_project(tmp_path_factory: pytest.TempPathFactory) -> Callable[[Path], Project]:
     """Copy the files that git would carry into a folder, shrink the presets and commit."""
 
-    def make(root: Path) -> Project:
+    @functools.cache
+    def template() -> Path:
+        root = tmp_path_factory.mktemp("template") / "project"
         names = subprocess.run(
             ["git", "ls-files", "-z", "--cached", "--others", "--exclude-standard"],
             cwd=ROOT,
@@ -213,6 +215,10 @@ def make_project() -> Callable[[Path], Project]:
         project.run("git", "config", "user.name", "tests")
         project.run("git", "add", "-A")
         project.run("git", "commit", "-q", "-m", "Start from a fresh clone")
-        return project
+        return root
+
+    def make(root: Path) -> Project:
+        shutil.copytree(template(), root, dirs_exist_ok=True)
+        return Project(root)
 
     return make

@@ -89,7 +89,11 @@ rlbench_classes = folders.rlbench
 
 
 @pytest.mark.parametrize(
-    "prepare", [metaworld, live, rlbench_folder, apv_npz, lerobot_videos, lerobot_images, hdf5]
+    "prepare",
+    [
+        pytest.param(metaworld, marks=pytest.mark.long),
+        *(live, rlbench_folder, apv_npz, lerobot_videos, lerobot_images, hdf5),
+    ],
 )
 def test_source_becomes_a_store_that_is_pretrained_on(
     prepare: Callable[[Path, pytest.FixtureRequest], Settings],

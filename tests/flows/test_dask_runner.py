@@ -45,6 +45,7 @@ def processes(cluster: distributed.LocalCluster) -> list[int]:
         return list(client.run(os.getpid).values())
 
 
+@pytest.mark.long
 def test_two_processes_one_of_them_killed_give_the_bytes_of_the_local_runner(
     here: Path, cluster: distributed.LocalCluster
 ) -> None:

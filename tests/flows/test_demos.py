@@ -26,7 +26,7 @@ from prelar.envs import metaworld
 from prelar.store.store import Store, StoreWriter, checks_path
 from prelar.utils import files
 from prelar.utils.errors import UserError
-from tests.conftest import Project
+from tests.conftest import ROOT, Project
 from tests.demos.test_hdf5 import write_hdf5
 from tests.demos.test_lerobot import GOLDEN, write_image_set
 from tests.flows.inline import work_inline
@@ -239,14 +239,19 @@ def test_params_choose_the_source(recorded: apv_npz.ApvNpz) -> None:
     assert isinstance(live, RlbenchLive) and (live.tasks, len(live.cameras)) == (("push_button",), 5)
 
 
-def test_experts_give_the_same_bytes_for_any_number_of_workers(tmp_path: Path, threads: None) -> None:
+def test_experts_give_the_same_bytes_for_any_number_of_workers(
+    tmp_path: Path, threads: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of two, and where they are asked for."""
     experts = Metaworld(("reach", "drawer-close"), 1, ("corner",), 0.1, False, 0)
-    for workers in (1, 2):
-        fill(tmp_path / str(workers) / "x.zarr", experts, workers)
-    first, second = (digest(tmp_path / name / "x.zarr", tmp_path / name / "x.parquet") for name in "12")
+    fill(tmp_path / "2/x.zarr", experts, 2)
+    work_inline(monkeypatch)
+    fill(tmp_path / "0/x.zarr", experts, 1)
+    first, second = (digest(tmp_path / name / "x.zarr", tmp_path / name / "x.parquet") for name in "02")
     assert first == second
 
 
+@pytest.mark.long
 def test_flow_runs_as_a_user_runs_it(
     tmp_path: Path, make_project: Callable[[Path], Project], recorded: apv_npz.ApvNpz
 ) -> None:
@@ -262,16 +267,14 @@ def test_flow_runs_as_a_user_runs_it(
     assert not list((project.root / "data/.staging").iterdir())
 
 
-def test_recorded_source_without_folder_is_refused(
-    tmp_path: Path, make_project: Callable[[Path], Project]
-) -> None:
-    project = make_project(tmp_path / "project")
-    project.edit(demos={"source": "apv_npz"})
-    refused = project.run("python", "-m", "flows.demos", check=False)
-    assert refused.returncode == 2
-    assert refused.stderr.splitlines()[-1].startswith(
-        "error: params.yaml: demos: path is null; name the folder"
-    )
+def test_recorded_source_without_folder_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    text = (ROOT / "params.yaml").read_text(encoding="utf-8")
+    assert text.count("  source: metaworld ") == 1
+    (tmp_path / "params.yaml").write_text(text.replace("source: metaworld ", "source: apv_npz "))
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("sys.argv", ["flows.demos"])
+    with pytest.raises(UserError, match=r"params\.yaml: demos: path is null; name the folder"):
+        demos.main()
 
 
 @pytest.mark.long

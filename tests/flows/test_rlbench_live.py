@@ -40,6 +40,7 @@ def project(
     return project
 
 
+@pytest.mark.long
 def test_flow_survives_what_simulators_do_and_being_killed(project: Project, tmp_path: Path) -> None:
     standin, root = tmp_path / "standin", project.root
     orders(standin, push_button="work die work fail", reach_target="work hang hang")
@@ -76,9 +77,10 @@ def test_flow_survives_what_simulators_do_and_being_killed(project: Project, tmp
     assert not list((root / "data/.staging").glob("demos-*/demos"))
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(
     "signals",
-    [(signal.SIGTERM,), pytest.param((signal.SIGINT, signal.SIGTERM), marks=pytest.mark.long)],
+    [(signal.SIGTERM,), (signal.SIGINT, signal.SIGTERM)],
     ids=["once", "twice"],
 )
 def test_signals_end_all_simulators_and_lose_only_attempts_in_progress(

@@ -16,9 +16,6 @@ from prelar.simulator.world import World, read_world
 from prelar.utils.errors import UserError
 from tests.simulator.small import KINDS, make_checkpoint, make_world
 
-QUICK = {("contextwm", "pretrain")}
-"""Those of prelar are compared where the page runs them."""
-
 
 @pytest.mark.parametrize(("method", "stage"), KINDS)
 def test_a_step_is_the_model_s_own(tmp_path: Path, method: str, stage: str) -> None:
@@ -77,11 +74,10 @@ def test_a_picture_is_taken_for_what_a_clip_that_begins_with_it_starts_from(
     assert [value.shape for value in rest[len(judged) :]] == [value.shape for value in world.context(1)]
 
 
-@pytest.mark.parametrize(
-    ("method", "stage"),
-    [pytest.param(*kind, marks=() if kind in QUICK else pytest.mark.long) for kind in KINDS],
-)
+@pytest.mark.long
+@pytest.mark.parametrize(("method", "stage"), KINDS)
 def test_its_graph_computes_the_same(tmp_path: Path, method: str, stage: str) -> None:
+    """In onnxruntime; test_page.py compares two of them where a browser runs them."""
     make_checkpoint(tmp_path / "it", method, stage)
     step = load_step(tmp_path / "it")
     world = make_world(step)

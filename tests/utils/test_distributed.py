@@ -21,11 +21,11 @@ from prelar.train.checkpoint import Snapshots
 from prelar.train.loop import Hook, Scalars, set_up, train
 from prelar.utils.errors import UserError
 from tests.conftest import ROOT
-from tests.test_pretrain import command, data, outputs, project
+from tests.test_pretrain import command, config, data, outputs, project, run
 
 __all__ = ["data"]
 
-SETTINGS = {"steps": 16, "batch": 4, "checkpoint_every": 2, "log_every": 1, "video_every": 1000}
+SETTINGS = {"steps": 8, "batch": 4, "checkpoint_every": 2, "log_every": 1, "video_every": 1000}
 TORCHRUN = ["torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m", "prelar", "pretrain"]
 
 
@@ -75,16 +75,18 @@ def together(tmp_path_factory: pytest.TempPathFactory, data: Path) -> dict[str, 
     return outputs(folder)
 
 
+@pytest.mark.long
 def test_two_processes_learn_as_one(tmp_path: Path, data: Path, together: dict[str, bytes]) -> None:
     """Rounding decides which sample is drawn now and then, so that later losses agree by and large."""
-    project(tmp_path / "run", data, **SETTINGS)
-    assert ended(command(tmp_path / "run"))[0] == 0
+    cfg = config(scales={"smoke": {"pretrain": SETTINGS}})
+    assert run(tmp_path / "run", data, cfg) == 0
     alone = outputs(tmp_path / "run")
     assert together.keys() == alone.keys()
     assert losses(together)[0] == pytest.approx(losses(alone)[0], rel=1e-4)
     assert losses(together) == pytest.approx(losses(alone), rel=0.2)
 
 
+@pytest.mark.long
 def test_a_signal_to_one_stops_all_after_the_same_step(
     tmp_path: Path, data: Path, together: dict[str, bytes]
 ) -> None:
@@ -104,6 +106,7 @@ def test_a_signal_to_one_stops_all_after_the_same_step(
     assert outputs(folder) == together
 
 
+@pytest.mark.long
 def test_the_death_of_one_ends_all_and_leaves_the_snapshots(tmp_path: Path, data: Path) -> None:
     folder = tmp_path / "run"
     project(folder, data, devices=2, **{**SETTINGS, "steps": 100_000})
