@@ -67,8 +67,8 @@ def make_checkpoints(method: str, task: str, frame_gap: float | None = None) -> 
 def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """An empty project folder as the working directory; the probe's episodes are short."""
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(evaluate, "collect", functools.partial(evaluate.collect, steps=10))
-    monkeypatch.setattr(offline, "collect", functools.partial(offline.collect, steps=12))
+    monkeypatch.setattr(evaluate, "collect", functools.partial(evaluate.collect, steps=6))
+    monkeypatch.setattr(offline, "collect", functools.partial(offline.collect, steps=8))
     shutil.copy(ROOT / "params.yaml", tmp_path)
     return tmp_path
 
@@ -81,7 +81,7 @@ def configure(action_repeat: int | None = None, **changes: Any) -> Config:
         update={
             "episodes": 2,
             "random_episodes": 3,
-            "time_limit": 12,
+            "time_limit": 8,
             "clips": 3,
             "observed": 2,
             "length": 6,
@@ -90,7 +90,7 @@ def configure(action_repeat: int | None = None, **changes: Any) -> Config:
             "offline_episodes": 4,
             "offline_updates": 2,
             "offline_batch": 2,
-            "offline_seeds": 2,
+            "offline_seeds": 1,
         }
     )
     smoke = config.scales.smoke.model_copy(update={"evaluate": evaluation, "finetune": finetuning})
@@ -106,7 +106,7 @@ def contents(root: Path) -> dict[str, bytes]:
     return {str(path.relative_to(root)): path.read_bytes() for path in paths}
 
 
-@pytest.mark.parametrize("method", ["prelar", "contextwm"])
+@pytest.mark.parametrize("method", ["prelar", pytest.param("contextwm", marks=pytest.mark.long)])
 def test_evaluation_writes_metrics_tables_and_videos_twice_the_same(place: Path, method: str) -> None:
     make_store(place / "data/ssv2.zarr")
     make_checkpoints(method, "reach")
@@ -136,7 +136,7 @@ def test_evaluation_writes_metrics_tables_and_videos_twice_the_same(place: Path,
     assert all(0 < metrics[name] < 1 for name in errors)
     assert read_tsv(place / "reports/evaluate/prediction.tsv")["step"] == [1, 2, 3, 4]
     played = read_tsv(place / "reports/evaluate/episodes.tsv")
-    assert played["steps"] == [12, 12] and np.mean(played["return"]) == pytest.approx(metrics["return"])
+    assert played["steps"] == [8, 8] and np.mean(played["return"]) == pytest.approx(metrics["return"])
     assert metrics["return_low"] == pytest.approx(interval(np.array(played["return"]))[0])
     assert (place / "reports/evaluate/action_swap.png").exists() == (method == "prelar")
     summary = json.loads((place / "reports/evaluate/summary.json").read_text())

@@ -79,7 +79,16 @@ def test_a_choice_that_cannot_draw_is_refused_and_one_that_can_is_named(
     assert doctor.guarded("OpenGL", doctor.opengl).text.startswith(f"MUJOCO_GL={chosen}: cannot draw here")
 
 
-@pytest.mark.parametrize("command", ["prelar sample", "prelar finetune", "prelar evaluate", "flows.demos"])
+@pytest.mark.parametrize(
+    "command",
+    [
+        "prelar sample",
+        *(
+            pytest.param(name, marks=pytest.mark.long)
+            for name in ("prelar finetune", "prelar evaluate", "flows.demos")
+        ),
+    ],
+)
 def test_stages_that_draw_say_so_in_a_line(tmp_path: Path, command: str) -> None:
     """Before any work, where a setting from the shell cannot draw: no display answers here."""
     shutil.copy2(ROOT / "params.yaml", tmp_path)

@@ -26,10 +26,6 @@ def dot() -> Simulator:
     return DotWorld(time_limit=6)
 
 
-def drawer() -> Simulator:
-    return make_env("drawer-open", time_limit=6)
-
-
 def held() -> Simulator:
     return make_env("drawer-open", time_limit=16, action_repeat=3)
 
@@ -72,7 +68,7 @@ def answered(envs: Envs, actions: npt.NDArray[np.float32]) -> Answer:
 
 
 @pytest.mark.parametrize("processes", [False, True])
-@pytest.mark.parametrize(("make", "size"), [(dot, ACTIONS), (drawer, 4), (held, 4)])
+@pytest.mark.parametrize(("make", "size"), [(dot, ACTIONS), (held, 4)])
 def test_restored_environments_go_on_bit_for_bit(
     make: Callable[[], Simulator], size: int, processes: bool
 ) -> None:
