@@ -38,10 +38,11 @@ TASKS: list[Any] = [
 SEEDS: list[Any] = list(range(8))
 _EVERY: Grid = {"task": TASKS, "seed": SEEDS}
 _WITHOUT_ACTION_KL: Grid = {"beta_c": [0], "beta_a": [0], "action_kind": ["deterministic"]}
+_OTHER_TASKS = ["drawer-open", "drawer-close", "dial-turn", "button-press-topdown", "door-open", "push"]
 _SMALL: Grid = {
     "scale": ["small"],
     "threads": [1],
-    "sample.tasks": [[task for task in TASKS if task != "reach"]],
+    "sample.tasks": [_OTHER_TASKS],
     "sample.clips": [300],
     "task": ["reach", "window-close", "plate-slide"],
     "seed": list(range(5)),
