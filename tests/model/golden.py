@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Mapping
 from pathlib import Path
+from types import MappingProxyType
 
 import numpy as np
 import torch
@@ -18,10 +20,11 @@ from prelar.model.world_model import WorldModel
 FOLDER = Path(__file__).parents[1] / "golden"
 
 
-def read_golden(method: str) -> dict[str, Tensor]:
-    """All arrays of a method's golden file."""
+@functools.cache
+def read_golden(method: str) -> Mapping[str, Tensor]:
+    """All arrays of a method's golden file, not to be changed."""
     with np.load(FOLDER / f"{method}_pretrain_small.npz", allow_pickle=False) as file:
-        return {name: torch.from_numpy(file[name]) for name in file.files}
+        return MappingProxyType({name: torch.from_numpy(file[name]) for name in file.files})
 
 
 def weights(golden: Mapping[str, Tensor]) -> dict[str, Tensor]:

@@ -182,7 +182,7 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_leaves_its_snapshots(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     save = torch.save
-    monkeypatch.setattr(torch, "save", lambda *given: (time.sleep(1), save(*given)))
+    monkeypatch.setattr(torch, "save", lambda *given: (time.sleep(0.3), save(*given)))
     with pytest.raises(UserError, match=r"^toy: loss/fit = nan at step 11; lower the learning rate"):
         toy.run(tmp_path, nan_at=10)
     assert sorted(path.name for path in (tmp_path / "resume/toy").iterdir()) == [
