@@ -5,12 +5,12 @@ export PATH := $(CURDIR)/.venv/bin:$(PATH)
 READY := .venv/.ready
 SHOWN := --only-changed --keep 'success_rate|return|prediction_error|controllability' \
 	--drop '(data|flows|prelar|reports)/.*|.*[.]yaml|metrics[.]json|Created'
-PYTEST := python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
+PYTEST := OMP_NUM_THREADS=1 python -m pytest
 # Apart from the others, which would take half as long again where lines are counted.
 OF_MODEL := tests/model tests/test_methods.py
 
 .DEFAULT_GOAL := help
-.PHONY: help setup repro test test-long test-live lint format bench bench-learning demo-model docs ui show check lock params clean rlbench-setup
+.PHONY: help setup repro test test-model test-long test-live lint format bench bench-learning demo-model docs ui show check lock params clean rlbench-setup
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## /{printf "  make %-14s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -30,10 +30,13 @@ repro: check ## run the pipeline of dvc.yaml at the scale of params.yaml
 	@dvc repro
 	@echo "The report: $(CURDIR)/reports/index.html"
 
-test: lint ## run all checks and tests
+test: $(READY) ## run all checks and tests
 	@sh tools/browser.sh
+	@$(MAKE) --no-print-directory --jobs 2 lint test-model
+	@$(PYTEST) -n 2 --dist loadfile --no-loadscope-reorder $(OF_MODEL:%=--ignore=%) --durations 15
+
+test-model: $(READY)
 	@$(PYTEST) $(OF_MODEL) --cov=prelar.model --cov-report=term-missing:skip-covered --cov-fail-under=95
-	@$(PYTEST) $(OF_MODEL:%=--ignore=%) --durations 15
 
 test-long: $(READY) ## run what takes longer: repeated kills, fuzzing and learning runs
 	@python -m pytest -m long
