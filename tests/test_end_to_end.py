@@ -89,27 +89,6 @@ def test_a_queued_experiment_runs_only_what_depends_on_its_param(project: Projec
 
 
 @pytest.mark.long
-def test_a_browser_runs_an_experiment_beside_the_workspace(project: Project) -> None:
-    params = (project.root / "params.yaml").read_text(encoding="utf-8")
-    with serving(project.root, project.environment) as ui, browser_page() as (page, hosts):
-        run_from_form(page, sign_in(page, ui), "pipeline", "smaller-bonus", {"bonus": "0.3"})
-        of_run, number = page.url, page.url.rpartition("/")[2].partition("?")[0]
-        page.goto("about:blank")  # the page of a run that goes on draws, and takes a core from it
-        until(lambda: told("GET", f"{ui}/flow_runs/{number}").json()["state"]["type"] in ENDS, "its end", 900)
-        page.goto(of_run)
-        page.get_by_text("Completed", exact=True).first.wait_for()
-        picture(page, "ended")
-        told_of, links = read_artifact(page, "result")
-        assert re.search(r"bonus\s+0\.3", told_of) and "success_rate" in told_of
-        (name,) = [text for text in links if text.startswith("reports/experiments/")]
-        assert hosts == {httpx.URL(ui).netloc.decode()}
-        page.goto(links[name])
-        page.locator("video").first.wait_for(state="attached")
-    assert "<video" in (project.root / name).read_text(encoding="utf-8")
-    assert (project.root / "params.yaml").read_text(encoding="utf-8") == params
-
-
-@pytest.mark.long
 def test_the_commands_of_the_docs_run(project: Project) -> None:
     project.run("git", "checkout", "-q", "params.yaml")
     done = set()
@@ -152,3 +131,24 @@ def test_a_bad_value_stops_before_anything_runs(project: Project) -> None:
     (project.root / "params.yaml").write_text(kept, encoding="utf-8")
     assert done.returncode != 0
     assert "beta_a = -1.0" in done.stderr and "Traceback" not in done.stderr
+
+
+@pytest.mark.long
+def test_a_browser_runs_an_experiment_beside_the_workspace(project: Project) -> None:
+    params = (project.root / "params.yaml").read_text(encoding="utf-8")
+    with serving(project.root, project.environment) as ui, browser_page() as (page, hosts):
+        run_from_form(page, sign_in(page, ui), "pipeline", "smaller-bonus", {"bonus": "0.3"})
+        of_run, number = page.url, page.url.rpartition("/")[2].partition("?")[0]
+        page.goto("about:blank")  # the page of a run that goes on draws, and takes a core from it
+        until(lambda: told("GET", f"{ui}/flow_runs/{number}").json()["state"]["type"] in ENDS, "its end", 900)
+        page.goto(of_run)
+        page.get_by_text("Completed", exact=True).first.wait_for()
+        picture(page, "ended")
+        told_of, links = read_artifact(page, "result")
+        assert re.search(r"bonus\s+0\.3", told_of) and "success_rate" in told_of
+        (name,) = [text for text in links if text.startswith("reports/experiments/")]
+        assert hosts == {httpx.URL(ui).netloc.decode()}
+        page.goto(links[name])
+        page.locator("video").first.wait_for(state="attached")
+    assert "<video" in (project.root / name).read_text(encoding="utf-8")
+    assert (project.root / "params.yaml").read_text(encoding="utf-8") == params

@@ -403,3 +403,5 @@ def test_the_deployments_wait_for_each_other_and_start_nothing_by_themselves(api
         assert not any(schedule["active"] for schedule in one["schedules"])
         checked = create_run(api, f"{FLOWS[one['name']]}/{one['name']}", state="CANCELLED")
         assert checked.is_success, f"its defaults are valid: {checked.text}"
+    refused = create_run(api, "pipeline/pipeline", params={"beta_a": -1})
+    assert 400 <= refused.status_code < 500 and "beta_a" in refused.text
