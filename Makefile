@@ -10,7 +10,7 @@ PYTEST := OMP_NUM_THREADS=1 python -m pytest
 OF_MODEL := tests/model tests/test_methods.py
 
 .DEFAULT_GOAL := help
-.PHONY: help setup repro test test-model test-long test-live lint format bench bench-learning demo-model docs ui show check lock params clean rlbench-setup
+.PHONY: help setup repro test test-model test-long test-live lint format bench bench-learning demo-model docs ui show check lock params results clean rlbench-setup
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## /{printf "  make %-14s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -77,6 +77,9 @@ lock: $(READY) ## resolve pyproject.toml into requirements.lock anew
 
 params: $(READY) ## write docs/params.md anew from the settings
 	@PYTHONPATH=. python tools/params_page.py
+
+results: $(READY) ## write docs/results.md anew from results/small-comparison.csv
+	@PYTHONPATH=. python tools/results_page.py
 
 clean: ## remove the caches of tools; data, downloads and results stay
 	rm -rf .pytest_cache .mypy_cache .ruff_cache .hypothesis .import_linter_cache .import_linter.log tests/output

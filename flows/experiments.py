@@ -121,7 +121,7 @@ class Kept:
                 results.cpu_seconds[name] = seconds
         for name in results.changes:
             if sweep.states.get(name) == "failed":
-                results.failed[name] = sweep.errors.get(name, "")
+                results.failed[name] = sweep.errors.get(name, "not started, for what it needs failed")
             elif sweep.states.get(name) == "done" and name not in results.runs:
                 results.add(*find_runs([name]))
         results.write(self.path)
@@ -157,19 +157,24 @@ class Sweep:
             while len(ended) < len(todo):
                 self._show()
                 time.sleep(PACE)
+        skipped: dict[str, list[str]] = {}
         for step in todo:
             if self.states.setdefault(step.name, "waiting") == "waiting":
                 self.states[step.name] = "failed"
-                failed = [name for name in step.needs if self.states[name] == "failed"]
-                self.errors[step.name] = f"not started, for {failed[0]} failed"
+                failed = next(name for name in step.needs if self.states[name] == "failed")
+                skipped.setdefault(failed, []).append(step.name)
         self._show()
-        self._report_failures()
+        self._report_failures(skipped)
         return {name: self.states[name] for name in self._wanted}
 
-    def _report_failures(self) -> None:
+    def _report_failures(self, skipped: dict[str, list[str]]) -> None:
+        """Say what failed and why; `skipped`: what was not started, by the step that it needed."""
         for name, error in self.errors.items():
             log = LOGS / f"{name}.log"
             print(f"{name}: {error}" + (f"; {log} has its output" if log.exists() else ""), file=sys.stderr)
+        for name, others in skipped.items():
+            more = f" and {len(others) - 1} more" if len(others) > 1 else ""
+            print(f"{others[0]}{more}: not started, for {name} failed", file=sys.stderr)
         if failed := [name for name in self._wanted if self.states[name] == "failed"]:
             raise UserError(
                 f"{len(failed)} of {len(self._wanted)} experiments failed ({', '.join(failed[:3])}); "
@@ -192,7 +197,8 @@ class Sweep:
         rows = []
         for name, one in self._wanted.items():
             if states[name] == "done" and name not in self._metrics:
-                self._metrics[name] = dvc.metrics(name)
+                kept = self.kept.results.runs.get(name) if self.kept else None
+                self._metrics[name] = dict(kept.metrics) if kept else dvc.metrics(name)
             figures = {column: self._metrics.get(name, {}).get(column) for column in COLUMNS}
             changes = {key: one.changes.get(key) for key in keys}
             rows.append({"experiment": name, "state": states[name], **changes, **figures})

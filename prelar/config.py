@@ -461,7 +461,7 @@ class Config(_Frozen):
     )
     seed: Seed = Field(description="seed of training, evaluation and the agent's episodes")
     scale: Literal["smoke", "small", "lite", "paper"] = Field(
-        description="presets: smoke (minutes on 2 cores) | small (an evening) | lite (a GPU-hour) | paper"
+        description="presets: smoke (minutes on 2 cores) | small (comparisons) | lite (a GPU-hour) | paper"
     )
     beta: Weight | None = Field(
         description="weight of the dynamics KL while pre-training; null: the scale's own"

@@ -139,7 +139,7 @@ def test_a_preset_belongs_to_one_stage_and_one_scale() -> None:
             ["smoke.finetune", "replay is 103", "make it at least 104"],
         ),
         (
-            "env_steps: 8000",
+            "env_steps: 9600",
             "env_steps: 1600",
             ["scales.smoke.finetune", "env_steps is 1600", "larger than prefill (1600)"],
         ),

@@ -19,7 +19,7 @@ from typing import Any
 from fsspec.implementations.dirfs import DirFileSystem
 from fsspec.implementations.memory import MemoryFileSystem
 
-from prelar.report.catalog import Curve
+from prelar.report.catalog import EVALUATE, Curve
 from prelar.report.runs import Files, Run
 from prelar.report.variants import group
 from prelar.utils.errors import UserError
@@ -39,6 +39,8 @@ COLUMNS = (
 LEARNING = ("return", "success")
 EVALUATED = {"return": "return_evaluated"}
 """Columns of metrics whose own name a column of the learning curve has."""
+CONTROLS = {"random actions": "random", "scripted expert": "expert"}
+"""Policies whose mean return stands beside the agent's, and how their columns end."""
 KEPT_CURVES = (
     "offline_pretrained_error",
     "offline_scratch_error",
@@ -74,7 +76,17 @@ class Results:
         """Take in a run that is done."""
         self.failed.pop(run.name, None)
         curves = {name: run.curves[name] for name in (*LEARNING, *KEPT_CURVES) if name in run.curves}
-        self.runs[run.name] = self._run(run.name, run.metrics, curves)
+        episodes = (run.files.load(EVALUATE / "summary.json") or {}).get("episodes", {})
+        controls = {
+            f"return_{CONTROLS[row['name']]}": float(row["return"])
+            for row in episodes.get("policies", ())
+            if row["name"] in CONTROLS
+        }
+        self.runs[run.name] = self._run(run.name, {**run.metrics, **controls}, curves)
+
+    def outline(self, name: str) -> Run:
+        """A run of `changes` as planned, without figures."""
+        return self._run(name, {}, {})
 
     def _run(self, name: str, metrics: Mapping[str, float], curves: Mapping[str, Curve]) -> Run:
         changes = self.changes[name]
@@ -95,7 +107,7 @@ class Results:
 
     def write(self, path: Path) -> None:
         """Write the table to `path`, and the description beside it."""
-        named = [self._run(name, {}, {}) for name in self.changes]
+        named = [self.outline(name) for name in self.changes]
         labels = {run.name: variant.label for variant in group(named)[0] for run in variant.runs}
         metrics = sorted({EVALUATED.get(name, name) for run in self.runs.values() for name in run.metrics})
         text = io.StringIO()

@@ -74,6 +74,23 @@ def bootstrap_interval(
     return low, high
 
 
+def seed_interval(
+    scores: npt.ArrayLike, *, resamples: int = RESAMPLES, level: float = LEVEL, seed: int = 0
+) -> tuple[Scores, Scores]:
+    """Percentile interval of the interquartile mean over seeds and tasks, whole seeds drawn anew.
+
+    Scores (seeds, tasks, K), K scores of each run. The runs of a seed share what was pre-trained with it, so
+    that they are drawn together: the interval holds the spread of pre-training and of fine-tuning. Returns
+    low and high end, (K,) each.
+    """
+    values = np.asarray(scores, np.float64)
+    picks = np.random.default_rng(seed).integers(0, len(values), (resamples, len(values)))
+    drawn = values[picks].reshape(resamples, -1, values.shape[-1])
+    tail = (1 - level) / 2
+    low, high = np.quantile(interquartile_mean(drawn, axis=1), [tail, 1 - tail], axis=0)
+    return low, high
+
+
 def estimate(scores: Sequence[npt.ArrayLike], *, resamples: int = RESAMPLES) -> list[Estimate]:
     """Aggregates of each of K scores of runs, given for each task as an array (seeds, K)."""
     pooled = np.concatenate([np.asarray(task, dtype=np.float64) for task in scores])

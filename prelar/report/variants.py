@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -74,6 +75,8 @@ def essential(params: Mapping[str, Any]) -> dict[str, Any]:
 def group(runs: Sequence[Run]) -> tuple[list[Variant], list[tuple[Run, Run]]]:
     """The variants among the runs in order of appearance, and (run, the earlier run that it repeats).
 
+    A variant is named by its method and by the values in which it differs from most of the others.
+
     A run with the very params of an earlier one is no further seed, so it counts for nothing.
     """
     kept: dict[str, list[Run]] = {}
@@ -90,9 +93,10 @@ def group(runs: Sequence[Run]) -> tuple[list[Variant], list[tuple[Run, Run]]]:
         kept.setdefault(_text(setting), []).append(run)
     settings = [json.loads(text) for text in kept]
     differing = differences(settings)
+    usual = {key: _usual([_text(setting.get(key)) for setting in settings]) for key in differing}
     variants = [
         Variant(
-            _label(setting, differing),
+            _label(setting, [key for key in differing if _text(setting.get(key)) != usual[key]]),
             {key: setting.get(key) for key in differing},
             tuple(kept[_text(setting)]),
         )
@@ -105,6 +109,12 @@ def differences(settings: Sequence[Mapping[str, Any]]) -> list[str]:
     """The keys whose values are not the same in all settings, in the order of the first."""
     keys = dict.fromkeys(key for setting in settings for key in setting)
     return [key for key in keys if len({_text(setting.get(key)) for setting in settings}) > 1]
+
+
+def _usual(values: Sequence[str]) -> str | None:
+    """What more than half of the values are; None where they are divided."""
+    value, count = Counter(values).most_common(1)[0]
+    return value if 2 * count > len(values) else None
 
 
 def _label(setting: Mapping[str, Any], differing: Sequence[str]) -> str:

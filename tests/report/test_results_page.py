@@ -1,0 +1,69 @@
+"""The page of results: what it says follows from the committed tables, and from nothing else."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import replace
+
+import pytest
+
+from flows.sweep import PRESETS, plan_in
+from prelar.report.results import Results
+from tests.conftest import ROOT
+from tests.report.run_files import PARAMS, make_run
+from tools import results_page
+
+STEPS = (800.0, 1600.0, 2400.0, 3200.0)
+
+
+def results(monkeypatch: pytest.MonkeyPatch, seeds: int, best: str) -> Results:
+    """Results of some seeds, in which runs of the setting `best` alone reach what the expert does."""
+    monkeypatch.chdir(ROOT)
+    found = Results("v1", "c" * 40, PARAMS)
+    for one in plan_in(ROOT, PRESETS["small-comparison"][1], "code"):
+        found.changes[one.name] = one.changes
+    for variant in results_page.group(results_page.planned(found))[0]:
+        for run in variant.runs:
+            if run.params["seed"] < seeds:
+                top = 800.0 if results_page.NAMES[variant.label] == best else 200.0 + run.params["seed"]
+                made = make_run(run.name, [])
+                metrics = {"return_random": 100.0, "return_expert": 800.0}
+                found.add(replace(made, metrics=metrics, curves={"return": (STEPS, (100.0, top, top, top))}))
+                found.cpu_seconds[run.name] = 60.0
+    return found
+
+
+def test_the_better_setting_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(results_page, "probe", lambda scores: "")
+    found = results(monkeypatch, seeds=2, best="APV")
+    name = next(iter(found.changes))
+    found.failed[name] = "ended with status 1"
+    text, figures = results_page.page(found)
+    assert "42 of 105 runs are done" in text and "of the 2 seeds" in text and "1.0 minutes of a core" in text
+    assert "| APV | 0.750 (0.750 to 0.750) | 1 (1 to 1) |" in text
+    beaten = re.findall(r"\| (.*?) \| (.*?) \| ([01]\.00) \(\3 to \3\) \| (first|second) \|", text)
+    assert len(beaten) == 6 and all((row[0] == "APV") == (row[3] == "first") for row in beaten)
+    assert "| random actions | 100 | 100 | 100 |" in text and "800, 800" in text
+    assert f"- `{name}`: ended with status 1" in text
+    assert all(svg.startswith('<svg xmlns="http') and "APV" in svg for svg in list(figures.values())[:1])
+
+
+def test_an_incomplete_seed_counts_for_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(results_page, "probe", lambda scores: "")
+    whole, partly = results(monkeypatch, 1, "PreLAR"), results(monkeypatch, 2, "PreLAR")
+    last = [name for name in partly.runs if partly.runs[name].params["seed"] == 1][-1]
+    del partly.runs[last]
+    assert "41 of 105 runs are done" in results_page.page(partly)[0]
+    tables = [
+        re.findall(r"^\| (?!random|scripted).*", results_page.page(r)[0], re.M) for r in (whole, partly)
+    ]
+    assert tables[0] == tables[1] and "one seed" in "".join(tables[0])
+    empty, figures = results_page.page(results(monkeypatch, 0, ""))
+    assert "0 of 105 runs are done" in empty and figures == {} and "## Learning" not in empty
+
+
+def test_the_committed_page_is_that_of_the_committed_table() -> None:
+    text, figures = results_page.page(Results.read(ROOT / results_page.TABLE))
+    assert (ROOT / results_page.PAGE).read_text(encoding="utf-8") == text
+    committed = {path.name: path.read_text("utf-8") for path in (ROOT / results_page.FIGURES).glob("*.svg")}
+    assert committed == figures

@@ -1,0 +1,283 @@
+"""Write docs/results.md and its figures from results/small-comparison.csv, without running anything."""
+
+from __future__ import annotations
+
+import itertools
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+from jinja2 import StrictUndefined, Template
+
+from prelar.report.catalog import CurveSpec
+from prelar.report.charts import Series, line_chart, number
+from prelar.report.results import Results
+from prelar.report.runs import Run
+from prelar.report.statistics import interquartile_mean, probability_of_improvement, seed_interval
+from prelar.report.variants import Variant, group
+from prelar.utils.files import write_text
+
+ROOT = Path(__file__).parents[1]
+TABLE = Path("results/small-comparison.csv")
+PAGE = Path("docs/results.md")
+TEMPLATE = Path(__file__).with_name("results.md.jinja")
+FIGURES = Path("docs/results")
+NAMES = {
+    "DreamerV2": "DreamerV2",
+    "APV, naive = true, pretrain.steps = 0": "ResNet, untrained",
+    "APV": "APV",
+    "ContextWM": "ContextWM",
+    "PreLAR": "PreLAR",
+    "PreLAR, action_kind = deterministic, beta_a = 0": "PreLAR, no action KL",
+    "PreLAR, beta_c = 0": "PreLAR, no consistency",
+}
+"""The settings of the preset as `variant` has them, and how the page calls them."""
+LAST = 3
+METHODS = ("DreamerV2", "ResNet, untrained", "APV", "ContextWM", "PreLAR")
+ABLATIONS = ("ResNet, untrained", "PreLAR", "PreLAR, no action KL", "PreLAR, no consistency")
+STYLE = """<style>
+svg { background: #fcfbf8; font-family: sans-serif; stroke-linejoin: round; }
+.grid { stroke: #d8d4ca; } .axis { stroke: #585d65; }
+text { fill: #585d65; font-size: 12px; } .label { fill: #1c1e22; }
+.s0 { color: #0a5a87; } .s1 { color: #a8480a; } .s2 { color: #3f6d14; }
+.s3 { color: #7d2f70; } .s4 { color: #6b5900; } .s5 { color: #40505c; }
+.line { fill: none; stroke: currentColor; stroke-width: 2; } .mark { fill: currentColor; stroke: #fcfbf8; }
+.band { fill: currentColor; opacity: 0.16; } .behind { color: #585d65; stroke-width: 1.5; }
+</style>"""
+
+Values = npt.NDArray[np.float64]
+
+
+@dataclass(frozen=True)
+class Scores:
+    """The normalised returns of one setting.
+
+    Attributes:
+        name: of the setting.
+        values: (seeds, tasks, steps), 0 what random actions reach in a task, 1 what its expert does.
+        runs: the runs, (seeds, tasks).
+    """
+
+    name: str
+    values: Values
+    runs: Sequence[Sequence[Run]]
+
+    @property
+    def area(self) -> Values:
+        """The mean of the learning curve, (seeds, tasks, 1)."""
+        return self.values.mean(-1, keepdims=True)
+
+    @property
+    def last(self) -> Values:
+        """The mean of the curve's last `LAST` points, (seeds, tasks, 1)."""
+        return self.values[..., -LAST:].mean(-1, keepdims=True)
+
+
+def page(results: Results) -> tuple[str, dict[str, str]]:
+    """The page's text, and its figures by file name."""
+    variants = {NAMES[variant.label]: variant for variant in group(planned(results))[0]}
+    seeds, tasks, steps = balanced(results, variants)
+    done, hours = len(results.runs), sum(results.cpu_seconds.values()) / 3600
+    values: dict[str, Any] = {
+        "updates": results.params["scales.small.pretrain.steps"],
+        "env_steps": results.params["scales.small.finetune.env_steps"],
+        "tasks": tasks,
+        "code": results.code,
+        "commit": results.commit[:10],
+        "seeds": len(seeds),
+        "done": done,
+        "planned": len(results.changes),
+        "hours": f"{hours:.1f}",
+        "minutes": f"{60 * hours / max(done, 1):.1f}",
+        "failed": results.failed,
+    }
+    figures = {}
+    if seeds:
+        controls = {task: control_returns(results, task) for task in tasks}
+        scores = [score(name, variant, seeds, controls, steps) for name, variant in variants.items()]
+        values |= {
+            "learning": learning(scores),
+            "improvement": improvement(scores),
+            "returns": returns(scores, controls),
+            "models": world_models(scores),
+            "copied": spread(scores[-1], "prediction_error_copy", per_seed=True),
+        }
+        figures = {
+            "methods.svg": chart(scores, METHODS, steps, "How fast the agent learns, by method"),
+            "ablations.svg": chart(scores, ABLATIONS, steps, "What PreLAR's losses on the action are worth"),
+            "probe.svg": probe(scores),
+        }
+    template = Template(TEMPLATE.read_text(encoding="utf-8"), trim_blocks=True, undefined=StrictUndefined)
+    return template.render(values).rstrip() + "\n", figures
+
+
+def planned(results: Results) -> list[Run]:
+    """A run for each that is planned, without figures where it is not done."""
+    return [results.runs.get(name) or results.outline(name) for name in results.changes]
+
+
+def balanced(results: Results, variants: Mapping[str, Variant]) -> tuple[list[int], list[str], list[float]]:
+    """The seeds of which all runs are done, the tasks, and the steps of the curves."""
+    runs = [run for variant in variants.values() for run in variant.runs]
+    seeds = sorted({run.params["seed"] for run in runs if run.name in results.runs})
+    lacking = {run.params["seed"] for run in runs if run.name not in results.runs}
+    whole = [seed for seed in seeds if seed not in lacking]
+    steps = [run.curves["return"][0] for run in runs if run.params["seed"] in whole]
+    tasks = list(dict.fromkeys(run.params["task"] for run in runs))
+    return whole, tasks, list(steps[0]) if steps else []
+
+
+def control_returns(results: Results, task: str) -> tuple[float, float]:
+    """Mean returns of random actions and of the expert in a task, over all runs of it."""
+    found = [run.metrics for run in results.runs.values() if run.params["task"] == task]
+    low, high = (float(np.mean([one[name] for one in found])) for name in ("return_random", "return_expert"))
+    return low, high
+
+
+def score(
+    name: str,
+    variant: Variant,
+    seeds: Sequence[int],
+    controls: Mapping[str, tuple[float, float]],
+    steps: Sequence[float],
+) -> Scores:
+    """The scores of a setting in some seeds; the tasks are those of `controls`."""
+    runs = {(run.params["seed"], run.params["task"]): run for run in variant.runs}
+    table = [[runs[seed, task] for task in controls] for seed in seeds]
+    assert all(list(run.curves["return"][0]) == list(steps) for row in table for run in row)
+    low, high = np.array(list(controls.values())).T[:, None, :, None]
+    returns = np.array([[run.curves["return"][1] for run in row] for row in table])
+    return Scores(name, (returns - low) / (high - low), table)
+
+
+# --- Tables and figures -----------------------------------------------------------------------------------
+
+
+def learning(scores: Sequence[Scores]) -> str:
+    """Areas under the learning curves, and their ends."""
+    headings = ("setting", "area under the curve (95%)", "end (95%)")
+    rows = [
+        (one.name, *(f"{number(float(middle(x)))} ({ends(x)})" for x in (one.area, one.last)))
+        for one in scores
+    ]
+    return markdown(headings, rows)
+
+
+def improvement(scores: Sequence[Scores]) -> str:
+    """How probably a run of one setting beats one of another."""
+    rows = []
+    for one, other in itertools.combinations(scores, 2):
+        x, y = ([values[:, task, 0] for task in range(values.shape[1])] for values in (one.area, other.area))
+        value, low, high = probability_of_improvement(x, y)
+        verdict = "first" if low > 0.5 else "second" if high < 0.5 else "not told apart"
+        spread = f"{value:.2f} ({low:.2f} to {high:.2f})" if len(one.runs) > 1 else f"{value:.2f}"
+        rows.append((one.name, other.name, spread, verdict if len(one.runs) > 1 else "one seed"))
+    return markdown(("first", "second", "probability (95%)", "better"), rows)
+
+
+def returns(scores: Sequence[Scores], controls: Mapping[str, tuple[float, float]]) -> str:
+    """Returns at the end, seed by seed."""
+    rows: list[tuple[str, ...]] = [
+        (one.name, *(", ".join(f"{at_end(run):.0f}" for run in runs) for runs in zip(*one.runs, strict=True)))
+        for one in scores
+    ]
+    for place, name in enumerate(("random actions", "scripted expert")):
+        rows.append((name, *(f"{values[place]:.0f}" for values in controls.values())))
+    return markdown(("", *controls), rows)
+
+
+def world_models(scores: Sequence[Scores]) -> str:
+    """Whether pre-training helps the model, and what its action decides."""
+    headings = ("setting", "offline fit, pre-trained", "from scratch", "prediction", "controllability, dB")
+    rows = []
+    for one in scores:
+        cells = [spread(one, f"offline_error_{kind}") for kind in ("pretrained", "scratch")]
+        cells += [spread(one, name, per_seed=True) for name in ("prediction_error", "controllability_db")]
+        rows.append((one.name, *cells))
+    return markdown(headings, rows)
+
+
+def probe(scores: Sequence[Scores]) -> str:
+    """R² of the latent actions over gaps, beside the raw difference, as an SVG file."""
+    lines = {}
+    for one in scores:
+        found = [runs[0].curves for runs in one.runs if "probe_gaps" in runs[0].curves]
+        if found:
+            lines["raw difference"] = [curves["probe_gaps_difference"] for curves in found]
+            lines[one.name] = [curves["probe_gaps"] for curves in found]
+    spec = CurveSpec("", "", "R² of the latent action", "frames apart", "R²", "")
+    drawn = []
+    for name, curves in lines.items():
+        values = np.array([y for _, y in curves])
+        steps = list(curves[0][0])
+        drawn.append(
+            Series(name, steps, *(x.tolist() for x in (values.mean(0), values.min(0), values.max(0))))
+        )
+    return styled(line_chart(spec, drawn, identifier="probe"))
+
+
+def at_end(run: Run) -> float:
+    """The mean of the last `LAST` points of a run's learning curve."""
+    return float(np.mean(run.curves["return"][1][-LAST:]))
+
+
+# --- Helpers ----------------------------------------------------------------------------------------------
+
+
+def middle(values: Values) -> Values:
+    """The interquartile mean of (seeds, tasks, K) over seeds and tasks: (K,)."""
+    return interquartile_mean(values.reshape(-1, values.shape[-1])).squeeze()
+
+
+def ends(values: Values) -> str:
+    """The interval of the interquartile mean of (seeds, tasks, 1)."""
+    low, high = seed_interval(values)
+    return f"{number(float(low[0]))} to {number(float(high[0]))}"
+
+
+def spread(one: Scores, metric: str, per_seed: bool = False) -> str:
+    """Mean, least and greatest of a metric over runs, or over one run a seed; a dash where none has it."""
+    runs = [run for row in one.runs for run in (row[:1] if per_seed else row)]
+    found = [run.metrics[metric] for run in runs if metric in run.metrics]
+    if not found:
+        return "–"
+    return f"{number(float(np.mean(found)))} ({number(min(found))} to {number(max(found))})"
+
+
+def chart(scores: Sequence[Scores], names: Sequence[str], steps: Sequence[float], title: str) -> str:
+    """The learning curves of some settings as an SVG file."""
+    lines = []
+    for one in scores:
+        if one.name in names:
+            low, high = seed_interval(one.values)
+            lines.append(Series(one.name, steps, middle(one.values).tolist(), low.tolist(), high.tolist()))
+    spec = CurveSpec("", "", title, "environment steps", "normalised return", "")
+    return styled(line_chart(spec, lines, identifier="learning"))
+
+
+def styled(svg: str) -> str:
+    """A chart as a file of its own."""
+    return re.sub(r"^<svg ([^>]*)>", rf'<svg xmlns="http://www.w3.org/2000/svg" \1>\n{STYLE}', svg) + "\n"
+
+
+def markdown(headings: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """A table."""
+    lines = [headings, ["---"] * len(headings), *rows]
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
+def main() -> None:
+    """Write the page and its figures."""
+    text, figures = page(Results.read(ROOT / TABLE))
+    write_text(ROOT / PAGE, text)
+    for name, svg in figures.items():
+        write_text(ROOT / FIGURES / name, svg)
+    print(f"results: {PAGE}, {len(figures)} figures in {FIGURES}")
+
+
+if __name__ == "__main__":
+    main()
