@@ -361,6 +361,7 @@ def survive_kills(
     assert results(root) == results(tmp_path / "straight")
 
 
+@pytest.mark.long
 def test_a_killed_run_goes_on_bit_for_bit(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

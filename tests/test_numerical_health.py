@@ -77,7 +77,7 @@ def break_after(
     return norms
 
 
-@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+@pytest.mark.parametrize("precision", ["fp32", pytest.param("bf16", marks=pytest.mark.long)])
 @pytest.mark.parametrize(
     ("module", "value", "named"),
     [

@@ -16,7 +16,7 @@ from prelar.envs.simulator import episode_entropy
 from prelar.utils.errors import UserError
 
 TASKS = [DMC.prefix + name for name in DMC.tasks]
-FEW = ["dmc/cup-catch", "dmc/finger-turn-hard", "dmc/quadruped-walk"]
+FEW = ["dmc/cup-catch", "dmc/quadruped-walk"]
 SOME = [pytest.param(task, marks=[] if task in FEW else pytest.mark.long) for task in TASKS]
 
 

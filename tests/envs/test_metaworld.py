@@ -120,7 +120,7 @@ def test_time_limit_ends_the_episode() -> None:
             simulator.step(np.zeros(4))
 
 
-@pytest.mark.parametrize("repeat", [1, 4, 20])
+@pytest.mark.parametrize("repeat", [pytest.param(1, marks=pytest.mark.long), 4, 20])
 def test_a_repeated_action_is_the_same_action_step_after_step(repeat: int) -> None:
     """Straight through the goal and beyond: success counts where only steps in between have it."""
     limit = 50

@@ -322,9 +322,8 @@ def tables(tmp_path: Path) -> Source:
     return hdf5.open_folder(tmp_path / "files")
 
 
-@pytest.mark.parametrize(
-    "kind", ["recorded", *(pytest.param(kind, marks=pytest.mark.long) for kind in ("images", "tables"))]
-)
+@pytest.mark.long
+@pytest.mark.parametrize("kind", ["recorded", "images", "tables"])
 def test_killed_at_many_operations_and_still_the_same_bytes(
     kind: str, tmp_path: Path, request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch
 ) -> None:
