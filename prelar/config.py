@@ -266,6 +266,7 @@ class Pretrain(_Frozen):
         "grey: what a small cnn_depth needs; 0: as published",
     )
     decoded: float = Field(
+        default=1.0,
         gt=0,
         le=1,
         description="share of a segment's frames, drawn anew for every update, that are decoded and "
