@@ -525,7 +525,7 @@ class Config(_Frozen):
     deterministic: bool = Field(
         description="true: same params, same bytes on a GPU too, more slowly; a CPU gives them anyway"
     )
-    threads: Workers = Field(description="CPU threads of torch")
+    threads: Workers = Field(description="CPU threads of torch: 1 is the fastest for small networks on a CPU")
     loggers: list[Literal["tensorboard", "wandb"]] = Field(
         default_factory=list,
         description="beside the project's own log: [tensorboard, wandb], each an extra of its name; []: none",
