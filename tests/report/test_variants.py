@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+
 import pytest
 
 from prelar.report.variants import aggregate, at_step, common_steps, essential, group, interpolate
@@ -27,12 +29,17 @@ def test_what_differs_names_a_setting() -> None:
         make_run("c", [0.5], method="apv", seed=3),
     ]
     variants, _ = group(runs)
-    assert [v.label for v in variants] == [
-        "PreLAR, beta_a = null",
-        "PreLAR, beta_a = 0.1",
-        "APV, beta_a = null",
-    ]
+    assert [v.label for v in variants] == ["PreLAR", "PreLAR, beta_a = 0.1", "APV"]
     assert variants[1].settings == {"method": "prelar", "beta_a": 0.1}
+
+
+def test_settings_that_differ_have_names_that_differ() -> None:
+    values = itertools.product(("prelar", "apv"), (None, 0.1), (None, 0, 2), ("order", "sign"))
+    keys = ("method", "beta_a", "beta_c", "consistency")
+    runs = [make_run(str(i), [0.5], **dict(zip(keys, one, strict=True))) for i, one in enumerate(values)]
+    for chosen in (runs, runs[::2], runs[::3], runs[:5], runs[:2]):
+        labels = [variant.label for variant in group(chosen)[0]]
+        assert len(set(labels)) == len(labels) == len(chosen)
 
 
 @pytest.mark.parametrize(
