@@ -24,7 +24,8 @@ from prelar.utils.parents import child
 GRACE = 20
 PACE = 0.2
 EXPERIMENTS = "refs/exps"
-START = """\
+CPU_SECONDS = "CPU seconds:"
+START = f"""\
 import contextlib, os, resource, runpy, signal, sys
 from prelar.utils.parents import end_with_parent
 end_with_parent(int(sys.argv.pop(1)), signal.SIGKILL)
@@ -34,9 +35,8 @@ try:
     runpy.run_module("dvc", run_name="__main__", alter_sys=True)
 finally:
     used = [resource.getrusage(who) for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)]
-    print("CPU seconds:", round(sum(one.ru_utime + one.ru_stime for one in used), 1), flush=True)
+    print({CPU_SECONDS!r}, round(sum(one.ru_utime + one.ru_stime for one in used), 1), flush=True)
 """
-CPU_SECONDS = "CPU seconds: "
 
 
 class Log:
@@ -72,6 +72,8 @@ def dvc(
 ) -> list[str]:
     """Run DVC in a folder and return its lines, each given to `on_line` as it comes and kept in `log`.
 
+    The log ends with `CPU_SECONDS` and what DVC and its stages took, which is no line of DVC's.
+
     DVC has a session of its own, waits for other DVCs and is killed when this process ends. What interrupts
     this call, or sets `stop`, interrupts DVC and its stages as Ctrl-C in a terminal would. Raises `UserError`
     with DVC's reasons.
@@ -90,13 +92,14 @@ def dvc(
                 raise UserError(f"dvc {words[0]} {words[1]} was interrupted")
             ended = process.poll() is not None
             for line in new.fresh(Path(output.name)):
+                if line.startswith(CPU_SECONDS):
+                    continue
                 lines.append(line.strip())
                 if on_line:
                     on_line(lines[-1])
             time.sleep(0 if ended else PACE)
     if process.returncode != 0:
-        told = [line for line in lines if not line.startswith(CPU_SECONDS)]
-        reasons = [line for line in told if line.lower().startswith("error")] or told[-1:]
+        reasons = [line for line in lines if line.lower().startswith("error")] or lines[-1:]
         raise UserError(
             f"dvc {words[0]} {words[1]} ended with status {process.returncode}: {'; '.join(reasons)}"
         )

@@ -86,10 +86,10 @@ class Version:
         with self.copy(folder), snapshots(step.name) as kept:
             _share_cache(folder)
             kept["DVC_SITE_CACHE_DIR"] = str((folder / ".dvc/tmp/site").absolute())
-            lines = dvc(*words, on_line=on_line, folder=folder, log=log, stop=stop, environment=kept)
+            dvc(*words, on_line=on_line, folder=folder, log=log, stop=stop, environment=kept)
             if not step.shared:
                 self.fetch(str(folder), step.name)
-        return float(lines[-1].removeprefix(CPU_SECONDS))
+        return float(log.read_text(encoding="utf-8", errors="replace").rpartition(CPU_SECONDS)[2])
 
     def results(self) -> dict[str, str]:
         """The references of the finished experiments of this and other versions, by name."""

@@ -42,7 +42,7 @@ def stand_in(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 def test_what_dvc_leaves_running_holds_nothing_up() -> None:
     seen: list[str] = []
     lines = dvc("exp", "left", on_line=seen.append)
-    assert lines == seen and lines[0] == "['--wait-for-lock', '--cd', '.', 'exp', 'left']"
+    assert lines == seen and len(lines) == 2 and lines[0] == "['--wait-for-lock', '--cd', '.', 'exp', 'left']"
     os.kill(int(lines[1]), signal.SIGKILL)  # fails where it had to end first
 
 
