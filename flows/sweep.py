@@ -142,8 +142,8 @@ def changed(base: Values, changes: Values) -> Values:
 
 @dataclass(frozen=True)
 class Experiment:
-    """A point of a sweep: `changes` to params.yaml, the stages `targets` that measure it, and the `parts`, in
-    their order, that these and the stages before them make."""
+    """A point of a sweep: `changes` to params.yaml, the stages `targets` that measure it (none: all), and the
+    `parts`, in their order, that these and the stages before them make."""
 
     name: str
     seed: int
@@ -165,17 +165,17 @@ def plan(grids: Iterable[Grid], version: Version) -> list[Experiment]:
 def plan_in(root: Path, grids: Iterable[Grid], code: str) -> list[Experiment]:
     """`plan` of the files in `root`. The name of an experiment follows from its params and `code`."""
     base, stages = read_yaml(root / PARAMS), Stages(root / PIPELINE)
+    targets = stages.measuring()
     found: dict[str, Experiment] = {}
     for changes in points(grids):
         config = parse_config(changed(base, changes))
         check_names(config)
         values = config.model_dump(mode="json")
         identity = _digest([code, values])
-        targets, needed = stages.measured(values)
-        keys = {name: key for name, key in stages.fingerprints(values).items() if name in needed}
+        keys = stages.fingerprints(values, targets)
         parts = tuple((name, _digest([code, key])) for name, key in keys.items())
         name = _name(values, changes, identity)
-        found.setdefault(identity, Experiment(name, config.seed, changes, tuple(targets), parts))
+        found.setdefault(identity, Experiment(name, config.seed, changes, targets, parts))
     return sorted(found.values(), key=lambda one: one.seed)
 
 

@@ -50,12 +50,19 @@ class Stages:
             [name, stage.get("cmd"), {key: _lookup(values, key) for key in keys}, self._code[name]]
         )
 
-    def fingerprints(self, values: Values) -> dict[str, str]:
-        """For each stage, the digest of its fingerprint and of those of all stages before it, in hex."""
+    def fingerprints(self, values: Values, targets: Iterable[str] = ()) -> dict[str, str]:
+        """For each stage, the digest of its fingerprint and of those of all stages before it, in hex.
+
+        With `targets` only for these and the stages before them.
+        """
         stages = self.resolved(values)
         above = _upstream(stages)
+        needed = set(targets) or set(stages)
+        while more := set().union(*(above[name] for name in needed)) - needed:
+            needed |= more
         found: dict[str, str] = {}
-        for name in graphlib.TopologicalSorter(above).static_order():
+        graph = {name: before for name, before in above.items() if name in needed}
+        for name in graphlib.TopologicalSorter(graph).static_order():
             found[name] = _digest(
                 [self._fingerprint(name, stages[name], values), sorted(found[other] for other in above[name])]
             )
@@ -65,13 +72,9 @@ class Stages:
         """For each stage, the stages of whose outputs it reads one, or the folder that one lies in."""
         return _upstream(self.resolved(values))
 
-    def measured(self, values: Values) -> tuple[list[str], set[str]]:
-        """The stages that make metrics, and those with all the stages before them; all where none does."""
-        ends = [name for name, stage in self.stages.items() if stage.get("metrics")] or list(self.stages)
-        above, found, new = self.upstream(values), set(ends), set(ends)
-        while new := set().union(*(above[name] for name in new)) - found:
-            found |= new
-        return ends, found
+    def measuring(self) -> tuple[str, ...]:
+        """The stages that make metrics."""
+        return tuple(name for name, stage in self.stages.items() if stage.get("metrics"))
 
     def code(self) -> list[str]:
         """The files and folders that stages read and no stage makes, params.yaml apart."""

@@ -79,7 +79,7 @@ class Scores:
 
 def page(results: Results) -> tuple[str, dict[str, str]]:
     """The page's text, and its figures by file name."""
-    variants = {NAMES[variant.label]: variant for variant in group(planned(results))[0]}
+    variants = {NAMES[variant.label]: variant for variant in group(results.planned())[0]}
     seeds, tasks, steps = balanced(results, variants)
     done, hours = len(results.runs), sum(results.cpu_seconds.values()) / 3600
     values: dict[str, Any] = {
@@ -113,11 +113,6 @@ def page(results: Results) -> tuple[str, dict[str, str]]:
         }
     template = Template(TEMPLATE.read_text(encoding="utf-8"), trim_blocks=True, undefined=StrictUndefined)
     return template.render(values).rstrip() + "\n", figures
-
-
-def planned(results: Results) -> list[Run]:
-    """A run for each that is planned, without figures where it is not done."""
-    return [results.runs.get(name) or results.outline(name) for name in results.changes]
 
 
 def balanced(results: Results, variants: Mapping[str, Variant]) -> tuple[list[int], list[str], list[float]]:

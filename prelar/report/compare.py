@@ -128,11 +128,10 @@ def export(runs: Sequence[Run]) -> str:
     writer = csv.writer(text, lineterminator="\n")
     writer.writerow(("run", "setting", "method", "task", "seed", "step", "success", "return"))
     for run in runs:
-        curves = {name: dict(zip(*run.curves.get(name, ((), ())), strict=True)) for name in LEARNING_CURVES}
         keys = (run.params.get(key) for key in ("method", "task", "seed"))
         about = (run.name, labels.get(run.name, "a repetition"), *keys)
-        for step in sorted({step for curve in curves.values() for step in curve}):
-            writer.writerow((*about, f"{step:g}", *(curve.get(step, "") for curve in curves.values())))
+        for step, values in run.points(LEARNING_CURVES):
+            writer.writerow((*about, f"{step:g}", *(values.get(name, "") for name in LEARNING_CURVES)))
     return text.getvalue()
 
 

@@ -84,9 +84,9 @@ class Results:
         }
         self.runs[run.name] = self._run(run.name, {**run.metrics, **controls}, curves)
 
-    def outline(self, name: str) -> Run:
-        """A run of `changes` as planned, without figures."""
-        return self._run(name, {}, {})
+    def planned(self) -> list[Run]:
+        """A run for each of `changes`, without figures where it is not done."""
+        return [self.runs.get(name) or self._run(name, {}, {}) for name in self.changes]
 
     def _run(self, name: str, metrics: Mapping[str, float], curves: Mapping[str, Curve]) -> Run:
         changes = self.changes[name]
@@ -107,8 +107,7 @@ class Results:
 
     def write(self, path: Path) -> None:
         """Write the table to `path`, and the description beside it."""
-        named = [self.outline(name) for name in self.changes]
-        labels = {run.name: variant.label for variant in group(named)[0] for run in variant.runs}
+        labels = {run.name: variant.label for variant in group(self.planned())[0] for run in variant.runs}
         metrics = sorted({EVALUATED.get(name, name) for run in self.runs.values() for name in run.metrics})
         text = io.StringIO()
         table = csv.DictWriter(text, (*COLUMNS, *metrics), restval="", lineterminator="\n")
@@ -180,21 +179,16 @@ def _rows(run: Run, label: str) -> list[dict[str, Any]]:
         "task": params["task"],
         "seed": params["seed"],
     }
-    curves = {name: dict(zip(*run.curves.get(name, ((), ())), strict=True)) for name in LEARNING}
     rows = [
-        {
-            **about,
-            "env_steps": f"{step:g}",
-            **{name: _cell(curve.get(step)) for name, curve in curves.items()},
-        }
-        for step in sorted({step for curve in curves.values() for step in curve})
+        {**about, "env_steps": f"{step:g}", **{name: _cell(value) for name, value in values.items()}}
+        for step, values in run.points(LEARNING)
     ] or [about]
     rows[-1] |= {EVALUATED.get(name, name): _cell(value) for name, value in run.metrics.items()}
     return rows
 
 
-def _cell(value: float | None) -> str:
-    return "" if value is None else f"{value:.9g}"
+def _cell(value: float) -> str:
+    return f"{value:.9g}"
 
 
 def _parse(

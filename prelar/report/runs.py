@@ -128,6 +128,12 @@ class Run:
     curves: Mapping[str, Curve]
     files: Files
 
+    def points(self, names: Sequence[str]) -> list[tuple[float, dict[str, float]]]:
+        """The steps at which one of some curves has a point, and the values there of those that have one."""
+        curves = {name: dict(zip(*self.curves[name], strict=True)) for name in names if name in self.curves}
+        steps = sorted({step for curve in curves.values() for step in curve})
+        return [(step, {name: c[step] for name, c in curves.items() if step in c}) for step in steps]
+
     @property
     def stages(self) -> tuple[str, ...]:
         """The stages before the evaluation."""

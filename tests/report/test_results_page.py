@@ -22,7 +22,7 @@ def results(monkeypatch: pytest.MonkeyPatch, seeds: int, best: str) -> Results:
     found = Results("v1", "c" * 40, PARAMS)
     for one in plan_in(ROOT, PRESETS["small-comparison"][1], "code"):
         found.changes[one.name] = one.changes
-    for variant in results_page.group(results_page.planned(found))[0]:
+    for variant in results_page.group(found.planned())[0]:
         for run in variant.runs:
             if run.params["seed"] < seeds:
                 top = 800.0 if results_page.NAMES[variant.label] == best else 200.0 + run.params["seed"]
