@@ -1,7 +1,7 @@
-"""No step waits for the device: none reads a tensor's value, or lets it decide a shape, on the host.
+"""No step waits for the device: none reads a tensor's value on the host, lets it decide a shape, or copies a number over.
 
-On a GPU such a read stops the host until everything launched before has ended. Here the operations that do so
-are refused wherever the tensors lie.
+On a GPU such an operation stops the host until everything launched before has ended. Here those that do so are
+refused wherever the tensors lie.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ import pytest
 import torch
 from torch import Tensor
 from torch._dynamo.utils import counters
+from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from prelar.control.actor_critic import ActorCritic
@@ -26,6 +27,15 @@ from prelar.utils.distributed import Processes
 BATCH, TIME = 2, 8
 SIZES = {"cnn_depth": 2, "hidden": 6, "deter": 5, "stoch": 3, "discrete": 4, "action_dim": 8}
 READS = {"_local_scalar_dense", "is_nonzero", "equal", "nonzero", "masked_select", "_unique2", "unique_dim"}
+
+
+class NoNumbers(TorchFunctionMode):
+    """Refuses tensors made of numbers on the host: from there to a device they are copied while it waits."""
+
+    def __torch_function__(self, function: Any, types: Any, arguments: Any = (), named: Any = None) -> Any:
+        if function in (torch.tensor, torch.as_tensor) and not isinstance(arguments[0], Tensor):
+            raise AssertionError(f"{function.__name__} of numbers waits for the device")
+        return function(*arguments, **(named or {}))
 
 
 class NoReads(TorchDispatchMode):
@@ -53,7 +63,7 @@ def test_a_step_of_pretraining_reads_nothing(method: str) -> None:
     module, wrapped = fabric.setup(model, optimizer)
     module.mark_forward_method("pretrain_losses")
     images, is_first = frames(), first_steps(BATCH, TIME)
-    with NoReads():
+    with NoReads(), NoNumbers():
         for _ in range(2):
             with fabric.autocast():
                 losses, outputs = module.pretrain_losses(normalise(images), is_first)
@@ -106,7 +116,7 @@ def experience() -> dict[str, Tensor]:
 @pytest.mark.parametrize("method", METHODS)
 def test_an_update_of_finetuning_reads_nothing(method: str) -> None:
     learning, batch = learner(method), experience()
-    with NoReads():
+    with NoReads(), NoNumbers():
         for number in range(2):
             learning.update(batch, number)
 
@@ -128,8 +138,14 @@ def test_updates_compile_at_first_alone_and_each_part_to_one_graph(method: str) 
     assert compiled[0] > 0 and compiled[1:] == [compiled[0]] * 2
 
 
-def test_reads_are_noticed() -> None:
+def test_what_waits_is_noticed() -> None:
     values = torch.rand(3)
-    for read in (lambda: values.sum().item(), lambda: values[values > 0.5], lambda: bool(values[0])):
-        with NoReads(), pytest.raises(AssertionError, match="waits for the device"):
-            read()
+    for wait in (
+        lambda: values.sum().item(),
+        lambda: values[values > 0.5],
+        lambda: bool(values[0]),
+        lambda: torch.as_tensor(0.5, device=values.device),
+        lambda: torch.tensor([0, 1]),
+    ):
+        with NoReads(), NoNumbers(), pytest.raises(AssertionError, match="waits for the device"):
+            wait()

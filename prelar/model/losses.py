@@ -113,16 +113,16 @@ CONSISTENCY = {"order": order, "sign": sign}
 
 
 def lambda_return(
-    reward: Tensor, value: Tensor, bootstrap: Tensor, *, discount: float | Tensor, lam: float
+    reward: Tensor, value: Tensor, bootstrap: Tensor, *, discount: float, lam: float
 ) -> Tensor:
     """λ-returns (DreamerV2, equation 4), time first.
 
     `reward` (H, …) is earned at step t, `value` (H, …) estimates the return from step t on, `bootstrap` (…)
-    the return from step H on, and `discount` (a number or (H, …)) applies between t and t+1: R_t = r_t +
-    γ_t ((1 - λ) v_{t+1} + λ R_{t+1}), with v_H = R_H = bootstrap. Returns (H, …).
+    the return from step H on, and `discount` γ applies between t and t + 1: R_t = r_t + γ ((1 - λ) v_{t+1} +
+    λ R_{t+1}), with v_H = R_H = bootstrap. Returns (H, …).
     """
     following = torch.cat([value[1:], bootstrap[None]])
-    discounts = torch.as_tensor(discount, dtype=reward.dtype, device=reward.device).expand_as(reward)
+    discounts = torch.full_like(reward, discount)
     flow = reward + discounts * (1 - lam) * following
     returns = []
     last = bootstrap

@@ -217,11 +217,11 @@ def test_lambda_return_by_hand() -> None:
 
 def test_lambda_return_of_one_is_the_discounted_sum_and_of_zero_the_next_value() -> None:
     reward, value, end = torch.rand(4, 3), torch.rand(4, 3), torch.rand(3)
-    discount = torch.rand(4, 3)
+    discount = 0.7
     whole = lambda_return(reward, value, end, discount=discount, lam=1.0)
     expected = end
     for step in (3, 2, 1, 0):
-        expected = reward[step] + discount[step] * expected
+        expected = reward[step] + discount * expected
     torch.testing.assert_close(whole[0], expected)
     single = lambda_return(reward, value, end, discount=discount, lam=0.0)
     torch.testing.assert_close(single, reward + discount * torch.cat([value[1:], end[None]]))
