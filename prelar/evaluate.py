@@ -41,6 +41,7 @@ from prelar.train.loop import set_up
 from prelar.utils.errors import UserError
 from prelar.utils.files import publish, remove, write_text
 from prelar.utils.frames import SIZE
+from prelar.utils.processes import worker_pool
 from prelar.utils.seeds import RngStream, episode_seed, generator
 from prelar.utils.tables import evenly_spaced_indices, write_tsv
 from prelar.utils.video_file import write_mp4
@@ -102,30 +103,27 @@ def run(config: Config) -> None:
     check_origin(FINETUNE, described, method=config.method, task=config.task, action_repeat=repeat)
     check_origin(FINETUNE, described, **config.view._asdict())
     gl.ensure()
-    fabric = set_up(
-        device=config.device,
-        precision=config.precision,
-        threads=config.threads,
-        deterministic=config.deterministic,
-    )
+    fabric = fabric_of(config)
     store = Store.open(config.store)
     folder = REPORT.with_name(f".{REPORT.name}.partial")
     remove(folder)
     folder.mkdir(parents=True)
 
     agent, _ = load_agent(FINETUNE, device=fabric.device)
-    with fabric.autocast():
-        found = evaluate_agent(config, agent, repeat, folder)
-    if METHODS[config.method].pretrains:
-        model = load_pretrained_model(fabric.device)
+    with worker_pool(1) as pool:  # a process beside this one takes as long as all the rest
+        start = pool.submit(evaluate_offline, config, repeat, folder)
         with fabric.autocast():
-            found |= evaluate_prediction(config, model, store, folder)
-            found |= evaluate_actions(config, model, store, folder)
-            found |= evaluate_sources(config, model, store)
-    else:
-        missing = f"{config.method} does not pre-train, so there is nothing to measure."
-        found |= EvalResult(summary={"prediction_missing": missing, "probe_missing": missing})
-    found |= evaluate_offline(config, fabric, repeat, folder)
+            found = evaluate_agent(config, agent, repeat, folder)
+        if METHODS[config.method].pretrains:
+            model = load_pretrained_model(fabric.device)
+            with fabric.autocast():
+                found |= evaluate_prediction(config, model, store, folder)
+                found |= evaluate_actions(config, model, store, folder)
+                found |= evaluate_sources(config, model, store)
+        else:
+            missing = f"{config.method} does not pre-train, so there is nothing to measure."
+            found |= EvalResult(summary={"prediction_missing": missing, "probe_missing": missing})
+        found |= start.result()
     _write_json(
         folder / "dataset.json", describe(store) | {"previews": write_previews(store, folder / "previews")}
     )
@@ -138,6 +136,16 @@ def run(config: Config) -> None:
     log_results(config, metrics)
     _write_json(METRICS, {name: metrics[name] for name in HEADLINE_METRICS if name in metrics})
     print(f"evaluate: {headline(found.metrics)} -> {METRICS}, {REPORT}", flush=True)
+
+
+def fabric_of(config: Config) -> Fabric:
+    """The Fabric of an evaluation's process."""
+    return set_up(
+        device=config.device,
+        precision=config.precision,
+        threads=config.threads,
+        deterministic=config.deterministic,
+    )
 
 
 def log_results(config: Config, metrics: Mapping[str, float], folder: Path = REPORT) -> None:
@@ -516,12 +524,12 @@ def _decided(found: Controllability, name: str) -> EvalResult:
 # --- The start of fine-tuning -----------------------------------------------------------------------------
 
 
-def evaluate_offline(config: Config, fabric: Fabric, repeat: int, folder: Path) -> EvalResult:
+def evaluate_offline(config: Config, repeat: int, folder: Path) -> EvalResult:
     """Fit the world model of fine-tuning to fixed episodes, from the checkpoint and from scratch.
 
-    repeat: environment steps that an action is applied for.
+    repeat: environment steps that an action is applied for. Runs in a process of its own.
     """
-    settings = config.evaluate
+    settings, fabric = config.evaluate, fabric_of(config)
     seed = episode_seed(RngStream.OFFLINE_EPISODES, config.seed)
     with make_env(config.task, action_repeat=repeat, view=config.view) as simulator:
         learnt, episodes = offline.collect(simulator, episodes=settings.offline_episodes, seed=seed)

@@ -95,6 +95,8 @@ FIRST = ("tests/test_end_to_end.py",)
 
 FORKED = [
     "prelar.envs.pixels",
+    "prelar.evaluate",
+    "prelar.simulator.page",
     "tests.control.toy_run",
     "tests.test_pretrain",
     "tests.toy",

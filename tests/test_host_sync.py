@@ -1,7 +1,8 @@
-"""No step waits for the device: none reads a tensor's value on the host, lets it decide a shape, or copies a number over.
+"""No step waits for the device: none reads a tensor's value on the host, lets it decide a shape, or copies a
+number over.
 
-On a GPU such an operation stops the host until everything launched before has ended. Here those that do so are
-refused wherever the tensors lie.
+On a GPU such an operation stops the host until everything launched before has ended. Here those that do so
+are refused wherever the tensors lie.
 """
 
 from __future__ import annotations

@@ -112,9 +112,7 @@ def sign(state: Tensor, action: Tensor, valid: Tensor) -> Tensor:
 CONSISTENCY = {"order": order, "sign": sign}
 
 
-def lambda_return(
-    reward: Tensor, value: Tensor, bootstrap: Tensor, *, discount: float, lam: float
-) -> Tensor:
+def lambda_return(reward: Tensor, value: Tensor, bootstrap: Tensor, *, discount: float, lam: float) -> Tensor:
     """λ-returns (DreamerV2, equation 4), time first.
 
     `reward` (H, …) is earned at step t, `value` (H, …) estimates the return from step t on, `bootstrap` (…)

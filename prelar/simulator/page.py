@@ -27,6 +27,7 @@ from prelar.store.store import Store
 from prelar.train.checkpoint import load_config
 from prelar.train.loop import set_up
 from prelar.utils.files import write_text
+from prelar.utils.processes import worker_pool
 from prelar.utils.tables import read_tsv
 
 PAGE = Path("reports/simulator.html")
@@ -63,16 +64,18 @@ def run(config: Config, root: Path = Path()) -> None:
 
     Raises `UserError` where a checkpoint or the store is missing.
     """
-    set_up(device="cpu", precision="fp32", threads=config.threads)
-    start = functools.partial(find_world, config)
-    found = [
-        make_entry(folder, start, root)
-        for folder in CHECKPOINTS
-        if "dynamics" in load_config(folder)["parts"]
-    ]
+    folders = [folder for folder in CHECKPOINTS if "dynamics" in load_config(folder)["parts"]]
+    with worker_pool(len(folders)) as pool:  # turning a model into a graph takes longest
+        found = list(pool.map(functools.partial(entry_of, config, root), folders))
     write_text(root / PAGE, render(found, runtime.find()))
     size = (root / PAGE).stat().st_size / 1e6
     print(f"simulator: {root / PAGE}, {size:.1f} MB", flush=True)
+
+
+def entry_of(config: Config, root: Path, folder: Path) -> Entry:
+    """`make_entry` for a checkpoint of a project, in a process of its own."""
+    set_up(device="cpu", precision="fp32", threads=config.threads)
+    return make_entry(folder, functools.partial(find_world, config), root)
 
 
 def find_world(config: Config, step: Step) -> World | None:

@@ -26,17 +26,21 @@ def processors() -> int:
 def worker_pool(count: int) -> Iterator[ProcessPoolExecutor]:
     """A pool of `count` freshly started processes.
 
-    When the block fails, what has not started is cancelled. Ctrl-C is left to the parent, and a worker whose
-    parent is killed ends itself. Raises `UserError` where a worker dies.
+    When the block fails, what has not started is cancelled, and what runs is ended. Ctrl-C is left to the
+    parent, and a worker whose parent is killed ends itself. Raises `UserError` where a worker dies.
     """
-    spawn = multiprocessing.get_context("spawn")
-    pool = ProcessPoolExecutor(count, mp_context=spawn, initializer=follow_parent)
+    clean = multiprocessing.get_context("forkserver")
+    pool = ProcessPoolExecutor(count, mp_context=clean, initializer=follow_parent)
     try:
         yield pool
     except BrokenProcessPool:
         raise UserError(
             "a worker process died, perhaps for want of memory; make room and run again"
         ) from None
+    except BaseException:
+        for worker in list((pool._processes or {}).values()):
+            worker.terminate()
+        raise
     finally:
         pool.shutdown(cancel_futures=True)
 

@@ -35,6 +35,15 @@ def test_failure_cancels_what_waits() -> None:
     assert jobs[-1].cancelled()
 
 
+def test_failure_ends_what_runs() -> None:
+    begun = time.monotonic()
+    with pytest.raises(KeyboardInterrupt), worker_pool(2) as pool:
+        pool.submit(abs, 1).result()
+        pool.submit(time.sleep, 600)
+        raise KeyboardInterrupt
+    assert time.monotonic() - begun < 60
+
+
 @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGSEGV])
 def test_a_worker_that_dies_is_told_in_a_line(number: signal.Signals) -> None:
     with pytest.raises(UserError, match=r"^a worker process died"), worker_pool(1) as pool:
