@@ -69,13 +69,11 @@ def bootstrap_interval(
         begin += len(task)
     drawn, pooled = np.concatenate(picks, axis=1), np.concatenate(tasks)
     means = np.stack([interquartile_mean(column[drawn], axis=1) for column in pooled.T])
-    tail = (1 - level) / 2
-    low, high = np.quantile(means, [tail, 1 - tail], axis=1)
-    return low, high
+    return _ends(means, axis=1, level=level)
 
 
 def seed_interval(
-    scores: npt.ArrayLike, *, resamples: int = RESAMPLES, level: float = LEVEL, seed: int = 0
+    scores: npt.ArrayLike, *, resamples: int = RESAMPLES, seed: int = 0
 ) -> tuple[Scores, Scores]:
     """Percentile interval of the interquartile mean over seeds and tasks, whole seeds drawn anew.
 
@@ -86,9 +84,7 @@ def seed_interval(
     values = np.asarray(scores, np.float64)
     picks = np.random.default_rng(seed).integers(0, len(values), (resamples, len(values)))
     drawn = values[picks].reshape(resamples, -1, values.shape[-1])
-    tail = (1 - level) / 2
-    low, high = np.quantile(interquartile_mean(drawn, axis=1), [tail, 1 - tail], axis=0)
-    return low, high
+    return _ends(interquartile_mean(drawn, axis=1))
 
 
 def estimate(scores: Sequence[npt.ArrayLike], *, resamples: int = RESAMPLES) -> list[Estimate]:
@@ -126,7 +122,7 @@ def probability_of_improvement(
         value = value + beats(x[None], y[None]) / len(ours)
         picks = [random.integers(0, len(scores), (resamples, len(scores))) for scores in (x, y)]
         drawn = drawn + beats(x[picks[0]], y[picks[1]]) / len(ours)
-    low, high = np.quantile(drawn, [(1 - LEVEL) / 2, (1 + LEVEL) / 2])
+    low, high = _ends(drawn)
     return float(value[0]), float(low), float(high)
 
 
@@ -144,6 +140,12 @@ def performance_profile(
         picked = task[random.integers(0, len(task), (resamples, len(task)))]
         above += (picked[:, :, None] > limits).sum(axis=1)
     count = sum(map(len, tasks))
-    low, high = np.quantile(above / count, [(1 - LEVEL) / 2, (1 + LEVEL) / 2], axis=0)
+    low, high = _ends(above / count)
     share: Scores = (np.concatenate(tasks)[:, None] > limits).mean(axis=0)
     return share, low, high
+
+
+def _ends(drawn: Scores, *, axis: int = 0, level: float = LEVEL) -> tuple[Scores, Scores]:
+    """Low and high end of the percentile interval that holds the share `level` of values drawn anew."""
+    low, high = np.quantile(drawn, [(1 - level) / 2, (1 + level) / 2], axis=axis)
+    return low, high
