@@ -251,7 +251,7 @@ def main() -> None:
     name = staging.named_store(__doc__, NAME)
     settings, stage = settings_of(checked_config(), name), staging.stage_of(name, NAME)
     begun = dvc.stamps(stage)
-    with staging.store_build(name):
+    with staging.store_build(name, NAME):
         pool: Any = ThreadPoolTaskRunner(max_workers=settings.workers)
         print(f"{staging.target(name)}: {demos.with_options(task_runner=pool)(name)}")
         dvc.record(stage, begun)

@@ -159,7 +159,7 @@ def main() -> None:
     name = staging.named_store(__doc__, NAME)
     settings, stage = settings_of(checked_config(), name), staging.stage_of(name, NAME)
     begun = dvc.stamps(stage)
-    with staging.store_build(name):
+    with staging.store_build(name, NAME):
         flow_run = ssv2.with_options(task_runner=decoding.task_runner(settings))
         print(f"{staging.target(name)}: {flow_run(name)}")
         dvc.record(stage, begun)

@@ -84,11 +84,19 @@ def target(name: str) -> Path:
 
 
 @contextlib.contextmanager
-def store_build(name: str) -> Iterator[None]:
-    """Hold the lock on a store, have a Prefect server, and report a full disk in one line."""
+def store_build(name: str, kind: str) -> Iterator[None]:
+    """Hold the lock on a store, have a Prefect server, and report a full disk in one line.
+
+    What is wrong with a key of a further source is told by that source's name.
+    """
     with files.exclusive(target(name)), runtime.server():
         try:
             yield
+        except UserError as error:
+            told = str(error)
+            if name == kind or not told.startswith(f"{kind}."):
+                raise
+            raise UserError(f"sources.{name}{told.removeprefix(kind)}") from None
         except OSError as error:
             if error.errno not in (errno.ENOSPC, errno.EDQUOT):
                 raise

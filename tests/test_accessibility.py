@@ -50,7 +50,9 @@ def pages(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
     return [folder / report.PAGE, compared]
 
 
-@pytest.mark.parametrize(("scheme", "width"), [("light", 390), ("dark", 1280)])
+@pytest.mark.parametrize(
+    ("scheme", "width"), [pytest.param("light", 390, marks=pytest.mark.long), ("dark", 1280)]
+)
 def test_the_pages_are_open_to_everybody(
     browser: Browser, pages: list[Path], scheme: Literal["light", "dark"], width: int
 ) -> None:

@@ -67,8 +67,9 @@ def answered(envs: Envs, actions: npt.NDArray[np.float32]) -> Answer:
     return envs.receive()
 
 
-@pytest.mark.parametrize("processes", [False, True])
-@pytest.mark.parametrize(("make", "size"), [(dot, ACTIONS), (held, 4)])
+@pytest.mark.parametrize(
+    ("make", "size", "processes"), [(dot, ACTIONS, False), (dot, ACTIONS, True), (held, 4, True)]
+)
 def test_restored_environments_go_on_bit_for_bit(
     make: Callable[[], Simulator], size: int, processes: bool
 ) -> None:

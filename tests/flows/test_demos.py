@@ -239,6 +239,7 @@ def test_params_choose_the_source(recorded: apv_npz.ApvNpz) -> None:
     assert isinstance(live, RlbenchLive) and (live.tasks, len(live.cameras)) == (("push_button",), 5)
 
 
+@pytest.mark.long
 def test_experts_give_the_same_bytes_for_any_number_of_workers(
     tmp_path: Path, threads: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:

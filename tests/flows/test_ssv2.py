@@ -137,7 +137,8 @@ def artifacts() -> list[str]:
         return [json.loads(data) for (data,) in found]
 
 
-@pytest.mark.parametrize("refused", [False, pytest.param(True, marks=pytest.mark.long)])
+@pytest.mark.long
+@pytest.mark.parametrize("refused", [False, True])
 def test_killed_refused_continued(here: Path, refused: bool) -> None:
     """A story in two or three runs: kill -9 in the middle, too many bad clips, and then whole.
 

@@ -194,17 +194,27 @@ def test_leftovers_of_killed_runs_are_removed() -> None:
 
 def test_full_disk_is_told_in_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(staging.runtime, "server", lambda: files.exclusive("nothing"))
-    with pytest.raises(UserError, match="the disk is full"), staging.store_build("x"):
+    with pytest.raises(UserError, match="the disk is full"), staging.store_build("x", "demos"):
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-    with pytest.raises(PermissionError), staging.store_build("x"):
+    with pytest.raises(PermissionError), staging.store_build("x", "demos"):
         raise PermissionError(errno.EACCES, "no")
+
+
+def test_a_key_of_a_further_source_is_told_by_its_name(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(staging.runtime, "server", lambda: files.exclusive("nothing"))
+    for name, told in (("demos", "demos.path = x: none"), ("x", "sources.x.path = x: none")):
+        with pytest.raises(UserError) as found, staging.store_build(name, "demos"):
+            raise UserError("demos.path = x: none")
+        assert str(found.value) == told
+    with pytest.raises(UserError, match=r"^no room$"), staging.store_build("x", "demos"):
+        raise UserError("no room")
 
 
 def test_second_writer_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(staging.runtime, "server", lambda: files.exclusive("nothing"))
     with (
-        staging.store_build("x"),
+        staging.store_build("x", "demos"),
         pytest.raises(UserError, match=f"data/x.zarr: process {os.getpid()} is writing it"),
-        staging.store_build("x"),
+        staging.store_build("x", "demos"),
     ):
         pass

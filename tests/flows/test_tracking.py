@@ -43,6 +43,7 @@ def copies(project: Project) -> int:
     return len(held)
 
 
+@pytest.mark.long
 def test_own_videos_become_a_store_by_hand_and_leave_a_clean_status(project: Project, tmp_path: Path) -> None:
     for number in range(3):
         (tmp_path / "below").mkdir(exist_ok=True)
