@@ -156,7 +156,10 @@ def learning(scores: Sequence[Scores]) -> str:
     """Areas under the learning curves, and their ends."""
     headings = ("setting", "area under the curve (95%)", "end (95%)")
     rows = [
-        (one.name, *(f"{number(float(middle(x)))} ({ends(x)})" for x in (one.area, one.last)))
+        (
+            one.name,
+            *(between(float(middle(x)), *seed_interval(x), len(one.runs)) for x in (one.area, one.last)),
+        )
         for one in scores
     ]
     return markdown(headings, rows)
@@ -169,8 +172,8 @@ def improvement(scores: Sequence[Scores]) -> str:
         x, y = ([values[:, task, 0] for task in range(values.shape[1])] for values in (one.area, other.area))
         value, low, high = probability_of_improvement(x, y)
         verdict = "first" if low > 0.5 else "second" if high < 0.5 else "not told apart"
-        spread = f"{value:.2f} ({low:.2f} to {high:.2f})" if len(one.runs) > 1 else f"{value:.2f}"
-        rows.append((one.name, other.name, spread, verdict if len(one.runs) > 1 else "one seed"))
+        told = verdict if len(one.runs) > 1 else "one seed"
+        rows.append((one.name, other.name, between(value, low, high, len(one.runs)), told))
     return markdown(("first", "second", "probability (95%)", "better"), rows)
 
 
@@ -228,10 +231,10 @@ def middle(values: Values) -> Values:
     return interquartile_mean(values.reshape(-1, values.shape[-1])).squeeze()
 
 
-def ends(values: Values) -> str:
-    """The interval of the interquartile mean of (seeds, tasks, 1)."""
-    low, high = seed_interval(values)
-    return f"{number(float(low[0]))} to {number(float(high[0]))}"
+def between(value: float, low: npt.ArrayLike, high: npt.ArrayLike, count: int) -> str:
+    """A value of `count` scores and its ends, scalars or (1,), of which one score has none."""
+    ends = [number(float(np.squeeze(end))) for end in (low, high)]
+    return number(value) + (f" ({' to '.join(ends)})" if count > 1 else "")
 
 
 def spread(one: Scores, metric: str, per_seed: bool = False) -> str:
@@ -240,7 +243,7 @@ def spread(one: Scores, metric: str, per_seed: bool = False) -> str:
     found = [run.metrics[metric] for run in runs if metric in run.metrics]
     if not found:
         return "–"
-    return f"{number(float(np.mean(found)))} ({number(min(found))} to {number(max(found))})"
+    return between(float(np.mean(found)), min(found), max(found), len(found))
 
 
 def chart(scores: Sequence[Scores], names: Sequence[str], steps: Sequence[float], title: str) -> str:

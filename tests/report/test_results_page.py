@@ -41,7 +41,7 @@ def test_the_better_setting_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
     text, figures = results_page.page(found)
     assert "42 of 105 runs are done" in text and "of the 2 seeds" in text and "1.0 minutes of a core" in text
     assert "| APV | 0.750 (0.750 to 0.750) | 1 (1 to 1) |" in text
-    beaten = re.findall(r"\| (.*?) \| (.*?) \| ([01]\.00) \(\3 to \3\) \| (first|second) \|", text)
+    beaten = re.findall(r"\| (.*?) \| (.*?) \| ([01]) \(\3 to \3\) \| (first|second) \|", text)
     assert len(beaten) == 6 and all((row[0] == "APV") == (row[3] == "first") for row in beaten)
     assert "| random actions | 100 | 100 | 100 |" in text and "800, 800" in text
     assert f"- `{name}`: ended with status 1" in text
