@@ -266,7 +266,11 @@ SLOWLY = {"action_repeat": 2, "time_limit": 11, "prefill": 22}
 """Actions of two steps, in episodes that end with one of a single step."""
 
 
-@pytest.mark.parametrize(("method", "pace"), [("prelar", {}), ("apv", SLOWLY)], ids=["prelar", "apv, slowly"])
+@pytest.mark.parametrize(
+    ("method", "pace"),
+    [("prelar", {}), pytest.param("apv", SLOWLY, marks=pytest.mark.long)],
+    ids=["prelar", "apv, slowly"],
+)
 def test_a_crashed_run_goes_on_bit_for_bit(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, method: str, pace: dict[str, int]
 ) -> None:

@@ -68,7 +68,8 @@ def answered(envs: Envs, actions: npt.NDArray[np.float32]) -> Answer:
 
 
 @pytest.mark.parametrize(
-    ("make", "size", "processes"), [(dot, ACTIONS, False), (dot, ACTIONS, True), (held, 4, True)]
+    ("make", "size", "processes"),
+    [(dot, ACTIONS, False), (dot, ACTIONS, True), pytest.param(held, 4, True, marks=pytest.mark.long)],
 )
 def test_restored_environments_go_on_bit_for_bit(
     make: Callable[[], Simulator], size: int, processes: bool

@@ -105,6 +105,7 @@ def test_signals_end_all_simulators_and_lose_only_attempts_in_progress(
     assert attempts() == episodes + lost and f"{episodes} clips of 1 camera, " in told
 
 
+@pytest.mark.long
 def test_store_by_the_former_name_is_adopted_if_it_holds_the_same_demos(
     project: Project, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
