@@ -55,7 +55,7 @@ LENGTH = 25
 SECONDS = 1.0
 COLD = 6
 FEW, MANY = 500, 5_000
-HOUR = 3600
+LONG = 1200
 
 
 def run() -> dict[str, float]:
@@ -175,7 +175,7 @@ def _reference(binary: str, files: list[Path], folder: Path) -> None:
 # --- Own videos ---------------------------------------------------------------------------------------------
 
 
-def own_videos(folder: Path, seconds: int = HOUR) -> dict[str, float]:
+def own_videos(folder: Path, seconds: int = LONG) -> dict[str, float]:
     """Frames a second of the flow, the planning of clips included, and of one straight decode, in turn."""
     binary, videos = Decoder().path, folder / "videos"
     videos.mkdir()
