@@ -79,7 +79,7 @@ class MLP(nn.Module):
         """(…, inputs) -> (…, outputs)."""
         for layer in self.hidden:
             x = F.elu(layer(x))
-        kind = x.device.type
+        kind = x.device.type  # meta, where operations are counted, knows no autocast
         off = nullcontext() if kind == "meta" else torch.autocast(kind, enabled=False)
         with off:
             out: Tensor = self.out(x.to(self.out.weight.dtype))
