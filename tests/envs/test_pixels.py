@@ -69,7 +69,12 @@ def answered(envs: Envs, actions: npt.NDArray[np.float32]) -> Answer:
 
 @pytest.mark.parametrize(
     ("make", "size", "processes"),
-    [(dot, ACTIONS, False), (dot, ACTIONS, True), pytest.param(held, 4, True, marks=pytest.mark.long)],
+    [
+        (dot, ACTIONS, False),
+        (dot, ACTIONS, True),
+        pytest.param(held, 4, False, marks=pytest.mark.long),
+        pytest.param(held, 4, True, marks=pytest.mark.long),
+    ],
 )
 def test_restored_environments_go_on_bit_for_bit(
     make: Callable[[], Simulator], size: int, processes: bool
