@@ -16,7 +16,6 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 import torch
-from lightning_fabric import Fabric
 from tqdm import tqdm
 
 from prelar.config import PLAIN, Config
@@ -37,7 +36,7 @@ from prelar.stages import stage_fingerprint
 from prelar.store.store import Store
 from prelar.train.checkpoint import load_config, load_parts
 from prelar.train.loggers import open_loggers
-from prelar.train.loop import set_up
+from prelar.train.loop import fabric_of
 from prelar.utils.errors import UserError
 from prelar.utils.files import publish, remove, write_text
 from prelar.utils.frames import SIZE
@@ -136,16 +135,6 @@ def run(config: Config) -> None:
     log_results(config, metrics)
     _write_json(METRICS, {name: metrics[name] for name in HEADLINE_METRICS if name in metrics})
     print(f"evaluate: {headline(found.metrics)} -> {METRICS}, {REPORT}", flush=True)
-
-
-def fabric_of(config: Config) -> Fabric:
-    """The Fabric of an evaluation's process."""
-    return set_up(
-        device=config.device,
-        precision=config.precision,
-        threads=config.threads,
-        deterministic=config.deterministic,
-    )
 
 
 def log_results(config: Config, metrics: Mapping[str, float], folder: Path = REPORT) -> None:

@@ -33,7 +33,7 @@ from prelar.model.spec import ModelSpec
 from prelar.model.world_model import WorldModel
 from prelar.stages import stage_fingerprint
 from prelar.train.checkpoint import Snapshots, load_parts, resume_key, save_parts
-from prelar.train.loop import Hook, Scalars, compiles, set_up, summary, train
+from prelar.train.loop import Hook, Scalars, compiles, fabric_of, summary, train
 from prelar.train.prefetch import BatchPrefetcher
 from prelar.utils.errors import UserError
 from prelar.utils.seeds import RngStream, episode_seed
@@ -47,9 +47,7 @@ def run(cfg: Config) -> None:
     """Fine-tune as params.yaml says: `data/pretrain` to `data/finetune`, logs to `reports/finetune`."""
     preset = settled(cfg).finetune
     gl.ensure()
-    fabric = set_up(
-        device=cfg.device, precision=cfg.precision, threads=cfg.threads, deterministic=cfg.deterministic
-    )
+    fabric = fabric_of(cfg)
     torch.manual_seed(cfg.seed)
     model = load_model(cfg)
     if compiles(cfg.compile, fabric):

@@ -24,7 +24,7 @@ from prelar.stages import stage_fingerprint
 from prelar.store.sampler import SegmentSampler
 from prelar.store.store import Store
 from prelar.train.checkpoint import Snapshots, resume_key, save_parts
-from prelar.train.loop import Hook, Scalars, adam, compiles, descend, set_up, summary, train
+from prelar.train.loop import Hook, Scalars, adam, compiles, descend, fabric_of, summary, train
 from prelar.train.prefetch import BatchPrefetcher
 from prelar.utils.distributed import Processes
 from prelar.utils.errors import UserError
@@ -47,13 +47,7 @@ def run(cfg: Config) -> None:
     not finite.
     """
     store = Store.open(cfg.store)
-    fabric = set_up(
-        device=cfg.device,
-        precision=cfg.precision,
-        threads=cfg.threads,
-        deterministic=cfg.deterministic,
-        devices=cfg.devices,
-    )
+    fabric = fabric_of(cfg, cfg.devices)
     snapshots = Snapshots(run_key(cfg, store, fabric.world_size))
     model = _train(cfg, store, snapshots, fabric)
     if not fabric.is_global_zero:

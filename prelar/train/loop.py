@@ -55,6 +55,19 @@ class Stateful(Protocol):
         ...
 
 
+class Machine(Protocol):
+    """What params.yaml says of the machine, as `set_up` takes it."""
+
+    @property
+    def device(self) -> str: ...
+    @property
+    def precision(self) -> str: ...
+    @property
+    def threads(self) -> int: ...
+    @property
+    def deterministic(self) -> bool: ...
+
+
 @dataclass(frozen=True)
 class Hook:
     """Work between steps: `run(step)` after every multiple of `every` steps, and once at the end of the run.
@@ -89,6 +102,17 @@ def set_up(
     fabric = launch(accelerator=accelerator, precision=PRECISIONS[precision], devices=devices)
     torch.set_num_threads(threads)
     return fabric
+
+
+def fabric_of(machine: Machine, devices: int | None = None) -> Fabric:
+    """`set_up` for a stage, whose params say what it runs on."""
+    return set_up(
+        device=machine.device,
+        precision=machine.precision,
+        threads=machine.threads,
+        deterministic=machine.deterministic,
+        devices=devices,
+    )
 
 
 def compiles(choice: str, fabric: Fabric) -> bool:
