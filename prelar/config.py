@@ -519,8 +519,8 @@ class Config(_Frozen):
         description="pre-training: processes that share each batch, a GPU each; device cpu: on its cores"
     )
     precision: Literal["fp32", "bf16"] = Field(description="fp32 | bf16 (mixed)")
-    compile: Literal["auto", "always", "never"] = Field(
-        description="training steps, with torch.compile: auto (on a GPU) | always | never"
+    compile: Literal["auto", "always", "graphs", "never"] = Field(
+        description="torch.compile: auto (on a GPU) | always | graphs (CUDA graphs in pre-training) | never"
     )
     deterministic: bool = Field(
         description="true: same params, same bytes on a GPU too, more slowly; a CPU gives them anyway"

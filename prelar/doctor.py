@@ -192,7 +192,7 @@ def compiler(choice: str) -> Finding:
     if not detail:
         return Finding("compiler", "ok", f"{name}, for torch.compile")
     remedy = "install g++ and Python's headers (`apt-get install g++ python3-dev`)"
-    if choice == "always":
+    if choice in ("always", "graphs"):
         return Finding("compiler", "MISSING", f"{detail}; {remedy}, or set compile to never")
     return Finding("compiler", "note", f"{detail}; {remedy} for torch.compile, without which steps are plain")
 

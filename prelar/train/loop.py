@@ -116,10 +116,10 @@ def fabric_of(machine: Machine, devices: int | None = None) -> Fabric:
 
 
 def compiles(choice: str, fabric: Fabric) -> bool:
-    """Whether training steps are compiled: `choice` is auto (on a GPU), always or never.
+    """Whether training steps are compiled: `choice` is auto (on a GPU), always, graphs or never.
 
     A trifle is compiled first. Where that fails, as without a compiler, `auto` says so and steps are plain,
-    and `always` raises `UserError`.
+    and `always` and `graphs` raise `UserError`.
     """
     if choice == "never" or (choice == "auto" and fabric.device.type != "cuda"):
         return False
@@ -128,7 +128,7 @@ def compiles(choice: str, fabric: Fabric) -> bool:
     except Exception as error:  # of many kinds, by what is missing
         reason = printable(str(error).partition("\n")[0] or type(error).__name__, 200)
         message = f"compile = {choice}: torch.compile fails here ({reason}); install g++ and Python's headers"
-        if choice == "always":
+        if choice != "auto":
             raise UserError(f"{message}, or set compile to never") from None
         if fabric.is_global_zero:
             print(f"{message}; steps are not compiled", file=sys.stderr)

@@ -101,13 +101,14 @@ class Processes:
         return int(numbers)
 
     def mean(self, values: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """The means over the processes of 0-d tensors by name, on their device."""
-        if self.fabric is None or self.alone:
-            return dict(values)
-        stacked = torch.stack([value.detach().float() for value in values.values()])
-        reduced = self.fabric.all_reduce(stacked, reduce_op="mean")
-        assert isinstance(reduced, Tensor)
-        return dict(zip(values, reduced.unbind(), strict=True))
+        """The means over the processes of 0-d tensors by name, on their device; fp32, in memory of their own.
+
+        A replayed CUDA graph writes over what it returned before.
+        """
+        means: Any = torch.stack([value.detach().float() for value in values.values()])
+        if self.fabric is not None and not self.alone:
+            means = self.fabric.all_reduce(means, reduce_op="mean")
+        return dict(zip(values, means.unbind(), strict=True))
 
 
 def is_loss(error: RuntimeError) -> bool:

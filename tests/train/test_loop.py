@@ -325,7 +325,7 @@ def test_each_parameter_group_is_clipped_by_itself(first: float, second: float) 
         assert gradient.norm().item() == pytest.approx(min(wanted, 100.0))
 
 
-def test_without_a_compiler_always_is_refused_in_a_line(
+def test_without_a_compiler_what_asks_for_one_is_refused_in_a_line(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     from torch._inductor import config as inductor
@@ -333,8 +333,10 @@ def test_without_a_compiler_always_is_refused_in_a_line(
     monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path))
     monkeypatch.setattr(inductor.cpp, "cxx", (None, "/nonexistent"))
     cpu: Any = SimpleNamespace(device=torch.device("cpu"), is_global_zero=True)
-    with pytest.raises(UserError, match=r"^compile = always: .*No working C\+\+ .*; install g\+\+ .*never$"):
-        compiles("always", cpu)
+    for choice in ("always", "graphs"):
+        message = rf"^compile = {choice}: .*No working C\+\+ .*; install g\+\+ .*never$"
+        with pytest.raises(UserError, match=message):
+            compiles(choice, cpu)
     assert not compiles("never", cpu) and not compiles("auto", cpu)
     assert capsys.readouterr() == ("", "")
 
