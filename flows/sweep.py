@@ -21,7 +21,9 @@ from prelar.stages import PIPELINE, Stages
 from prelar.utils.errors import UserError
 
 Grid = Mapping[str, list[Any]]
-Preset = Literal["demos", "ssv2", "action-representation", "beta-a", "small-comparison"]
+Preset = Literal[
+    "demos", "ssv2", "action-representation", "beta-a", "small-comparison", "small-comparison-rlbench"
+]
 Part = tuple[str, str]
 """A stage and the digest of all that its outputs follow from."""
 
@@ -42,11 +44,27 @@ _OTHER_TASKS = ["drawer-open", "drawer-close", "dial-turn", "button-press-topdow
 _SMALL: Grid = {
     "scale": ["small"],
     "threads": [1],
-    "sample.tasks": [_OTHER_TASKS],
-    "sample.clips": [300],
     "task": ["reach", "window-close", "plate-slide"],
     "seed": list(range(5)),
 }
+_METAWORLD: Grid = {**_SMALL, "sample.tasks": [_OTHER_TASKS], "sample.clips": [300]}
+_RLBENCH: Grid = {
+    **_SMALL,
+    "dataset": ["demos"],
+    "demos.source": ["apv_npz"],
+    "demos.path": ["/data/rlbench_npz"],
+    "demos.fps": [20],
+}
+
+
+def _pretrained(videos: Grid) -> tuple[Grid, ...]:
+    """The methods that pre-train, and PreLAR without its losses on the action, over `videos`."""
+    return (
+        {"method": ["apv", "contextwm", "prelar"], **videos},
+        {"method": ["prelar"], "beta_a": [0], "action_kind": ["deterministic"], **videos},
+        {"method": ["prelar"], "beta_c": [0], **videos},
+    )
+
 
 PRESETS: Mapping[str, tuple[str, tuple[Grid, ...]]] = MappingProxyType(
     {
@@ -73,12 +91,14 @@ PRESETS: Mapping[str, tuple[str, tuple[Grid, ...]]] = MappingProxyType(
         "small-comparison": (
             "The methods and PreLAR's ablations on two cores: videos of other tasks, three tasks, five seeds",
             (
-                {"method": ["dreamerv2"], **_SMALL},
-                {"method": ["apv"], "naive": [True], "scales.small.pretrain.steps": [0], **_SMALL},
-                {"method": ["apv", "contextwm", "prelar"], **_SMALL},
-                {"method": ["prelar"], "beta_a": [0], "action_kind": ["deterministic"], **_SMALL},
-                {"method": ["prelar"], "beta_c": [0], **_SMALL},
+                {"method": ["dreamerv2"], **_METAWORLD},
+                {"method": ["apv"], "naive": [True], "scales.small.pretrain.steps": [0], **_METAWORLD},
+                *_pretrained(_METAWORLD),
             ),
+        ),
+        "small-comparison-rlbench": (
+            "Those of them that pre-train, on recorded RLBench episodes in /data/rlbench_npz (demos.path=…)",
+            _pretrained(_RLBENCH),
         ),
     }
 )

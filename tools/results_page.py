@@ -1,4 +1,4 @@
-"""Write docs/results.md and its figures from results/small-comparison.csv, without running anything."""
+"""Write docs/results.md and its figures from the tables in results/, without running anything."""
 
 from __future__ import annotations
 
@@ -22,7 +22,8 @@ from prelar.report.variants import Variant, group
 from prelar.utils.files import write_text
 
 ROOT = Path(__file__).parents[1]
-TABLE = Path("results/small-comparison.csv")
+TABLES = (Path("results/small-comparison.csv"), Path("results/small-comparison-rlbench.csv"))
+"""Of the sweep that pre-trains on Meta-World, and of that on RLBench, which lacks what pre-trains on nothing."""
 PAGE = Path("docs/results.md")
 TEMPLATE = Path(__file__).with_name("results.md.jinja")
 FIGURES = Path("docs/results")
@@ -77,14 +78,38 @@ class Scores:
         return self.values[..., -LAST:].mean(-1, keepdims=True)
 
 
-def page(results: Results) -> tuple[str, dict[str, str]]:
-    """The page's text, and its figures by file name."""
-    variants = {NAMES[variant.label]: variant for variant in group(results.planned())[0]}
-    seeds, tasks, steps = balanced(results, variants)
+def page(*tables: Results) -> tuple[str, dict[str, str]]:
+    """The page's text, and its figures by file name.
+
+    tables: of the sweeps of `TABLES`, as many as there are. A setting that a later one lacks is the first's.
+    """
+    variants: dict[str, Variant] = {}
+    blocks, figures = [], dict[str, str]()
+    for results in tables:
+        variants |= {NAMES[variant.label]: variant for variant in group(results.planned())[0]}
+        values, drawn = block(results, variants, f"-{len(blocks)}" if blocks else "")
+        blocks.append(values)
+        figures |= drawn
+    params = tables[0].params
+    template = Template(TEMPLATE.read_text(encoding="utf-8"), trim_blocks=True, undefined=StrictUndefined)
+    text = template.render(
+        blocks=blocks,
+        updates=params["scales.small.pretrain.steps"],
+        env_steps=params["scales.small.finetune.env_steps"],
+        tasks=blocks[0]["tasks"],
+        failed={name: error for results in tables for name, error in results.failed.items()},
+    )
+    return text.rstrip() + "\n", figures
+
+
+def block(
+    results: Results, variants: Mapping[str, Variant], suffix: str
+) -> tuple[dict[str, Any], dict[str, str]]:
+    """What the template needs of a sweep whose runs are among `variants`, and the figures by file name."""
+    seeds, tasks, steps = balanced(variants)
     done, hours = len(results.runs), sum(results.cpu_seconds.values()) / 3600
     values: dict[str, Any] = {
-        "updates": results.params["scales.small.pretrain.steps"],
-        "env_steps": results.params["scales.small.finetune.env_steps"],
+        "suffix": suffix,
         "tasks": tasks,
         "code": results.code,
         "commit": results.commit[:10],
@@ -93,11 +118,10 @@ def page(results: Results) -> tuple[str, dict[str, str]]:
         "planned": len(results.changes),
         "hours": f"{hours:.1f}",
         "minutes": f"{60 * hours / max(done, 1):.1f}",
-        "failed": results.failed,
     }
     figures = {}
     if seeds:
-        controls = {task: control_returns(results, task) for task in tasks}
+        controls = {task: control_returns(variants, task) for task in tasks}
         scores = [score(name, variant, seeds, controls, steps) for name, variant in variants.items()]
         values |= {
             "learning": learning(scores),
@@ -107,28 +131,28 @@ def page(results: Results) -> tuple[str, dict[str, str]]:
             "copied": spread(scores[-1], "prediction_error_copy", per_seed=True),
         }
         figures = {
-            "methods.svg": chart(scores, METHODS, steps, "How fast the agent learns, by method"),
-            "ablations.svg": chart(scores, ABLATIONS, steps, "What PreLAR's losses on the action are worth"),
-            "probe.svg": probe(scores),
+            f"methods{suffix}.svg": chart(scores, METHODS, steps, "How fast the agent learns, by method"),
+            f"ablations{suffix}.svg": chart(
+                scores, ABLATIONS, steps, "What PreLAR's losses on the action are worth"
+            ),
+            f"probe{suffix}.svg": probe(scores),
         }
-    template = Template(TEMPLATE.read_text(encoding="utf-8"), trim_blocks=True, undefined=StrictUndefined)
-    return template.render(values).rstrip() + "\n", figures
+    return values, figures
 
 
-def balanced(results: Results, variants: Mapping[str, Variant]) -> tuple[list[int], list[str], list[float]]:
+def balanced(variants: Mapping[str, Variant]) -> tuple[list[int], list[str], list[float]]:
     """The seeds of which all runs are done, the tasks, and the steps of the curves."""
     runs = [run for variant in variants.values() for run in variant.runs]
-    seeds = sorted({run.params["seed"] for run in runs if run.name in results.runs})
-    lacking = {run.params["seed"] for run in runs if run.name not in results.runs}
-    whole = [seed for seed in seeds if seed not in lacking]
+    lacking = {run.params["seed"] for run in runs if not run.curves}
+    whole = sorted({run.params["seed"] for run in runs} - lacking)
     steps = [run.curves["return"][0] for run in runs if run.params["seed"] in whole]
     tasks = list(dict.fromkeys(run.params["task"] for run in runs))
     return whole, tasks, list(steps[0]) if steps else []
 
 
-def control_returns(results: Results, task: str) -> tuple[float, float]:
+def control_returns(variants: Mapping[str, Variant], task: str) -> tuple[float, float]:
     """Mean returns of random actions and of the expert in a task, over all runs of it."""
-    found = [run.metrics for run in results.runs.values() if run.params["task"] == task]
+    found = [run.metrics for one in variants.values() for run in one.tasks[task] if run.metrics]
     low, high = (float(np.mean([one[name] for one in found])) for name in ("return_random", "return_expert"))
     return low, high
 
@@ -270,7 +294,7 @@ def markdown(headings: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
 
 def main() -> None:
     """Write the page and its figures."""
-    text, figures = page(Results.read(ROOT / TABLE))
+    text, figures = page(*(Results.read(ROOT / table) for table in TABLES if (ROOT / table).exists()))
     write_text(ROOT / PAGE, text)
     for name, svg in figures.items():
         write_text(ROOT / FIGURES / name, svg)

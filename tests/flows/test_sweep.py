@@ -12,6 +12,7 @@ import pytest
 from flows import sweep
 from flows.sweep import Experiment, Part, Step, changed, plan_in, read_grids, steps, words_to_grid
 from prelar.config import read_yaml
+from prelar.report.results import Results
 from prelar.stages import Stages
 from prelar.utils.errors import UserError
 from tests.conftest import ROOT
@@ -34,12 +35,20 @@ def pretrainings(plan: list[Experiment]) -> int:
         ("action-representation", 144, 24),
         ("beta-a", 192, 32),
         ("small-comparison", 105, 35),
+        ("small-comparison-rlbench", 75, 25),
     ],
 )
 def test_presets_share_pretraining_over_tasks(preset: str, count: int, shared: int) -> None:
     plan = plan_in(ROOT, sweep.PRESETS[preset][1], "code")
     assert len(plan) == len({one.name for one in plan}) == count
     assert pretrainings(plan) == shared
+
+
+def test_committed_results_are_found_again() -> None:
+    """A run is known by its name; the digest at its end follows from the code of the tag."""
+    kept = Results.read(Path("results/small-comparison.csv")).changes
+    planned = plan_in(ROOT, sweep.PRESETS["small-comparison"][1], "code")
+    assert [name[:-10] for name in kept] == [one.name[:-10] for one in planned]
 
 
 def test_the_forms_presets_are_the_tables() -> None:

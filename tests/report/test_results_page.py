@@ -16,11 +16,13 @@ from tools import results_page
 STEPS = (800.0, 1600.0, 2400.0, 3200.0)
 
 
-def results(monkeypatch: pytest.MonkeyPatch, seeds: int, best: str) -> Results:
+def results(
+    monkeypatch: pytest.MonkeyPatch, seeds: int, best: str, preset: str = "small-comparison"
+) -> Results:
     """Results of some seeds, in which runs of the setting `best` alone reach what the expert does."""
     monkeypatch.chdir(ROOT)
     found = Results("v1", "c" * 40, PARAMS)
-    for one in plan_in(ROOT, PRESETS["small-comparison"][1], "code"):
+    for one in plan_in(ROOT, PRESETS[preset][1], "code"):
         found.changes[one.name] = one.changes
     for variant in results_page.group(found.planned())[0]:
         for run in variant.runs:
@@ -62,8 +64,26 @@ def test_an_incomplete_seed_counts_for_nothing(monkeypatch: pytest.MonkeyPatch) 
     assert "0 of 105 runs are done" in empty and figures == {} and "## Learning" not in empty
 
 
+def test_the_second_sweep_is_compared_with_settings_of_the_first(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(results_page, "probe", lambda scores: "")
+    first = results(monkeypatch, seeds=2, best="DreamerV2")
+    second = results(monkeypatch, seeds=2, best="ContextWM", preset="small-comparison-rlbench")
+    text, figures = results_page.page(first, second)
+    alone, drawn = results_page.page(first)
+    told = text.split("\n## ")
+    assert told[1] == alone.split("\n## ")[1] and drawn.items() < figures.items()
+    assert set(figures) - set(drawn) == {"methods-1.svg", "ablations-1.svg", "probe-1.svg"}
+    assert "30 of 75 runs are done" in told[2] and "small-comparison-rlbench --code v1" in told[2]
+    areas = dict(re.findall(r"^\| (.*?) \| ([\d.]+) \(.*?\) \| [\d.]+ \(", told[2], re.M))
+    assert len(areas) == 7 and areas["DreamerV2"] == areas["ContextWM"] == "0.750" > max(
+        areas["APV"], areas["PreLAR"]
+    )
+
+
 def test_the_committed_page_is_that_of_the_committed_table() -> None:
-    text, figures = results_page.page(Results.read(ROOT / results_page.TABLE))
+    text, figures = results_page.page(
+        *(Results.read(ROOT / table) for table in results_page.TABLES if (ROOT / table).exists())
+    )
     assert (ROOT / results_page.PAGE).read_text(encoding="utf-8") == text
     committed = {path.name: path.read_text("utf-8") for path in (ROOT / results_page.FIGURES).glob("*.svg")}
     assert committed == figures
