@@ -68,6 +68,7 @@ def test_editing_the_actor_leaves_pretraining_alone(project: Project) -> None:
     assert "finetune" in status and "pretrain" not in status
 
 
+@pytest.mark.long
 def test_a_queued_experiment_runs_only_what_depends_on_its_param(project: Project) -> None:
     project.run("dvc", "exp", "run", "--queue", "--name", "smaller", "-S", "bonus=0.3", "finetune")
     project.run("dvc", "queue", "start")
@@ -88,6 +89,7 @@ def test_a_queued_experiment_runs_only_what_depends_on_its_param(project: Projec
     assert "success_rate" in columns and "prediction_error" in columns
 
 
+@pytest.mark.long
 def test_experiments_are_compared_without_noise(project: Project) -> None:
     makefile = (project.root / "Makefile").read_text(encoding="utf-8").replace("\\\n", "")
     chosen = re.search("^SHOWN := (.*)$", makefile, re.M)

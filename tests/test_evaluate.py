@@ -163,6 +163,7 @@ def test_evaluation_writes_metrics_tables_and_videos_twice_the_same(place: Path,
         assert contents(place) == first
 
 
+@pytest.mark.long
 def test_a_method_without_pretraining_and_its_page(
     place: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -207,6 +208,7 @@ def test_the_closing_line_tells_the_pretrained_models_error_where_there_is_one()
     assert evaluate.headline({"success_rate": 0, "return": -1}) == "success 0%, return -1"
 
 
+@pytest.mark.long
 def test_everything_follows_the_frames_that_the_model_was_trained_on(place: Path) -> None:
     """Whatever params.yaml says by now: what was trained says how far apart its frames are."""
     store = make_store(place / "data/ssv2.zarr")

@@ -160,6 +160,7 @@ def test_the_stage_reads_the_params_that_its_key_and_dvc_track(capsys: pytest.Ca
     assert told[-1] == f"finetune: prelar, 24 steps of {TASK} -> data/finetune, reports/finetune"
 
 
+@pytest.mark.long
 def test_it_learns_in_mixed_precision_with_a_bonus() -> None:
     pretrained("prelar")
     finetune.run(config())
@@ -251,6 +252,7 @@ def test_held_parameters_wait(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
     assert moved == {"encoder": False, "dynamics": False, "decoder": True, "action": True, "heads": True}
 
 
+@pytest.mark.long
 def test_the_same_params_give_the_same_bytes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     found = []
     for name in ("one", "two"):

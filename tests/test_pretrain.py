@@ -212,6 +212,7 @@ def test_a_killed_run_ends_as_it_would_have(
     assert outputs(folder) == undisturbed
 
 
+@pytest.mark.long
 def test_a_killed_run_with_a_gap_ends_as_it_would_have(
     tmp_path: Path, data: Path, undisturbed: dict[str, bytes]
 ) -> None:

@@ -88,6 +88,7 @@ def hdf5(tmp_path: Path, request: pytest.FixtureRequest) -> Settings:
 rlbench_classes = folders.rlbench
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(
     "prepare",
     [

@@ -23,7 +23,7 @@ from prelar.utils.files import write_text
 
 ROOT = Path(__file__).parents[1]
 TABLES = (Path("results/small-comparison.csv"), Path("results/small-comparison-rlbench.csv"))
-"""Of the sweep that pre-trains on Meta-World, and of that on RLBench, which lacks what pre-trains on nothing."""
+"""Of the sweep that pre-trains on Meta-World, and of that on RLBench, which borrows controls of the first."""
 PAGE = Path("docs/results.md")
 TEMPLATE = Path(__file__).with_name("results.md.jinja")
 FIGURES = Path("docs/results")

@@ -139,6 +139,7 @@ def test_the_slow_critic_is_copied_when_due() -> None:
     assert [n for n, equal in enumerate(same) if equal] == [0, 4, 8]
 
 
+@pytest.mark.long
 def test_it_learns_where_the_best_action_is_known() -> None:
     torch.manual_seed(0)
     actor_critic, world = make(horizon=3), Line(goal=0.2)

@@ -198,6 +198,7 @@ def test_task_that_a_used_simulator_fails_to_load_is_loaded_by_a_new_one(
     assert launches(standin) == 2
 
 
+@pytest.mark.long
 def test_third_unexpected_error_of_a_demo_is_its_last(standin: Path, tmp_path: Path) -> None:
     orders(standin, push_button="spoil fail spoil spoil spoil")
     source = replace(SOURCE, tasks=("push_button",), episodes=1)
@@ -207,6 +208,7 @@ def test_third_unexpected_error_of_a_demo_is_its_last(standin: Path, tmp_path: P
     ]
 
 
+@pytest.mark.long
 def test_unexpected_errors_leave_their_traceback_in_the_log(standin: Path, tmp_path: Path) -> None:
     orders(standin, launch="fail", push_button="work spoil", open_drawer="fail")
     collect(SOURCE, tmp_path / "demos")
@@ -218,6 +220,7 @@ def test_unexpected_errors_leave_their_traceback_in_the_log(standin: Path, tmp_p
     assert "RuntimeError: Expected to be resetting 8 objects, but there were 7." in attempt
 
 
+@pytest.mark.long
 def test_worn_simulator_is_replaced(standin: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(rlbench_pool, "SERVICE", 2)
     launched = []
@@ -264,6 +267,7 @@ def test_crash_costs_the_attempt_in_progress(standin: Path, tmp_path: Path) -> N
     assert reasons(collect(SOURCE, tmp_path / "demos", workers=2)) == [None] * 4
 
 
+@pytest.mark.long
 def test_endless_crashes_end_in_words(standin: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(rlbench_pool, "ATTEMPTS", 3)
     orders(standin, push_button="die fail die")
@@ -299,6 +303,7 @@ def test_cpu_activity_tells_waiting_from_an_endless_loop(monkeypatch: pytest.Mon
             process.wait()
 
 
+@pytest.mark.long
 def test_stopped_simulator_is_noticed_before_its_time_is_up(
     standin: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -312,12 +317,14 @@ def test_stopped_simulator_is_noticed_before_its_time_is_up(
     ]
 
 
+@pytest.mark.long
 def test_simulator_that_turns_in_circles_has_its_time(standin: Path, tmp_path: Path) -> None:
     orders(standin, push_button="spin")
     source = replace(SOURCE, tasks=("push_button",), episodes=1, timeout=2.0)
     assert reasons(collect(source, tmp_path / "demos")) == [None]
 
 
+@pytest.mark.long
 def test_third_hang_of_a_demo_is_its_last(standin: Path, tmp_path: Path) -> None:
     orders(standin, push_button="work hang hang hang")
     source = replace(SOURCE, tasks=("push_button",), timeout=1.0)
@@ -327,6 +334,7 @@ def test_third_hang_of_a_demo_is_its_last(standin: Path, tmp_path: Path) -> None
     ]
 
 
+@pytest.mark.long
 def test_killed_simulators_and_display_are_replaced(standin: Path, tmp_path: Path) -> None:
     source = replace(SOURCE, episodes=4, timeout=4.0)
     stop = threading.Event()
@@ -352,6 +360,7 @@ def test_killed_simulators_and_display_are_replaced(standin: Path, tmp_path: Pat
     assert (standin / "xvfb").read_text().count("started") > 1
 
 
+@pytest.mark.long
 def test_simulator_that_never_starts_stops_the_run(
     standin: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -495,6 +504,7 @@ def test_display_that_answers_is_used(
     assert not (standin / "xvfb").exists()
 
 
+@pytest.mark.long
 def test_display_on_which_nothing_starts_is_left_for_an_xvfb(
     standin: Path, tmp_path: Path, x_server: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:

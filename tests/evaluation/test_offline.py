@@ -112,6 +112,7 @@ def test_errors_are_those_of_what_the_model_foresees(monkeypatch: pytest.MonkeyP
     assert reward_error == pytest.approx(((held_out.reward[:, 4:] - 2) ** 2).mean(), rel=1e-5)
 
 
+@pytest.mark.long
 def test_a_start_that_has_learnt_is_better_and_fitting_makes_both_better(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:

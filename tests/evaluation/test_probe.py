@@ -186,6 +186,7 @@ def squares(random: np.random.Generator) -> Episodes:
     return Episodes(frames, np.diff(places, axis=1).astype(np.float64), np.arange(9) % 3 == 1)
 
 
+@pytest.mark.long
 def test_an_encoder_trained_with_labels_beats_shuffled_pairs(random: np.random.Generator) -> None:
     torch.manual_seed(1)
     model = build_model(ModelSpec(method="prelar", **SIZES))

@@ -193,6 +193,7 @@ def test_killed_refused_continued(here: Path, refused: bool) -> None:
         assert not path.is_file() or b"hush" not in path.read_bytes(), path
 
 
+@pytest.mark.long
 def test_what_was_valid_once_is_validated_again(here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Killed after its validation, the flow is run again with stricter settings."""
     pool = ThreadPoolExecutor(2)
@@ -265,6 +266,7 @@ def fill_up(folder: Path) -> None:
     assert tree(folder / "data", "ssv2") == undisturbed(folder / "source", folder / "work")
 
 
+@pytest.mark.long
 def test_a_disk_that_was_full_again_and_again_and_still_the_same_bytes(here: Path) -> None:
     """On a file system of its own, which only this test's processes see."""
     Path("data/sample").rename("source")
@@ -282,6 +284,7 @@ def test_a_disk_that_was_full_again_and_again_and_still_the_same_bytes(here: Pat
     assert done.stdout == "the same bytes\n", done.stderr
 
 
+@pytest.mark.long
 def test_killed_while_publishing_loses_no_work(here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A kill at any operation between the finished build and the cleared staging costs no decoding."""
     source = ingest.folder_source(here / "data/sample", None)

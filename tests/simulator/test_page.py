@@ -278,7 +278,9 @@ def test_a_link_that_does_not_fit_says_so(browser: Browser, file: Path, fragment
         assert page.locator("#step").inner_text() == "0"
 
 
-@pytest.mark.parametrize(("scheme", "width"), [("light", 390), ("dark", 1280)])
+@pytest.mark.parametrize(
+    ("scheme", "width"), [("light", 390), pytest.param("dark", 1280, marks=pytest.mark.long)]
+)
 def test_it_is_open_to_everybody(
     browser: Browser, file: Path, scheme: Literal["light", "dark"], width: int
 ) -> None:
