@@ -25,7 +25,9 @@ from prelar.demos.episodes import Episode, Job, Source, Splits, clips, staging_k
 from prelar.demos.rlbench_live import RlbenchLive
 from prelar.demos.sources import open_source
 from prelar.envs.names import checked_config
-from prelar.store.store import Store, StoreWriter, index_path
+from prelar.store.schema import index_path
+from prelar.store.store import Store
+from prelar.store.writer import StoreWriter
 from prelar.utils import files
 from prelar.utils.errors import UserError, printable
 from prelar.utils.processes import worker_pool

@@ -15,7 +15,8 @@ from tqdm import tqdm
 from flows import decoding, dvc, runtime, staging
 from prelar.config import Config, Ssv2, load_config
 from prelar.envs.names import checked_config
-from prelar.store.store import Store, StoreWriter
+from prelar.store.store import Store
+from prelar.store.writer import StoreWriter
 from prelar.utils import disk, files, hub
 from prelar.utils.errors import UserError
 from prelar.utils.frames import FRAME_BYTES

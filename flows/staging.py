@@ -20,7 +20,8 @@ from tqdm import tqdm
 
 from flows import runtime
 from prelar.store import remote
-from prelar.store.store import Store, checks_path, index_path
+from prelar.store.schema import checks_path, index_path
+from prelar.store.store import Store
 from prelar.utils import files
 from prelar.utils.errors import UserError
 

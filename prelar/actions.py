@@ -21,10 +21,10 @@ import pyarrow.parquet as pq
 from tqdm import tqdm
 
 from prelar import api
-from prelar.store.store import Frames, Store
+from prelar.store.store import Store
 from prelar.utils.errors import UserError, printable
 from prelar.utils.files import atomic_file, digest
-from prelar.utils.frames import FRAME
+from prelar.utils.frames import FRAME, Frames
 from prelar.videos import own_videos
 from prelar.videos.decode import Decoder
 

@@ -25,9 +25,8 @@ from prelar.model.world_model import WorldModel
 from prelar.train.checkpoint import load_parts
 from prelar.utils import hub
 from prelar.utils.errors import UserError
-from prelar.utils.frames import FRAME
+from prelar.utils.frames import FRAME, Frames
 
-Frames = npt.NDArray[np.uint8]
 Floats = npt.NDArray[np.float32]
 
 STAGES = ("pretrain", "finetune")

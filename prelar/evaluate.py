@@ -39,7 +39,7 @@ from prelar.train.loggers import open_loggers
 from prelar.train.loop import fabric_of
 from prelar.utils.errors import UserError
 from prelar.utils.files import publish, remove, write_text
-from prelar.utils.frames import SIZE
+from prelar.utils.frames import SIZE, Frames
 from prelar.utils.processes import worker_pool
 from prelar.utils.seeds import RngStream, episode_seed, generator
 from prelar.utils.tables import evenly_spaced_indices, write_tsv
@@ -71,8 +71,6 @@ MEDIAN_CLIPS, MEDIAN_MOMENTS = 128, 4
 VIDEO_SIZE = 192
 VIDEO_FRAMES = 250
 VIDEO_FPS = 25
-
-Frames = npt.NDArray[np.uint8]
 
 
 @dataclass(frozen=True)

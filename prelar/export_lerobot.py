@@ -29,10 +29,10 @@ import pyarrow.parquet as pq
 from tqdm import tqdm
 
 from prelar import api
-from prelar.store.store import Frames, Store
+from prelar.store.store import Store
 from prelar.utils import files
 from prelar.utils.errors import UserError
-from prelar.utils.frames import SIZE
+from prelar.utils.frames import SIZE, Frames
 from prelar.utils.video_file import ffmpeg_binary
 from prelar.videos import lerobot
 

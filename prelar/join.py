@@ -11,7 +11,8 @@ from pathlib import Path
 
 from prelar.config import Config
 from prelar.store.joined import join
-from prelar.store.store import Member, Store, checks_path
+from prelar.store.schema import checks_path
+from prelar.store.store import Member, Store
 from prelar.utils import files
 from prelar.utils.errors import UserError, printable
 from prelar.validation import suites

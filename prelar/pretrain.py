@@ -21,11 +21,11 @@ from prelar.model.images import denormalise, first_steps, normalise
 from prelar.model.spec import ModelSpec
 from prelar.model.world_model import WorldModel
 from prelar.stages import stage_fingerprint
-from prelar.store.sampler import SegmentSampler
 from prelar.store.store import Store
 from prelar.train.checkpoint import Snapshots, resume_key, save_parts
 from prelar.train.loop import Hook, Scalars, adam, compiles, descend, fabric_of, summary, train
 from prelar.train.prefetch import BatchPrefetcher
+from prelar.train.sampler import SegmentSampler
 from prelar.utils.distributed import Processes
 from prelar.utils.errors import UserError
 from prelar.utils.video_file import side_by_side, write_mp4

@@ -20,7 +20,8 @@ from prelar.control.rollout import Episode, Policy, RandomPolicy, play
 from prelar.demos.episodes import ALIGNMENT, Job, Splits
 from prelar.envs import gl, make_env_of
 from prelar.envs.pixels import PixelEnv
-from prelar.store.store import StoreWriter, index_path
+from prelar.store.schema import index_path
+from prelar.store.writer import StoreWriter
 from prelar.train.loop import set_up
 from prelar.utils import files
 from prelar.utils.errors import UserError

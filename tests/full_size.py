@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import numpy as np
 
-from prelar.store import store
+from prelar.store import schema, writer
+from prelar.utils.files import write_text
 
 CLIPS = 220_847
 LABELS = 174
@@ -22,17 +24,17 @@ def build(path: Path) -> int:
          "sha256": f"{n:064x}", "status": "ok"}
         for n, (length, start) in enumerate(zip(lengths.tolist(), starts.tolist(), strict=True))
     )  # fmt: skip
-    digest = store.write_index(store.index_path(path), rows)
+    digest = schema.write_index(schema.index_path(path), rows)
     for name, layout, values in (
-        ("clip_start", store.CLIPS, starts),
-        ("clip_length", store.CLIPS, lengths),
-        ("pairs", store.PAIRS, store.pair_index(starts, lengths)),
+        ("clip_start", schema.CLIPS, starts),
+        ("clip_length", schema.CLIPS, lengths),
+        ("pairs", schema.PAIRS, schema.pair_index(starts, lengths)),
     ):
-        column = store._Column(path / name, layout)
+        column = writer._Column(path / name, layout)
         column.append(values)
         column.finish()
-    layout = store.FRAMES
-    store._write_json(path / "frames/zarr.json", layout.metadata(total))
+    layout = schema.FRAMES
+    write_text(path / "frames/zarr.json", json.dumps(layout.metadata(total)))
     for number in range(-(-total // layout.shard)):
         shard = layout.file(path / "frames", number)
         shard.parent.mkdir(parents=True)
@@ -40,5 +42,7 @@ def build(path: Path) -> int:
         with shard.open("wb") as handle:
             handle.seek(layout.shard_bytes(held) - layout.tail_bytes)
             handle.write(layout.tail(held))
-    store._write_json(path / "zarr.json", {"attributes": {"schema": store.SCHEMA, "index_sha256": digest}})
+    write_text(
+        path / "zarr.json", json.dumps({"attributes": {"schema": schema.SCHEMA, "index_sha256": digest}})
+    )
     return total

@@ -243,7 +243,7 @@ def png(place: Path) -> Format:
 
 
 def a_store(place: Path) -> Path:
-    from prelar.store.store import StoreWriter
+    from prelar.store.writer import StoreWriter
 
     with StoreWriter(place / "x.zarr", arrays={"actions": 2}) as writer:
         for number in range(4):

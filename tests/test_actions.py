@@ -13,8 +13,9 @@ import pytest
 
 import prelar
 from prelar import actions
-from prelar.store.store import Frames, StoreWriter
+from prelar.store.writer import StoreWriter
 from prelar.utils.errors import UserError
+from prelar.utils.frames import Frames
 from prelar.utils.video_file import write_mp4
 from prelar.videos import decode
 from prelar.videos.decode import Decoder, Part

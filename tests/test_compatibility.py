@@ -12,7 +12,9 @@ import pytest
 
 import prelar
 from prelar.config import load_config
-from prelar.store.store import Store, StoreWriter, index_path
+from prelar.store.schema import index_path
+from prelar.store.store import Store
+from prelar.store.writer import StoreWriter
 from tests.conftest import ROOT
 from tests.fake_results import moving
 from tests.test_api import save_pretrained

@@ -17,7 +17,7 @@ from gymnasium.vector import AutoresetMode
 
 import prelar
 from prelar.dream import DreamEnv, DreamVectorEnv
-from prelar.store.store import StoreWriter
+from prelar.store.writer import StoreWriter
 from prelar.utils.errors import UserError
 from tests.conftest import ROOT
 from tests.fake_results import moving

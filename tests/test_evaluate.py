@@ -22,7 +22,8 @@ from prelar.evaluation.controllability import interval
 from prelar.evaluation.prediction import Prediction
 from prelar.methods import build_model
 from prelar.model.spec import ModelSpec
-from prelar.store.store import Store, StoreWriter
+from prelar.store.store import Store
+from prelar.store.writer import StoreWriter
 from prelar.train.checkpoint import save_parts
 from prelar.utils.errors import UserError
 from prelar.utils.tables import read_tsv

@@ -15,7 +15,8 @@ from flows import demos
 from prelar import export_lerobot
 from prelar.demos import lerobot
 from prelar.export_lerobot import number_stats, picture_stats, pooled_stats
-from prelar.store.store import Store, StoreWriter
+from prelar.store.store import Store
+from prelar.store.writer import StoreWriter
 from prelar.utils.errors import UserError
 from tests import frame_code
 from tests.conftest import ROOT

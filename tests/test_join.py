@@ -17,8 +17,9 @@ from prelar.__main__ import run_check
 from prelar.evaluate import evaluate_sources
 from prelar.pretrain import build
 from prelar.stages import Stages
-from prelar.store.sampler import SegmentSampler
-from prelar.store.store import Store, StoreWriter
+from prelar.store.store import Store
+from prelar.store.writer import StoreWriter
+from prelar.train.sampler import SegmentSampler
 from prelar.utils.errors import UserError
 from tests import archives
 from tests.conftest import ROOT, Project

@@ -17,7 +17,7 @@ from prelar import evaluate, finetune, pretrain, report
 from prelar.config import Config, read_yaml
 from prelar.evaluation import offline
 from prelar.methods import METHODS
-from prelar.store.store import StoreWriter
+from prelar.store.writer import StoreWriter
 from prelar.train.checkpoint import load_config as load_description
 from tests.conftest import ROOT, TINY, merge
 from tests.control.toy_run import TINY as TINY_FINETUNE

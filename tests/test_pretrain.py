@@ -28,7 +28,7 @@ from prelar.demos.metaworld import Metaworld
 from prelar.methods import build_model
 from prelar.model.spec import ModelSpec
 from prelar.model.world_model import WorldModel
-from prelar.store.store import StoreWriter
+from prelar.store.writer import StoreWriter
 from prelar.train import loop
 from prelar.train.checkpoint import Snapshots, load_parts
 from prelar.train.loop import descend

@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from prelar.store.store import StoreWriter
+from prelar.store.writer import StoreWriter
 from tests.conftest import ROOT, Project
 from tests.test_pretrain import disc
 

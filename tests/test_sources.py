@@ -15,7 +15,8 @@ from prelar import pretrain
 from prelar.demos.rlbench_folder import CAMERAS
 from prelar.demos.sources import open_source
 from prelar.envs import gl
-from prelar.store.store import Store, StoreWriter
+from prelar.store.store import Store
+from prelar.store.writer import StoreWriter
 from prelar.train.checkpoint import load_parts
 from prelar.validation import suites
 from tests.demos import test_rlbench_folder as folders

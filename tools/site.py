@@ -23,6 +23,7 @@ API = {
     "prelar.api": "Models in a program of your own",
     "prelar.dream": "The model as an environment",
     "prelar.store.store": "Stores",
+    "prelar.store.writer": "Writing stores",
     "prelar.demos.episodes": "Sources of demonstrations",
     "prelar.model.spec": "What a model is",
     "prelar.model.world_model": "The world model",

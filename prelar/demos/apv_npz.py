@@ -27,9 +27,9 @@ import numpy.typing as npt
 from prelar.demos.episodes import Array, Episode, Job, same_episode
 from prelar.demos.rlbench_folder import ALIGNMENT, ahead
 from prelar.envs.names import among
-from prelar.store.store import Frames
 from prelar.utils import files, zips
 from prelar.utils.errors import UserError, one_line, printable
+from prelar.utils.frames import Frames
 
 EPISODE_NAME = re.compile(
     r"(?P<task>.+)-v(?P<variation>\d+)-e(?P<episode>\d+)-(?P<camera>[^-]+)-(?P<length>\d+)\.npz"

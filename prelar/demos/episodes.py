@@ -29,11 +29,11 @@ import numpy.typing as npt
 from PIL import Image
 
 from prelar.envs import distractions, gl, metaworld, painter, simulator
-from prelar.store import store
-from prelar.store.store import Frames, Row
+from prelar.store import schema, writer
+from prelar.store.schema import Row
 from prelar.utils import files
 from prelar.utils.errors import UserError
-from prelar.utils.frames import FRAME, SIZE
+from prelar.utils.frames import FRAME, SIZE, Frames
 
 RESIZE = f"brought to {SIZE}x{SIZE} by means of whole blocks of pixels, or else by Pillow's bicubic"
 ALIGNMENT = "actions[t] is taken after frame t and leads to frame t + 1; zero at the last frame of a clip"
@@ -130,10 +130,10 @@ def staging_key(source: Source, jobs: Sequence[Job], fps: float | None = None) -
     kinds = [kind.__module__ for kind in type(source).__mro__ if kind.__module__ != "builtins"]
     own = [*kinds, *getattr(source, "code", ())]
     drawing = (module.__name__ for module in (gl, simulator, painter, distractions, metaworld))
-    code = (*drawing, store.__name__, __name__, *own)
+    code = (*drawing, schema.__name__, writer.__name__, __name__, *own)
     found = [path for job in jobs for path in source.files(job) if path.exists()]
     decides = {
-        "schema": store.SCHEMA,
+        "schema": schema.SCHEMA,
         "source": repr(source),
         "fps": fps,
         "jobs": [dataclasses.astuple(job) for job in jobs],
@@ -251,7 +251,7 @@ def clips(
     bytes of its frames where no file of its own holds them.
     """
     job = episode.job
-    beyond = store.misfit({"variation": job.variation, "episode": job.episode})
+    beyond = schema.misfit({"variation": job.variation, "episode": job.episode})
     reason = episode.reason or beyond or fault(episode, source.cameras, source.arrays)
     split = None if reason else episode.split or splits.deal(job.task)
     for camera in source.cameras:

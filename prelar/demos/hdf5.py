@@ -27,10 +27,9 @@ from PIL import Image
 
 from prelar.demos.episodes import ALIGNMENT, MAX_PIXELS, RESIZE, Array, Episode, Job, at_size, end_actions
 from prelar.envs.names import among
-from prelar.store.store import Frames
 from prelar.utils import files
 from prelar.utils.errors import UserError, one_line, printable
-from prelar.utils.frames import FRAME
+from prelar.utils.frames import FRAME, Frames
 
 ENDINGS = (".hdf5", ".h5")
 DEMO = re.compile(r"demo_(\d{1,9})")

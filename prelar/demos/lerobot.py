@@ -20,9 +20,8 @@ import numpy as np
 from prelar.demos.episodes import ALIGNMENT, RESIZE, Episode, Job, end_actions, read_picture
 from prelar.envs.names import among
 from prelar.store import parquet
-from prelar.store.store import Frames
 from prelar.utils.errors import UserError, one_line
-from prelar.utils.frames import FRAME
+from prelar.utils.frames import FRAME, Frames
 from prelar.utils.processes import processors
 from prelar.videos import decode, ffmpeg_log, lerobot, straight
 from prelar.videos.decode import SCALE, Decoder

@@ -29,10 +29,9 @@ import numpy.typing as npt
 
 from prelar.demos.episodes import RESIZE, Array, Episode, Job, read_picture, same_episode
 from prelar.envs.names import RLBENCH_CAMERAS, among
-from prelar.store.store import Frames
 from prelar.utils import files, pickles
 from prelar.utils.errors import UserError, one_line, printable
-from prelar.utils.frames import SIZE
+from prelar.utils.frames import SIZE, Frames
 
 WIDTH = 7
 FPS = 20.0

@@ -43,9 +43,9 @@ from PIL import Image
 from prelar.demos import rlbench_worker
 from prelar.demos.episodes import Episode, Job, at_size
 from prelar.demos.rlbench_folder import FPS
-from prelar.store.store import Frames
 from prelar.utils import files
 from prelar.utils.errors import UserError, one_line
+from prelar.utils.frames import Frames
 from prelar.utils.parents import child
 
 ROOT = "COPPELIASIM_ROOT"

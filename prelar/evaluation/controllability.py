@@ -18,9 +18,9 @@ from prelar.evaluation.prediction import LEAST_ERROR
 from prelar.model.images import first_steps, normalise
 from prelar.model.rssm import State
 from prelar.model.world_model import WorldModel
+from prelar.utils.frames import Frames
 
 Doubles = npt.NDArray[np.float64]
-Frames = npt.NDArray[np.uint8]
 
 CHANGED = 0.1
 """Least change of a pixel's brightest channel, of a range of 1, from the last frame seen: it moves, then."""

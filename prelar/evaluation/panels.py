@@ -14,9 +14,8 @@ from PIL import Image
 
 from prelar.store.store import Store
 from prelar.utils.files import atomic_file
+from prelar.utils.frames import Frames
 from prelar.utils.tables import evenly_spaced_indices
-
-Frames = npt.NDArray[np.uint8]
 
 MARK = (240, 164, 96)
 GAP = 2

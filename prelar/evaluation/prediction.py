@@ -20,10 +20,10 @@ from tqdm import tqdm
 from prelar.evaluation.panels import strip, write_png
 from prelar.model.images import denormalise, first_steps, normalise
 from prelar.train.loop import seed_step
+from prelar.utils.frames import Frames
 from prelar.utils.tables import write_tsv
 from prelar.utils.video_file import side_by_side, write_mp4
 
-Frames = npt.NDArray[np.uint8]
 Predict = Callable[[Tensor, Tensor, int, Tensor | None], Tensor]
 
 BATCH = 16

@@ -27,11 +27,10 @@ from prelar.model.images import denormalise, first_steps, normalise
 from prelar.model.world_model import WorldModel
 from prelar.store.store import Store
 from prelar.train.loop import adam, seed_step
-from prelar.utils.frames import FRAME
+from prelar.utils.frames import FRAME, Frames
 from prelar.utils.seeds import RngStream, generator
 
 Doubles = npt.NDArray[np.float64]
-Frames = npt.NDArray[np.uint8]
 
 DIMENSIONS = ("x", "y", "z", "gripper")
 POSITION, OPENING = slice(0, 3), slice(7, 8)

@@ -21,8 +21,9 @@ from prelar.envs import gl, make_env_of
 from prelar.envs.pixels import PixelEnv
 from prelar.model.images import first_steps, normalise
 from prelar.simulator.step import Step
-from prelar.store.store import Frames, Store
+from prelar.store.store import Store
 from prelar.utils.errors import UserError, one_line
+from prelar.utils.frames import Frames
 from prelar.utils.seeds import RngStream, episode_seed
 from prelar.utils.tables import evenly_spaced_indices
 

@@ -14,7 +14,8 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from prelar.store.store import Member, Store, index_path, write_index
+from prelar.store.schema import index_path, write_index
+from prelar.store.store import Member, Store
 from prelar.utils import files
 from prelar.utils.errors import UserError
 

@@ -2,7 +2,13 @@
 
 from __future__ import annotations
 
+import numpy as np
+import numpy.typing as npt
+
 SIZE = 64
 """Pixels of a frame's side."""
 FRAME = (SIZE, SIZE, 3)
 FRAME_BYTES = SIZE * SIZE * 3
+
+Frames = npt.NDArray[np.uint8]
+"""Of shape (…, 64, 64, 3), RGB."""

@@ -29,9 +29,8 @@ import ffmpeg
 import numpy as np
 import numpy.typing as npt
 
-from prelar.store.store import Frames
 from prelar.utils.errors import UserError
-from prelar.utils.frames import FRAME, FRAME_BYTES, SIZE
+from prelar.utils.frames import FRAME, FRAME_BYTES, SIZE, Frames
 from prelar.utils.video_file import ffmpeg_binary
 from prelar.videos import straight, webm
 from prelar.videos.ffmpeg_log import NO_VIDEO, check_not_killed, reason, stream, troubles

@@ -16,10 +16,11 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from prelar.store import store
-from prelar.store.store import Frames, StoreWriter
+from prelar.store import schema, writer
+from prelar.store.writer import StoreWriter
 from prelar.utils import files
 from prelar.utils.errors import UserError
+from prelar.utils.frames import Frames
 from prelar.videos import archive, decode, ffmpeg_log, labels, straight, webm
 from prelar.videos.archive import Member, Piece
 from prelar.videos.decode import Decoder
@@ -123,9 +124,11 @@ def staging_key(source: Source, known: Labels, version: str, min_frames: int) ->
     read = [piece.path for piece in source.pieces] or list(source.clips)
     read = read or sorted({part.path for part in parts})
     stamps = [(path.name, path.stat().st_size, path.stat().st_mtime_ns) for path in read]
-    code = [module.__name__ for module in (archive, ffmpeg_log, labels, store, straight, decode, webm)]
+    code = [
+        module.__name__ for module in (archive, ffmpeg_log, labels, schema, writer, straight, decode, webm)
+    ]
     decides = {
-        "schema": store.SCHEMA,
+        "schema": schema.SCHEMA,
         "scale": decode.SCALE,
         "ffmpeg": version,
         "min_frames": min_frames,
@@ -159,7 +162,7 @@ def _weight(member: Member) -> int:
         frames = member.part.frames or decode.MAX_FRAMES
     else:
         frames = webm.packets(content) or max(_told(content), len(content) // FRAME_OF_FILE)
-    return len(content) + min(frames, decode.MAX_FRAMES) * store.FRAMES.item_bytes
+    return len(content) + min(frames, decode.MAX_FRAMES) * schema.FRAMES.item_bytes
 
 
 def _told(content: bytes) -> int:

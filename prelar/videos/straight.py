@@ -27,8 +27,7 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 
-from prelar.store.store import Frames
-from prelar.utils.frames import FRAME, FRAME_BYTES
+from prelar.utils.frames import FRAME, FRAME_BYTES, Frames
 from prelar.videos.ffmpeg_log import Log, check_not_killed, reason, stream
 
 MAX_SECONDS = 600

@@ -36,8 +36,10 @@ from prefect.task_runners import ThreadPoolTaskRunner
 from flows import runtime, ssv2
 from prelar.config import load_config
 from prelar.store.remote import publish
-from prelar.store.sampler import SegmentSampler
-from prelar.store.store import Store, StoreWriter, index_path
+from prelar.store.schema import index_path
+from prelar.store.store import Store
+from prelar.store.writer import StoreWriter
+from prelar.train.sampler import SegmentSampler
 from prelar.utils.frames import FRAME
 from prelar.videos import ingest
 from prelar.videos.decode import SCALE, Decoder

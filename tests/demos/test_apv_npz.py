@@ -12,7 +12,7 @@ import pytest
 from prelar.demos import episodes
 from prelar.demos.apv_npz import ApvNpz, open_folder, read_npz
 from prelar.demos.episodes import Splits, clips, fault
-from prelar.store.store import StoreWriter
+from prelar.store.writer import StoreWriter
 from prelar.utils.errors import UserError
 
 

@@ -20,7 +20,8 @@ from prelar.demos.episodes import Job, Source
 from prelar.demos.metaworld import Metaworld
 from prelar.demos.rlbench_folder import LOW_DIM
 from prelar.demos.rlbench_live import RlbenchLive
-from prelar.store.store import Store, StoreWriter
+from prelar.store.store import Store
+from prelar.store.writer import StoreWriter
 from tests.demos import test_rlbench_folder as folders
 from tests.demos.test_apv_npz import write
 from tests.demos.test_rlbench_live import standin

@@ -14,7 +14,8 @@ from prelar.demos import episodes, metaworld
 from prelar.demos.episodes import Episode, Job, Splits, at_size, clips, fault
 from prelar.demos.metaworld import Metaworld
 from prelar.envs.metaworld import Simulator
-from prelar.store.store import Store, StoreWriter
+from prelar.store.store import Store
+from prelar.store.writer import StoreWriter
 from prelar.utils.errors import UserError
 from prelar.utils.frames import SIZE
 from prelar.validation.demonstrations import changed_share, demonstration_suites

@@ -23,8 +23,10 @@ from prelar.config import load_config
 from prelar.demos import lerobot
 from prelar.demos.episodes import Splits, clips
 from prelar.demos.lerobot import Lerobot
-from prelar.store.store import Frames, Store, StoreWriter
+from prelar.store.store import Store
+from prelar.store.writer import StoreWriter
 from prelar.utils.errors import UserError
+from prelar.utils.frames import Frames
 from prelar.utils.video_file import ffmpeg_binary
 from prelar.videos import decode, ingest
 from prelar.videos.decode import Decoder

@@ -12,7 +12,8 @@ import pytest
 from flows import demos
 from prelar.config import RECORDED, SOURCES, Demos, load_config
 from prelar.demos.sources import KINDS, listing, open_source
-from prelar.store.store import Store, StoreWriter
+from prelar.store.store import Store
+from prelar.store.writer import StoreWriter
 from prelar.utils.errors import UserError
 from prelar.validation import suites
 from tests.conftest import ROOT

@@ -10,7 +10,7 @@ import pytest
 from prelar.config import View
 from prelar.envs import make_env
 from prelar.envs.pixels import PixelEnv
-from prelar.store.store import StoreWriter
+from prelar.store.writer import StoreWriter
 from prelar.utils.errors import UserError
 from tests.fake_results import moving
 

@@ -9,7 +9,8 @@ from PIL import Image
 
 from prelar.evaluation import panels
 from prelar.evaluation.panels import GAP, MOMENTS, write_previews
-from prelar.store.store import Store, StoreWriter
+from prelar.store.store import Store
+from prelar.store.writer import StoreWriter
 
 
 def make_store(path: Path, rows: list[dict[str, object]]) -> Store:

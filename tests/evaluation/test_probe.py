@@ -16,7 +16,8 @@ from prelar.evaluation import probe
 from prelar.evaluation.probe import HELD, Episodes, collect, demonstrations, ridge_r2, run_probe, swap_actions
 from prelar.methods import build_model
 from prelar.model.spec import ModelSpec
-from prelar.store.store import Store, StoreWriter
+from prelar.store.store import Store
+from prelar.store.writer import StoreWriter
 from tests.fake_results import moving
 from tests.test_evaluate import SIZES
 

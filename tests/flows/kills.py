@@ -22,7 +22,8 @@ import psutil
 import pytest
 
 from flows import staging
-from prelar.store.store import Store, checks_path, index_path
+from prelar.store.schema import checks_path, index_path
+from prelar.store.store import Store
 from prelar.utils import files
 
 MANY = 500

@@ -23,7 +23,9 @@ from prelar.demos.rlbench_folder import RlbenchFolder
 from prelar.demos.rlbench_live import RlbenchLive
 from prelar.demos.sources import open_source
 from prelar.envs import metaworld
-from prelar.store.store import Store, StoreWriter, checks_path
+from prelar.store.schema import checks_path
+from prelar.store.store import Store
+from prelar.store.writer import StoreWriter
 from prelar.utils import files
 from prelar.utils.errors import UserError
 from tests.conftest import ROOT, Project

@@ -23,7 +23,9 @@ from typing import Any
 import pytest
 
 from flows import decoding, ssv2, staging
-from prelar.store.store import Store, StoreWriter, checks_path
+from prelar.store.schema import checks_path
+from prelar.store.store import Store
+from prelar.store.writer import StoreWriter
 from prelar.utils import files
 from prelar.utils.errors import UserError
 from prelar.utils.video_file import ffmpeg_binary

@@ -16,7 +16,8 @@ import pytest
 
 from flows import decoding, staging
 from flows.staging import Parcel
-from prelar.store.store import Store, StoreWriter
+from prelar.store.store import Store
+from prelar.store.writer import StoreWriter
 from prelar.utils import files
 from prelar.utils.errors import UserError
 from prelar.utils.frames import FRAME

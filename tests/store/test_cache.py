@@ -14,8 +14,10 @@ import torch
 from prelar.store import cache
 from prelar.store.cache import BLOCK, Blocks, CachedReader
 from prelar.store.remote import Objects, publish
-from prelar.store.sampler import SegmentSampler
-from prelar.store.store import Store, StoreWriter, index_path
+from prelar.store.schema import index_path
+from prelar.store.store import Store
+from prelar.store.writer import StoreWriter
+from prelar.train.sampler import SegmentSampler
 from prelar.utils.errors import UserError
 from tests.bucket import bucket
 

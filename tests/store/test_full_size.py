@@ -10,8 +10,9 @@ import numpy as np
 import psutil
 import pytest
 
-from prelar.store.sampler import SegmentSampler
-from prelar.store.store import Store, index_path
+from prelar.store.schema import index_path
+from prelar.store.store import Store
+from prelar.train.sampler import SegmentSampler
 from tests import full_size
 
 

@@ -14,8 +14,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from prelar.store.joined import MEMBERS, join
-from prelar.store.sampler import SegmentSampler, Shares
-from prelar.store.store import Member, Store, StoreWriter
+from prelar.store.store import Member, Store
+from prelar.store.writer import StoreWriter
+from prelar.train.sampler import SegmentSampler, Shares
 from prelar.utils.errors import UserError
 
 LENGTHS = {"few": [9, 6, 14], "many": [7, 30, 5, 12, 8, 11, 20, 6], "other": [40, 8]}

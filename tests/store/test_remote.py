@@ -15,11 +15,12 @@ import fsspec
 import numpy as np
 import pytest
 
-from prelar.store import remote
-from prelar.store import store as store_module
+from prelar.store import remote, schema
 from prelar.store.remote import MANIFEST, Objects, publish, write_pointer
-from prelar.store.sampler import SegmentSampler
-from prelar.store.store import Layout, Store, StoreWriter, index_path
+from prelar.store.schema import Layout, index_path
+from prelar.store.store import Store
+from prelar.store.writer import StoreWriter
+from prelar.train.sampler import SegmentSampler
 from prelar.utils.errors import UserError
 from tests.bucket import SECRET, bucket
 from tests.conftest import ROOT
@@ -42,7 +43,7 @@ def root(shelf: str, request: pytest.FixtureRequest) -> str:
 @pytest.fixture
 def store(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Store:
     """A store whose frames lie in several shards."""
-    monkeypatch.setattr(store_module, "FRAMES", Layout("uint8", (64, 64, 3), chunk=8, shard=64))
+    monkeypatch.setattr(schema, "FRAMES", Layout("uint8", (64, 64, 3), chunk=8, shard=64))
     with StoreWriter(tmp_path / "x.zarr", arrays={"actions": 2}) as writer:
         for number, length in enumerate(LENGTHS):
             random = np.random.default_rng(number)

@@ -16,15 +16,10 @@ import zarr
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from prelar.store import store as module
-from prelar.store.store import (
-    INDEX_SCHEMA,
-    Layout,
-    Store,
-    StoreWriter,
-    index_path,
-    pair_index,
-)
+from prelar.store import schema
+from prelar.store.schema import INDEX_SCHEMA, Layout, index_path, pair_index
+from prelar.store.store import Store
+from prelar.store.writer import StoreWriter
 from prelar.utils.errors import UserError
 from prelar.utils.frames import FRAME
 
@@ -35,9 +30,9 @@ slow = settings(max_examples=25, deadline=None, suppress_health_check=[HealthChe
 @pytest.fixture
 def small(monkeypatch: pytest.MonkeyPatch) -> None:
     """Shards of 64 frames in chunks of 8, so that few frames cross many borders."""
-    monkeypatch.setattr(module, "FRAMES", Layout("uint8", (64, 64, 3), chunk=8, shard=64))
-    monkeypatch.setattr(module, "per_frame", lambda width: Layout("float32", (width,), chunk=16, shard=64))
-    monkeypatch.setattr(module, "PAIRS", Layout("int64", (), chunk=16, shard=128))
+    monkeypatch.setattr(schema, "FRAMES", Layout("uint8", (64, 64, 3), chunk=8, shard=64))
+    monkeypatch.setattr(schema, "per_frame", lambda width: Layout("float32", (width,), chunk=16, shard=64))
+    monkeypatch.setattr(schema, "PAIRS", Layout("int64", (), chunk=16, shard=128))
 
 
 def clip(number: int, length: int) -> np.ndarray:

@@ -13,7 +13,8 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from prelar.store.store import Store, StoreWriter
+from prelar.store.store import Store
+from prelar.store.writer import StoreWriter
 from prelar.utils.errors import UserError
 from prelar.utils.video_file import ffmpeg_binary
 from prelar.validation.suites import (

@@ -19,8 +19,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from prelar.store.store import Frames
 from prelar.utils.errors import UserError
+from prelar.utils.frames import Frames
 from prelar.videos import decode, webm
 from prelar.videos.decode import SCALE, Decoder, command, frames_each, joined_command
 from prelar.videos.ffmpeg_log import stream, troubles

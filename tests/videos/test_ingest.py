@@ -10,7 +10,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from prelar.store.store import Store, StoreWriter
+from prelar.store.store import Store
+from prelar.store.writer import StoreWriter
 from prelar.utils.errors import UserError
 from prelar.videos import ingest
 from prelar.videos.archive import Member
@@ -141,7 +142,12 @@ def test_staging_of_other_clips_is_not_continued(tmp_path: Path, folder: Path, d
 
 
 @pytest.mark.parametrize(
-    "module", ["store.store", *(f"videos.{name}" for name in ("archive", "ingest", "labels", "decode"))]
+    "module",
+    [
+        "store.schema",
+        "store.writer",
+        *(f"videos.{name}" for name in ("archive", "ingest", "labels", "decode")),
+    ],
 )
 def test_work_of_other_code_is_not_continued(
     folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, module: str

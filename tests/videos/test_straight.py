@@ -13,7 +13,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from prelar.store.store import Frames
+from prelar.utils.frames import Frames
 from prelar.videos import own_videos, straight
 from prelar.videos.decode import SCALE, Decoder
 from prelar.videos.ffmpeg_log import Log

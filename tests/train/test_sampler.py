@@ -13,8 +13,9 @@ import torch
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
-from prelar.store.sampler import SegmentSampler
-from prelar.store.store import Store, StoreWriter
+from prelar.store.store import Store
+from prelar.store.writer import StoreWriter
+from prelar.train.sampler import SegmentSampler
 from prelar.utils.errors import UserError
 
 LENGTHS = [4, 9, 6, 30, 5, 12, 7, 3]
