@@ -189,9 +189,9 @@ def add_action_arguments(parser: argparse.ArgumentParser) -> None:
 def run_actions(config: Config, arguments: argparse.Namespace) -> None:
     """Write latent actions, on the device and with the ffmpeg of params.yaml."""
     from prelar import actions
-    from prelar.train.loop import set_up
+    from prelar.train.loop import fabric_of
 
-    fabric = set_up(device=config.device, precision=config.precision, threads=config.threads)
+    fabric = fabric_of(config)
     with exclusive(arguments.output):
         actions.run(
             arguments.sources,
@@ -214,9 +214,9 @@ def add_export_arguments(parser: argparse.ArgumentParser) -> None:
 def run_export(config: Config, arguments: argparse.Namespace) -> None:
     """Write a store as a LeRobotDataset, on the device and with the ffmpeg of params.yaml."""
     from prelar import export_lerobot
-    from prelar.train.loop import set_up
+    from prelar.train.loop import fabric_of
 
-    fabric = set_up(device=config.device, precision=config.precision, threads=config.threads)
+    fabric = fabric_of(config)
     with exclusive(arguments.folder):
         export_lerobot.run(
             arguments.store,

@@ -22,7 +22,7 @@ from prelar.envs import gl, make_env_of
 from prelar.envs.pixels import PixelEnv
 from prelar.store.schema import index_path
 from prelar.store.writer import StoreWriter
-from prelar.train.loop import set_up
+from prelar.train.loop import fabric_of
 from prelar.utils import files
 from prelar.utils.errors import UserError
 from prelar.utils.frames import SIZE
@@ -45,7 +45,7 @@ def run(
         if place is not None and place.exists() and any(place.iterdir()):
             raise UserError(f"{place}: holds something already; name another, or delete it")
     gl.ensure()
-    fabric = set_up(device=config.device, precision=config.precision, threads=config.threads)
+    fabric = fabric_of(config)
     agent, described = load_agent(checkpoint, device=fabric.device)
     task = described["task"]
     with make_env_of(described, time_limit=config.evaluate.time_limit) as simulator:
