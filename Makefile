@@ -78,7 +78,7 @@ lock: $(READY) ## resolve pyproject.toml into requirements.lock anew
 params: $(READY) ## write docs/params.md anew from the settings
 	@PYTHONPATH=. python tools/params_page.py
 
-results: $(READY) ## write docs/results.md anew from results/small-comparison.csv
+results: $(READY) ## write docs/results.md anew from the tables in results/
 	@PYTHONPATH=. python tools/results_page.py
 
 clean: ## remove the caches of tools; data, downloads and results stay

@@ -22,7 +22,13 @@ from prelar.utils.errors import UserError
 
 Grid = Mapping[str, list[Any]]
 Preset = Literal[
-    "demos", "ssv2", "action-representation", "beta-a", "small-comparison", "small-comparison-rlbench"
+    "demos",
+    "ssv2",
+    "action-representation",
+    "beta-a",
+    "small-comparison",
+    "small-comparison-rlbench",
+    "small-causes",
 ]
 Part = tuple[str, str]
 """A stage and the digest of all that its outputs follow from."""
@@ -55,6 +61,7 @@ _RLBENCH: Grid = {
     "demos.path": ["/data/rlbench_npz"],
     "demos.fps": [20],
 }
+_HELD: Grid = {"scales.small.finetune.freeze_updates": [120]}
 
 
 def _pretrained(videos: Grid) -> tuple[Grid, ...]:
@@ -99,6 +106,21 @@ PRESETS: Mapping[str, tuple[str, tuple[Grid, ...]]] = MappingProxyType(
         "small-comparison-rlbench": (
             "Those of them that pre-train, on recorded RLBench episodes in /data/rlbench_npz (demos.path=…)",
             _pretrained(_RLBENCH),
+        ),
+        "small-causes": (
+            "What makes the difference there: one RSSM, pre-trained parts held at first, a larger action KL",
+            (
+                {"method": ["apv"], "naive": [True], **_METAWORLD},
+                {"method": ["prelar"], **_HELD, **_METAWORLD},
+                {
+                    "method": ["prelar"],
+                    "beta_a": [0],
+                    "action_kind": ["deterministic"],
+                    **_HELD,
+                    **_METAWORLD,
+                },
+                {"method": ["prelar"], "beta_a": [0.01], **_METAWORLD},
+            ),
         ),
     }
 )

@@ -18,28 +18,55 @@ from prelar.report.charts import Series, line_chart, number
 from prelar.report.results import Results
 from prelar.report.runs import Run
 from prelar.report.statistics import interquartile_mean, probability_of_improvement, seed_interval
-from prelar.report.variants import Variant, group
 from prelar.utils.files import write_text
 
 ROOT = Path(__file__).parents[1]
-TABLES = (Path("results/small-comparison.csv"), Path("results/small-comparison-rlbench.csv"))
-"""Of the sweep that pre-trains on Meta-World, and of that on RLBench, which borrows controls of the first."""
 PAGE = Path("docs/results.md")
 TEMPLATE = Path(__file__).with_name("results.md.jinja")
 FIGURES = Path("docs/results")
-NAMES = {
-    "DreamerV2": "DreamerV2",
-    "APV, naive = true, pretrain.steps = 0": "ResNet, untrained",
-    "APV": "APV",
-    "ContextWM": "ContextWM",
-    "PreLAR": "PreLAR",
-    "PreLAR, action_kind = deterministic, beta_a = 0": "PreLAR, no action KL",
-    "PreLAR, beta_c = 0": "PreLAR, no consistency",
+
+_HELD = "scales.small.finetune.freeze_updates"
+_POINT = {"beta_a": 0, "action_kind": "deterministic"}
+SETTINGS: Mapping[str, Mapping[str, Any]] = {
+    "DreamerV2": {"method": "dreamerv2"},
+    "ResNet, untrained": {"method": "apv", "naive": True, "scales.small.pretrain.steps": 0},
+    "APV": {"method": "apv"},
+    "ContextWM": {"method": "contextwm"},
+    "PreLAR": {"method": "prelar"},
+    "PreLAR, no action KL": {"method": "prelar", **_POINT},
+    "PreLAR, no consistency": {"method": "prelar", "beta_c": 0},
+    "APV, one RSSM": {"method": "apv", "naive": True},
+    "PreLAR, held": {"method": "prelar", _HELD: 120},
+    "PreLAR, no action KL, held": {"method": "prelar", **_POINT, _HELD: 120},
+    "PreLAR, beta_a 0.01": {"method": "prelar", "beta_a": 0.01},
 }
-"""The settings of the preset as `variant` has them, and how the page calls them."""
+"""What the sweeps compare: a name, and what it changes besides what a whole sweep does."""
+_KEYS = dict.fromkeys(key for changes in SETTINGS.values() for key in changes)
+
+
+@dataclass(frozen=True)
+class Block:
+    """A part of the page: the results of the preset, in `results/<preset>.csv`.
+
+    `settings` are the rows of its tables; those that the preset lacks are the first block's. `charts` maps a
+    figure's name to its title and the settings drawn.
+    """
+
+    preset: str
+    settings: Sequence[str]
+    charts: Mapping[str, tuple[str, Sequence[str]]]
+
+
+_COMPARED = tuple(SETTINGS)[:7]
+_METHODS = ("How fast the agent learns, by method", _COMPARED[:5])
+_ABLATIONS = ("What PreLAR's losses on the action are worth", (_COMPARED[1], *_COMPARED[4:]))
+_CAUSES = ("APV", "PreLAR", "PreLAR, no action KL", *tuple(SETTINGS)[7:])
+BLOCKS = (
+    Block("small-comparison", _COMPARED, {"methods": _METHODS, "ablations": _ABLATIONS}),
+    Block("small-comparison-rlbench", _COMPARED, {"methods-2": _METHODS, "ablations-2": _ABLATIONS}),
+    Block("small-causes", _CAUSES, {"causes": ("What makes the difference", (_CAUSES[0], *_CAUSES[2:]))}),
+)
 LAST = 3
-METHODS = ("DreamerV2", "ResNet, untrained", "APV", "ContextWM", "PreLAR")
-ABLATIONS = ("ResNet, untrained", "PreLAR", "PreLAR, no action KL", "PreLAR, no consistency")
 STYLE = """<style>
 svg { background: #fcfbf8; font-family: sans-serif; stroke-linejoin: round; }
 .grid { stroke: #d8d4ca; } .axis { stroke: #585d65; }
@@ -78,38 +105,47 @@ class Scores:
         return self.values[..., -LAST:].mean(-1, keepdims=True)
 
 
-def page(*tables: Results) -> tuple[str, dict[str, str]]:
-    """The page's text, and its figures by file name.
-
-    tables: of the sweeps of `TABLES`, as many as there are. A setting that a later one lacks is the first's.
-    """
-    variants: dict[str, Variant] = {}
-    blocks, figures = [], dict[str, str]()
-    for results in tables:
-        variants |= {NAMES[variant.label]: variant for variant in group(results.planned())[0]}
-        values, drawn = block(results, variants, f"-{len(blocks)}" if blocks else "")
-        blocks.append(values)
-        figures |= drawn
-    params = tables[0].params
+def page(tables: Mapping[str, Results]) -> tuple[str, dict[str, str]]:
+    """The page's text, and its figures by file name, from the tables by preset; not all have to be there."""
+    told, figures, first = [], dict[str, str](), dict[str, list[Run]]()
+    for one in BLOCKS:
+        if one.preset in tables:
+            own = runs_of(tables[one.preset])
+            first = first or own
+            runs = {name: own.get(name) or first[name] for name in one.settings}
+            values, drawn = describe(one, tables[one.preset], runs)
+            told.append(values)
+            figures |= drawn
+    params = tables[BLOCKS[0].preset].params
     template = Template(TEMPLATE.read_text(encoding="utf-8"), trim_blocks=True, undefined=StrictUndefined)
     text = template.render(
-        blocks=blocks,
+        blocks=told,
         updates=params["scales.small.pretrain.steps"],
         env_steps=params["scales.small.finetune.env_steps"],
-        tasks=blocks[0]["tasks"],
-        failed={name: error for results in tables for name, error in results.failed.items()},
+        tasks=told[0]["tasks"],
+        failed={name: error for results in tables.values() for name, error in results.failed.items()},
     )
     return text.rstrip() + "\n", figures
 
 
-def block(
-    results: Results, variants: Mapping[str, Variant], suffix: str
+def runs_of(results: Results) -> dict[str, list[Run]]:
+    """The runs of a sweep by setting; those that are not done have no curves."""
+    found: dict[str, list[Run]] = {}
+    for run in results.planned():
+        own = {key: run.changed[key] for key in _KEYS if key in run.changed}
+        found.setdefault(next(name for name, changes in SETTINGS.items() if changes == own), []).append(run)
+    return found
+
+
+def describe(
+    one: Block, results: Results, runs: Mapping[str, Sequence[Run]]
 ) -> tuple[dict[str, Any], dict[str, str]]:
-    """What the template needs of a sweep whose runs are among `variants`, and the figures by file name."""
-    seeds, tasks, steps = balanced(variants)
+    """What the template needs of a block of `runs` by setting, and its figures by file name."""
+    seeds, tasks, steps = balanced(runs)
     done, hours = len(results.runs), sum(results.cpu_seconds.values()) / 3600
     values: dict[str, Any] = {
-        "suffix": suffix,
+        "preset": one.preset,
+        "charts": {name: title for name, (title, _) in one.charts.items()},
         "tasks": tasks,
         "code": results.code,
         "commit": results.commit[:10],
@@ -121,51 +157,50 @@ def block(
     }
     figures = {}
     if seeds:
-        controls = {task: control_returns(variants, task) for task in tasks}
-        scores = [score(name, variant, seeds, controls, steps) for name, variant in variants.items()]
+        controls = {task: control_returns(runs, task) for task in tasks}
+        scores = [score(name, own, seeds, controls, steps) for name, own in runs.items()]
         values |= {
             "learning": learning(scores),
             "improvement": improvement(scores),
             "returns": returns(scores, controls),
             "models": world_models(scores),
             "copied": spread(scores[-1], "prediction_error_copy", per_seed=True),
+            "probe": f"probe-{one.preset}",
         }
-        figures = {
-            f"methods{suffix}.svg": chart(scores, METHODS, steps, "How fast the agent learns, by method"),
-            f"ablations{suffix}.svg": chart(
-                scores, ABLATIONS, steps, "What PreLAR's losses on the action are worth"
-            ),
-            f"probe{suffix}.svg": probe(scores),
-        }
+        for name, (title, shown) in one.charts.items():
+            figures[f"{name}.svg"] = chart(scores, shown, steps, title)
+        figures[f"probe-{one.preset}.svg"] = probe(scores)
     return values, figures
 
 
-def balanced(variants: Mapping[str, Variant]) -> tuple[list[int], list[str], list[float]]:
-    """The seeds of which all runs are done, the tasks, and the steps of the curves."""
-    runs = [run for variant in variants.values() for run in variant.runs]
-    lacking = {run.params["seed"] for run in runs if not run.curves}
-    whole = sorted({run.params["seed"] for run in runs} - lacking)
-    steps = [run.curves["return"][0] for run in runs if run.params["seed"] in whole]
-    tasks = list(dict.fromkeys(run.params["task"] for run in runs))
+def balanced(runs: Mapping[str, Sequence[Run]]) -> tuple[list[int], list[str], list[float]]:
+    """The seeds of which all runs of all settings are done, the tasks, and the steps of the curves."""
+    every = [run for own in runs.values() for run in own]
+    planned = [{run.params["seed"] for run in own} for own in runs.values()]
+    lacking = {run.params["seed"] for run in every if not run.curves}
+    whole = sorted(set.intersection(*planned) - lacking)
+    steps = [run.curves["return"][0] for run in every if run.params["seed"] in whole]
+    tasks = list(dict.fromkeys(run.params["task"] for run in every))
     return whole, tasks, list(steps[0]) if steps else []
 
 
-def control_returns(variants: Mapping[str, Variant], task: str) -> tuple[float, float]:
+def control_returns(runs: Mapping[str, Sequence[Run]], task: str) -> tuple[float, float]:
     """Mean returns of random actions and of the expert in a task, over all runs of it."""
-    found = [run.metrics for one in variants.values() for run in one.tasks[task] if run.metrics]
+    every = [run for own in runs.values() for run in own if run.params["task"] == task]
+    found = [run.metrics for run in every if run.metrics]
     low, high = (float(np.mean([one[name] for one in found])) for name in ("return_random", "return_expert"))
     return low, high
 
 
 def score(
     name: str,
-    variant: Variant,
+    own: Sequence[Run],
     seeds: Sequence[int],
     controls: Mapping[str, tuple[float, float]],
     steps: Sequence[float],
 ) -> Scores:
     """The scores of a setting in some seeds; the tasks are those of `controls`."""
-    runs = {(run.params["seed"], run.params["task"]): run for run in variant.runs}
+    runs = {(run.params["seed"], run.params["task"]): run for run in own}
     table = [[runs[seed, task] for task in controls] for seed in seeds]
     assert all(list(run.curves["return"][0]) == list(steps) for row in table for run in row)
     low, high = np.array(list(controls.values())).T[:, None, :, None]
@@ -292,9 +327,15 @@ def markdown(headings: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 
+def tables() -> dict[str, Results]:
+    """The tables that there are, by preset."""
+    places = {one.preset: ROOT / f"results/{one.preset}.csv" for one in BLOCKS}
+    return {preset: Results.read(place) for preset, place in places.items() if place.exists()}
+
+
 def main() -> None:
     """Write the page and its figures."""
-    text, figures = page(*(Results.read(ROOT / table) for table in TABLES if (ROOT / table).exists()))
+    text, figures = page(tables())
     write_text(ROOT / PAGE, text)
     for name, svg in figures.items():
         write_text(ROOT / FIGURES / name, svg)

@@ -36,6 +36,7 @@ def pretrainings(plan: list[Experiment]) -> int:
         ("beta-a", 192, 32),
         ("small-comparison", 105, 35),
         ("small-comparison-rlbench", 75, 25),
+        ("small-causes", 60, 20),
     ],
 )
 def test_presets_share_pretraining_over_tasks(preset: str, count: int, shared: int) -> None:
