@@ -163,6 +163,7 @@ def describe(
             "learning": learning(scores),
             "improvement": improvement(scores),
             "returns": returns(scores, controls),
+            "ahead": ahead(scores, tasks),
             "models": world_models(scores),
             "copied": spread(scores[-1], "prediction_error_copy", per_seed=True),
             "probe": f"probe-{one.preset}",
@@ -245,6 +246,18 @@ def returns(scores: Sequence[Scores], controls: Mapping[str, tuple[float, float]
     for place, name in enumerate(("random actions", "scripted expert")):
         rows.append((name, *(f"{values[place]:.0f}" for values in controls.values())))
     return markdown(("", *controls), rows)
+
+
+def ahead(scores: Sequence[Scores], tasks: Sequence[str]) -> str:
+    """In how many runs of a task the lower end of the agent's return lies above the upper end of random's."""
+    rows = []
+    for one in scores:
+        cells = []
+        for runs in zip(*one.runs, strict=True):
+            held = sum(run.metrics["return_low"] > run.metrics["return_random_high"] for run in runs)
+            cells.append(f"{held} of {len(runs)}")
+        rows.append((one.name, *cells))
+    return markdown(("", *tasks), rows)
 
 
 def world_models(scores: Sequence[Scores]) -> str:
