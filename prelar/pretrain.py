@@ -92,8 +92,9 @@ def _train(cfg: Config, store: Store, snapshots: Snapshots, fabric: Fabric) -> W
     """Train the model, or finish its training, with log and videos."""
     preset = cfg.pretrain
     model = build(cfg).train()
+    graphs = cfg.compile == "graphs"
     if compiles(cfg.compile, fabric):
-        model.compile_training(dynamic=False, mode="reduce-overhead" if cfg.compile == "graphs" else None)
+        model.compile_training(dynamic=False, mode="reduce-overhead" if graphs else None)
     optimizer = adam(model.parameters(), preset.lr)
     module, wrapped = fabric.setup(model, optimizer)
     module.mark_forward_method("pretrain_losses")
@@ -113,7 +114,8 @@ def _train(cfg: Config, store: Store, snapshots: Snapshots, fabric: Fabric) -> W
     with BatchPrefetcher(sampler.at, choose=int, device=fabric.device, depth=2) as batches:
 
         def step(index: int) -> Scalars:
-            torch.compiler.cudagraph_mark_step_begin()  # the last step is done with its outputs
+            if graphs:
+                torch.compiler.cudagraph_mark_step_begin()  # the last step is done with its outputs
             batch = batches.take(index)
             images = normalise(batch["image"].to(fabric.device, non_blocking=True))
             is_first = batch["is_first"].to(fabric.device, non_blocking=True)
