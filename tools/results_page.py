@@ -27,7 +27,8 @@ FIGURES = Path("docs/results")
 
 _HELD = "scales.small.finetune.freeze_updates"
 _POINT = {"beta_a": 0, "action_kind": "deterministic"}
-SETTINGS: Mapping[str, Mapping[str, Any]] = {
+_Settings = Mapping[str, Mapping[str, Any]]
+COMPARED: _Settings = {
     "DreamerV2": {"method": "dreamerv2"},
     "ResNet, untrained": {"method": "apv", "naive": True, "scales.small.pretrain.steps": 0},
     "APV": {"method": "apv"},
@@ -35,11 +36,14 @@ SETTINGS: Mapping[str, Mapping[str, Any]] = {
     "PreLAR": {"method": "prelar"},
     "PreLAR, no action KL": {"method": "prelar", **_POINT},
     "PreLAR, no consistency": {"method": "prelar", "beta_c": 0},
+}
+CAUSES: _Settings = {
     "APV, one RSSM": {"method": "apv", "naive": True},
     "PreLAR, held": {"method": "prelar", _HELD: 120},
     "PreLAR, no action KL, held": {"method": "prelar", **_POINT, _HELD: 120},
     "PreLAR, beta_a 0.01": {"method": "prelar", "beta_a": 0.01},
 }
+SETTINGS: _Settings = {**COMPARED, **CAUSES}
 """What the sweeps compare: a name, and what it changes besides what a whole sweep does."""
 _KEYS = dict.fromkeys(key for changes in SETTINGS.values() for key in changes)
 
@@ -57,14 +61,19 @@ class Block:
     charts: Mapping[str, tuple[str, Sequence[str]]]
 
 
-_COMPARED = tuple(SETTINGS)[:7]
-_METHODS = ("How fast the agent learns, by method", _COMPARED[:5])
-_ABLATIONS = ("What PreLAR's losses on the action are worth", (_COMPARED[1], *_COMPARED[4:]))
-_CAUSES = ("APV", "PreLAR", "PreLAR, no action KL", *tuple(SETTINGS)[7:])
+_METHODS = (
+    "How fast the agent learns, by method",
+    ("DreamerV2", "ResNet, untrained", "APV", "ContextWM", "PreLAR"),
+)
+_ABLATIONS = (
+    "What PreLAR's losses on the action are worth",
+    ("ResNet, untrained", "PreLAR", "PreLAR, no action KL", "PreLAR, no consistency"),
+)
+_TRIED = ("What makes the difference", ("APV", "PreLAR", *CAUSES))
 BLOCKS = (
-    Block("small-comparison", _COMPARED, {"methods": _METHODS, "ablations": _ABLATIONS}),
-    Block("small-comparison-rlbench", _COMPARED, {"methods-2": _METHODS, "ablations-2": _ABLATIONS}),
-    Block("small-causes", _CAUSES, {"causes": ("What makes the difference", (_CAUSES[0], *_CAUSES[2:]))}),
+    Block("small-comparison", tuple(COMPARED), {"methods": _METHODS, "ablations": _ABLATIONS}),
+    Block("small-comparison-rlbench", tuple(COMPARED), {"methods-2": _METHODS, "ablations-2": _ABLATIONS}),
+    Block("small-causes", ("APV", "PreLAR", "PreLAR, no action KL", *CAUSES), {"causes": _TRIED}),
 )
 LAST = 3
 STYLE = """<style>
