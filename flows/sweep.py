@@ -45,7 +45,7 @@ TASKS: list[Any] = [
 ]
 SEEDS: list[Any] = list(range(8))
 _EVERY: Grid = {"task": TASKS, "seed": SEEDS}
-_WITHOUT_ACTION_KL: Grid = {"beta_c": [0], "beta_a": [0], "action_kind": ["deterministic"]}
+_WITHOUT_ACTION_KL: Grid = {"beta_a": [0], "action_kind": ["deterministic"]}
 _OTHER_TASKS = ["drawer-open", "drawer-close", "dial-turn", "button-press-topdown", "door-open", "push"]
 _SMALL: Grid = {
     "scale": ["small"],
@@ -68,7 +68,7 @@ def _pretrained(videos: Grid) -> tuple[Grid, ...]:
     """The methods that pre-train, and PreLAR without its losses on the action, over `videos`."""
     return (
         {"method": ["apv", "contextwm", "prelar"], **videos},
-        {"method": ["prelar"], "beta_a": [0], "action_kind": ["deterministic"], **videos},
+        {"method": ["prelar"], **_WITHOUT_ACTION_KL, **videos},
         {"method": ["prelar"], "beta_c": [0], **videos},
     )
 
@@ -88,7 +88,7 @@ PRESETS: Mapping[str, tuple[str, tuple[Grid, ...]]] = MappingProxyType(
             (
                 {"method": ["prelar"], **_EVERY},
                 {"method": ["prelar"], "beta_c": [0], **_EVERY},
-                {"method": ["prelar"], **_WITHOUT_ACTION_KL, **_EVERY},
+                {"method": ["prelar"], "beta_c": [0], **_WITHOUT_ACTION_KL, **_EVERY},
             ),
         ),
         "beta-a": (
@@ -112,13 +112,7 @@ PRESETS: Mapping[str, tuple[str, tuple[Grid, ...]]] = MappingProxyType(
             (
                 {"method": ["apv"], "naive": [True], **_METAWORLD},
                 {"method": ["prelar"], **_HELD, **_METAWORLD},
-                {
-                    "method": ["prelar"],
-                    "beta_a": [0],
-                    "action_kind": ["deterministic"],
-                    **_HELD,
-                    **_METAWORLD,
-                },
+                {"method": ["prelar"], **_WITHOUT_ACTION_KL, **_HELD, **_METAWORLD},
                 {"method": ["prelar"], "beta_a": [0.01], **_METAWORLD},
             ),
         ),

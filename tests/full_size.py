@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 
 import numpy as np
 
 from prelar.store import schema, writer
-from prelar.utils.files import write_text
 
 CLIPS = 220_847
 LABELS = 174
@@ -24,7 +22,7 @@ def build(path: Path) -> int:
          "sha256": f"{n:064x}", "status": "ok"}
         for n, (length, start) in enumerate(zip(lengths.tolist(), starts.tolist(), strict=True))
     )  # fmt: skip
-    digest = schema.write_index(schema.index_path(path), rows)
+    digest = writer.write_index(schema.index_path(path), rows)
     for name, layout, values in (
         ("clip_start", schema.CLIPS, starts),
         ("clip_length", schema.CLIPS, lengths),
@@ -34,7 +32,7 @@ def build(path: Path) -> int:
         column.append(values)
         column.finish()
     layout = schema.FRAMES
-    write_text(path / "frames/zarr.json", json.dumps(layout.metadata(total)))
+    writer._write_json(path / "frames/zarr.json", layout.metadata(total))
     for number in range(-(-total // layout.shard)):
         shard = layout.file(path / "frames", number)
         shard.parent.mkdir(parents=True)
@@ -42,7 +40,5 @@ def build(path: Path) -> int:
         with shard.open("wb") as handle:
             handle.seek(layout.shard_bytes(held) - layout.tail_bytes)
             handle.write(layout.tail(held))
-    write_text(
-        path / "zarr.json", json.dumps({"attributes": {"schema": schema.SCHEMA, "index_sha256": digest}})
-    )
+    writer._write_json(path / "zarr.json", {"attributes": {"schema": schema.SCHEMA, "index_sha256": digest}})
     return total

@@ -14,8 +14,9 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from prelar.store.schema import index_path, write_index
+from prelar.store.schema import index_path
 from prelar.store.store import Member, Store
+from prelar.store.writer import write_index
 from prelar.utils import files
 from prelar.utils.errors import UserError
 

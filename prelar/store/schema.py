@@ -17,8 +17,7 @@ clips of the store in order, the others name what is wrong.
 from __future__ import annotations
 
 import dataclasses
-import hashlib
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -26,9 +25,7 @@ import google_crc32c
 import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
-import pyarrow.parquet as pq
 
-from prelar.utils import files
 from prelar.utils.errors import printable
 from prelar.utils.frames import FRAME
 
@@ -158,31 +155,15 @@ def pair_index(starts: npt.NDArray[np.int64], lengths: npt.NDArray[np.int64]) ->
     return np.arange(int(shorter.sum()), dtype=np.int64) + np.repeat(starts - before, shorter)
 
 
-def write_index(path: Path, rows: Iterable[Row], batch: int = 10_000) -> str:
-    """Write the index atomically, `batch` rows at a time, and return the file's sha256."""
-    with files.atomic_file(path) as partial:
-        with pq.ParquetWriter(partial, INDEX_SCHEMA, compression="zstd") as writer:
-            held: list[Row] = []
-            for row in rows:
-                held.append(row)
-                if len(held) == batch:
-                    writer.write_table(pa.Table.from_pylist(held, schema=INDEX_SCHEMA))
-                    held = []
-            if held:
-                writer.write_table(pa.Table.from_pylist(held, schema=INDEX_SCHEMA))
-        with partial.open("rb") as handle:
-            return hashlib.file_digest(handle, "sha256").hexdigest()
-
-
 def misfit(row: Row) -> str | None:
     """What of a row the index cannot hold, in words; None where it can hold all."""
     for key, value in row.items():
-        if value is not None and beyond(key, value):
+        if value is not None and exceeds(key, value):
             return f"its {key}, {printable(str(value), 100)}, is more than the index holds"
     return None
 
 
-def beyond(key: str, value: Any) -> bool:
+def exceeds(key: str, value: Any) -> bool:
     """Whether a value is a number too large for its column of the index."""
     kind = INDEX_SCHEMA.field(key).type
     return pa.types.is_integer(kind) and not -(1 << kind.bit_width - 1) <= value < 1 << kind.bit_width - 1

@@ -25,7 +25,7 @@ import pyarrow.compute as pc
 from prelar.store import schema
 from prelar.store.parquet import read_parquet
 from prelar.store.remote import Piece, Published, follow
-from prelar.store.schema import CLIPS, INDEX_SCHEMA, SCHEMA, Layout, index_path, pair_index
+from prelar.store.schema import INDEX_SCHEMA, SCHEMA, Layout, index_path, pair_index
 from prelar.utils import files
 from prelar.utils.errors import UserError, printable, shown
 from prelar.utils.frames import FRAME, Frames
@@ -280,8 +280,8 @@ class Store:
         starts = np.cumsum(lengths) - lengths
         pairs = len(lengths), int(lengths.sum()) - len(lengths)
         readers: dict[str, _Items] = {
-            "clip_start": _Held(CLIPS, pairs[0], lambda: starts),
-            "clip_length": _Held(CLIPS, pairs[0], lambda: lengths),
+            "clip_start": _Held(schema.CLIPS, pairs[0], lambda: starts),
+            "clip_length": _Held(schema.CLIPS, pairs[0], lambda: lengths),
             "pairs": _Held(schema.PAIRS, pairs[1], lambda: pair_index(starts, lengths)),
         }
         for name in stores[0]._readers:
@@ -494,9 +494,14 @@ def _check_schema(place: _Place, found: object) -> None:
 
 
 def _open_array(place: _Place, name: str) -> _Reader:
-    """A reader of one array; it must lie exactly as this module lays it."""
+    """A reader of one array; it must lie exactly as `schema` has it."""
     metadata = _parsed(place, f"{name}/zarr.json")
-    fixed = {"frames": schema.FRAMES, "clip_start": CLIPS, "clip_length": CLIPS, "pairs": schema.PAIRS}
+    fixed = {
+        "frames": schema.FRAMES,
+        "clip_start": schema.CLIPS,
+        "clip_length": schema.CLIPS,
+        "pairs": schema.PAIRS,
+    }
     shape = metadata.get("shape")
     if not (
         isinstance(shape, list) and shape and all(type(size) is int and 0 <= size < LONGEST for size in shape)

@@ -2,27 +2,28 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
+import pyarrow as pa
+import pyarrow.parquet as pq
 
 from prelar.store import schema
 from prelar.store.schema import (
-    CLIPS,
     INDEX_SCHEMA,
     SCHEMA,
     Layout,
     Row,
-    beyond,
+    exceeds,
     index_path,
     misfit,
     pair_index,
-    write_index,
 )
 from prelar.store.store import Store
 from prelar.utils import files
@@ -218,8 +219,8 @@ class StoreWriter:
         lengths = np.array(self.lengths, dtype=np.int64)
         starts = np.cumsum(lengths) - lengths
         for name, layout, values in (
-            ("clip_start", CLIPS, starts),
-            ("clip_length", CLIPS, lengths),
+            ("clip_start", schema.CLIPS, starts),
+            ("clip_length", schema.CLIPS, lengths),
             ("pairs", schema.PAIRS, pair_index(starts, lengths)),
         ):
             files.remove(self.path / name)
@@ -278,6 +279,22 @@ class _Journal:
                 yield from json.loads(line)
 
 
+def write_index(path: Path, rows: Iterable[Row], batch: int = 10_000) -> str:
+    """Write the index atomically, `batch` rows at a time, and return the file's sha256."""
+    with files.atomic_file(path) as partial:
+        with pq.ParquetWriter(partial, INDEX_SCHEMA, compression="zstd") as writer:
+            held: list[Row] = []
+            for row in rows:
+                held.append(row)
+                if len(held) == batch:
+                    writer.write_table(pa.Table.from_pylist(held, schema=INDEX_SCHEMA))
+                    held = []
+            if held:
+                writer.write_table(pa.Table.from_pylist(held, schema=INDEX_SCHEMA))
+        with partial.open("rb") as handle:
+            return hashlib.file_digest(handle, "sha256").hexdigest()
+
+
 def _checked_row(row: Row) -> dict[str, Any]:
     """A row as the index can hold it: texts are printable, and a value that has no place has none."""
     unknown = set(row) - set(INDEX_SCHEMA.names)
@@ -286,7 +303,7 @@ def _checked_row(row: Row) -> dict[str, Any]:
     return {
         key: printable(value) if isinstance(value, str) else value
         for key, value in row.items()
-        if value is not None and not beyond(key, value)
+        if value is not None and not exceeds(key, value)
     }
 
 

@@ -105,7 +105,7 @@ def set_up(
 
 
 def fabric_of(machine: Machine, devices: int | None = None) -> Fabric:
-    """`set_up` for a stage, whose params say what it runs on."""
+    """`set_up` as params.yaml says."""
     return set_up(
         device=machine.device,
         precision=machine.precision,

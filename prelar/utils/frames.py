@@ -11,4 +11,4 @@ FRAME = (SIZE, SIZE, 3)
 FRAME_BYTES = SIZE * SIZE * 3
 
 Frames = npt.NDArray[np.uint8]
-"""Of shape (…, 64, 64, 3), RGB."""
+"""Pictures (…, H, W, 3), RGB; those that stores keep and models see are of the shape `FRAME`."""
