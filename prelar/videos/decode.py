@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import itertools
 import mmap
 import os
 import re
@@ -155,13 +156,13 @@ class Decoder:
 
     def _attempt(self, clips: Sequence[bytes]) -> list[Frames] | None:
         """The frames of each clip from one process, or None if there was any trouble."""
-        with _memory(len(clips) + 3) as (playlist, output, times, *inputs):
-            for handle, content in zip(inputs, clips, strict=True):
-                _write(handle, content)
-            _write(playlist, _playlist(inputs))
+        with _memory(4) as (source, playlist, output, times):
+            for content in clips:
+                _write(source, content)
+            _write(playlist, _playlist(source, [len(content) for content in clips]))
             try:
                 words = joined_command(self.path, playlist, output, times, len(clips))
-                log, status = self._run(words, [playlist, output, times, *inputs])
+                log, status = self._run(words, [source, playlist, output, times])
             except subprocess.TimeoutExpired:
                 return None
             frames = _frames(output)
@@ -285,7 +286,12 @@ def command(binary: str, source: int, output: int, thorough: bool = False) -> li
 
 def joined_command(binary: str, playlist: int, output: int, times: int, clips: int) -> list[str]:
     """The arguments that decode the clips of a playlist in turn; `times` is what `frames_each` reads."""
-    one_video = {"format": "concat", "safe": 0, "format_whitelist": f"concat,{FORMATS}"}
+    one_video = {
+        "format": "concat",
+        "safe": 0,
+        "format_whitelist": f"concat,{FORMATS}",
+        "protocol_whitelist": "file,subfile",
+    }
     timing = {"stats_enc_pre": f"/proc/self/fd/{times}", "stats_enc_pre_fmt": "{ptsi} {tbi}"}
     return _command(binary, playlist, output, one_video, {**timing, "frames:v": clips * MAX_FRAMES + 1})
 
@@ -348,10 +354,18 @@ def _command(
     return arguments
 
 
-def _playlist(inputs: Sequence[int]) -> bytes:
-    """The concat demuxer's list of open files, whose frames' times begin `APART` seconds apart."""
-    files = "".join(f"file /proc/self/fd/{handle}\nduration {APART}\n" for handle in inputs)
-    return f"ffconcat version 1.0\n{files}".encode()
+def _playlist(source: int, sizes: Sequence[int]) -> bytes:
+    """The concat demuxer's list of clips of these sizes (bytes), which lie end to end in an open file.
+
+    One open file holds them all: a process may have only some 1,000, and decodes many batches at once. The
+    times of their frames begin `APART` seconds apart.
+    """
+    ends = itertools.accumulate(sizes, initial=0)
+    clips = "".join(
+        f"file subfile,,start,{begin},end,{end},,:/proc/self/fd/{source}\nduration {APART}\n"
+        for begin, end in itertools.pairwise(ends)
+    )
+    return f"ffconcat version 1.0\n{clips}".encode()
 
 
 def frames_each(times: bytes, clips: int) -> npt.NDArray[np.int64] | None:

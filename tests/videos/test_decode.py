@@ -382,10 +382,27 @@ def test_an_old_ffmpeg_joins_nothing(decoder: Decoder, monkeypatch: pytest.Monke
     assert seen == [(3, True)]
 
 
+@pytest.mark.parametrize("count", [2, 40])
+def test_open_files_do_not_grow_with_the_clips(
+    decoder: Decoder, monkeypatch: pytest.MonkeyPatch, count: int
+) -> None:
+    """A process may have only some 1,000, and many threads decode at once."""
+    before, during = open_files(), []
+    wait = decode._wait
+    monkeypatch.setattr(decode, "_wait", lambda process: during.append(open_files()) or wait(process))
+    clips = decoder.decode([archives.clip(frames=8 + number) for number in range(count)])
+    assert [len(clip.frames) for clip in clips if clip.frames is not None] == list(range(8, 8 + count))
+    assert len(during) == 1 and during[0] - before <= 8
+
+
+def open_files() -> int:
+    return len(list(Path("/proc/self/fd").iterdir()))
+
+
 def test_no_files_stay_open(decoder: Decoder) -> None:
-    before = len(list(Path("/proc/self/fd").iterdir()))
+    before = open_files()
     decoder.decode([archives.clip(), b"no video"])
-    assert len(list(Path("/proc/self/fd").iterdir())) == before
+    assert open_files() == before
 
 
 def test_the_ffmpeg_binary_is_checked(tmp_path: Path, decoder: Decoder) -> None:
