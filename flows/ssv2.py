@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import hashlib
+import os
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -37,7 +38,7 @@ def fetch(urls: list[str]) -> list[Path]:
     """Download the archive's parts, or find them downloaded."""
     folder = files.STAGING / f"{PARTS}{hashlib.sha256(chr(10).join(urls).encode()).hexdigest()[:16]}"
     with tqdm(desc="download", unit="B", unit_scale=True, disable=None) as bar:
-        headers = download.environment_headers()
+        headers = download.secrets(os.environ)
         return download.fetch(urls, folder / "parts", headers=headers, progress=bar.update)
 
 

@@ -11,9 +11,7 @@ from __future__ import annotations
 
 import concurrent.futures
 import dataclasses
-import hashlib
 import json
-import os
 import re
 import threading
 import time
@@ -32,6 +30,9 @@ ATTEMPTS = 8
 REDIRECTS = 5
 LARGEST = 64 << 30
 """Bytes of a file whose length the server does not tell."""
+
+_HEADER_VALUE = re.compile(r"[\t -~]*")
+_WEB_PAGE = re.compile(rb"(\xef\xbb\xbf)?\s*<(!doctype\s+)?html\b", re.IGNORECASE)
 
 Progress = Callable[[int], object]
 
@@ -66,12 +67,16 @@ def secrets(environ: Mapping[str, str]) -> dict[str, str]:
     found = {}
     for number, line in enumerate(environ.get(HEADERS, "").splitlines(), 1):
         if line.strip():
-            name, colon, value = line.partition(":")
-            if not colon or not re.fullmatch(r"[A-Za-z0-9!#$%&'*+.^_`|~-]+", name.strip()):
+            name, _, value = (part.strip() for part in line.partition(":"))
+            if ":" not in line or not re.fullmatch(r"[A-Za-z0-9!#$%&'*+.^_`|~-]+", name):
                 raise UserError(f"{HEADERS}: line {number} is not of the form `Name: value`")
-            found[name.strip()] = value.strip()
-    if environ.get(COOKIES):
-        found["Cookie"] = environ[COOKIES].strip()
+            if not _HEADER_VALUE.fullmatch(value):
+                raise UserError(f"{HEADERS}: line {number} holds characters that no HTTP header may have")
+            found[name] = value
+    if cookies := environ.get(COOKIES, "").strip():
+        if not _HEADER_VALUE.fullmatch(cookies):
+            raise UserError(f"{COOKIES}: holds a line break or other characters that no HTTP header may have")
+        found["Cookie"] = cookies
     return found
 
 
@@ -102,24 +107,26 @@ def fetch(
     """Download all `urls` into `folder`, several at a time, and return the files in the same order.
 
     What is whole already is not asked for again. `https://…#sha256=<hex>` checks the file's digest. Raises
-    `UserError` when one cannot be had.
+    `UserError` as soon as one cannot be had, and stops the others.
     """
     folder.mkdir(parents=True, exist_ok=True)
     stop = threading.Event()
     names = [target_name(position, url) for position, url in enumerate(urls)]
     if len(set(names)) < len(names):
         names = [f"part-{position:02d}" for position in range(len(urls))]
+    downloads = [
+        _Download(url, folder / name, headers or {}, progress, patience or Patience(), stop)
+        for url, name in zip(urls, names, strict=True)
+    ]
     with concurrent.futures.ThreadPoolExecutor(PARALLEL) as pool:
-        waiting = [
-            pool.submit(
-                _Download(url, folder / name, headers or {}, progress, patience or Patience(), stop).run
-            )
-            for url, name in zip(urls, names, strict=True)
-        ]
+        running = [pool.submit(download.run) for download in downloads]
         try:
-            return [future.result() for future in waiting]
+            for future in concurrent.futures.as_completed(running):
+                future.result()
         finally:
             stop.set()
+            pool.shutdown(cancel_futures=True)
+    return [download.target for download in downloads]
 
 
 class _Download:
@@ -146,18 +153,19 @@ class _Download:
         self.patience = patience
         self.stop = stop
 
-    def run(self) -> Path:
+    def run(self) -> None:
         """Download, with as many attempts as it takes while any of them gets further."""
         if self.target.is_file():
             self.progress(self.target.stat().st_size)
-            return self.target
+            return
         self.progress(self._held())
         failures, pause = 0, self.patience.pause
         while True:
             before = self._held()
             try:
                 self._attempt()
-                return self._complete()
+                self._complete()
+                return
             except _Changed:
                 self._forget()
                 failures += 1
@@ -271,20 +279,22 @@ class _Download:
         if self.stop.is_set():
             raise UserError(f"{shown(self.url)}: stopped; run again to continue the download")
 
-    def _complete(self) -> Path:
-        if self.digest:
-            with self.partial.open("rb") as handle:
-                found = hashlib.file_digest(handle, "sha256").hexdigest()
-            if found != self.digest:
+    def _complete(self) -> None:
+        """Give the whole file its name. Raises `UserError` where it is not what was asked for."""
+        with self.partial.open("rb") as handle:
+            if _WEB_PAGE.match(handle.read(1024)):
                 self._forget()
                 raise UserError(
-                    f"{shown(self.url)}: sha256 is {found}, expected {self.digest}; check the URL"
+                    f"{shown(self.url)}: the server sends a web page, not a file; check the URL, and "
+                    f"{HEADERS} or {COOKIES}"
                 )
+        if self.digest and (found := files.digest(self.partial)) != self.digest:
+            self._forget()
+            raise UserError(f"{shown(self.url)}: sha256 is {found}, expected {self.digest}; check the URL")
         files.sync(self.partial)
         self.partial.replace(self.target)
         files.sync(self.target.parent)
         self.note.unlink(missing_ok=True)
-        return self.target
 
     def _read_note(self) -> dict[str, str | int]:
         try:
@@ -327,8 +337,3 @@ def _content_range(answer: httpx.Response) -> tuple[int, int | None]:
     if not match:
         raise _Changed
     return int(match[1]), None if match[2] == "*" else int(match[2])
-
-
-def environment_headers() -> dict[str, str]:
-    """`secrets` of this process's environment."""
-    return secrets(os.environ)

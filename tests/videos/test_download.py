@@ -5,16 +5,21 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import os
+import tempfile
+import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import httpx
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from prelar.utils import disk
 from prelar.utils.errors import UserError
 from prelar.videos import download
 from prelar.videos.download import Patience, fetch, secrets, shown
-from tests.webserver import Behaviour, serve
+from tests.webserver import Behaviour, Server, serve
 
 DATA = os.urandom(50_000)
 QUICK = Patience(silence=3.0, pause=0.001, longest=0.01)
@@ -223,6 +228,52 @@ def test_one_failure_stops_the_others(tmp_path: Path) -> None:
         )
         with pytest.raises(UserError, match="answers 404"):
             fetch([f"{server.url}/nothing", f"{server.url}/x"], tmp_path, patience=slow)
+
+
+@pytest.mark.parametrize("slow_first", [True, False])
+@pytest.mark.parametrize("wrong", ["ftp://host/y", "{url}/nothing"])
+def test_a_failure_is_told_while_others_go_on(tmp_path: Path, wrong: str, slow_first: bool) -> None:
+    """Wherever it stands in the list: nobody waits for hours to hear that a part cannot be had."""
+    with serve({"x": DATA}, Behaviour(pace=0.001)) as server:
+        urls = [f"{server.url}/x", wrong.format(url=server.url)]
+        begun = time.monotonic()
+        with pytest.raises(UserError, match=r"answers 404|not an http"):
+            fetch(urls if slow_first else urls[::-1], tmp_path, patience=Patience())
+        assert time.monotonic() - begun < len(DATA) * 0.001 / 2
+
+
+@pytest.mark.parametrize("page", [b"<!DOCTYPE html><title>Sign in</title>", b"\n <HTML lang=en>Sign in"])
+def test_a_page_in_place_of_a_file_is_told_and_not_kept(tmp_path: Path, page: bytes) -> None:
+    """Sites that want a login answer 200 and show their own page to whoever has none."""
+    with serve({"x": page}) as server:
+        with pytest.raises(UserError, match=rf"a web page.*{download.COOKIES}"):
+            get(f"{server.url}/x", tmp_path)
+        server.files["x"] = DATA
+        assert get(f"{server.url}/x", tmp_path) == DATA
+
+
+@pytest.fixture(scope="module")
+def echo() -> Iterator[Server]:
+    with serve({"x": b"x"}) as server:
+        yield server
+
+
+@settings(max_examples=100, deadline=None)
+@given(st.text(max_size=20), st.sampled_from([(download.HEADERS, "X-Key"), (download.COOKIES, "Cookie")]))
+def test_any_secret_is_sent_as_it_is_or_refused_without_a_word_of_it(
+    echo: Server, text: str, place: tuple[str, str]
+) -> None:
+    variable, name = place
+    given = f"hush{text}hush"
+    try:
+        headers = secrets({variable: f"X-Key: {given}" if variable == download.HEADERS else given})
+        with tempfile.TemporaryDirectory() as folder:
+            fetch([f"{echo.url}/x"], Path(folder), headers=headers, patience=QUICK)
+    except UserError as error:
+        assert "hush" not in str(error)
+    else:
+        assert echo.requests[-1][1][name] == headers[name]
+        assert headers[name] == given or len(given.splitlines()) > 1
 
 
 def test_a_server_that_sends_a_byte_at_a_time_is_told(tmp_path: Path) -> None:
