@@ -14,6 +14,7 @@ unpacked.
 
 from __future__ import annotations
 
+import collections
 import dataclasses
 import functools
 import itertools
@@ -459,13 +460,23 @@ def plan(held: LerobotSet, seconds: float) -> tuple[list[Member], Labels]:
         views = {episode.number: dict(episode.shown)[key] for episode in there}
         there.sort(key=lambda episode: (views[episode.number].path, views[episode.number].begin))
         last = {views[episode.number].path: episode.number for episode in there}
+        sizes: dict[str, int] = {}
+        frames: collections.Counter[str] = collections.Counter()
         for episode in [*there, *(episode for episode in episodes if episode.reason)]:
             name = f"episode_{episode.number:06d}/{camera}"
-            if episode.reason:
-                clips = [Member(f"{name}#0000", None, episode.reason)]
-            else:
+            try:
+                if episode.reason:
+                    raise ValueError(episode.reason)
                 view = views[episode.number]
+                if view.path not in sizes:
+                    sizes[view.path], _ = _stamp(held.folder / view.path)
+                frames[view.path] += episode.length
+                if frames[view.path] > sizes[view.path]:
+                    file = printable(view.path, 100)
+                    raise ValueError(f"meta/episodes tells of more frames than {file} has bytes")
                 clips = _cut(held, name, episode, view, seconds, last[view.path] == episode.number)
+            except ValueError as error:
+                clips = [Member(f"{name}#0000", None, str(error))]
             split = episode.split or splits[f"episode_{episode.number:06d}"]
             known |= {clip.id: Label(split, episode.task, labels[episode.task]) for clip in clips}
             members += clips

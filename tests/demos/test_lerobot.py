@@ -29,6 +29,7 @@ from prelar.utils.errors import UserError
 from prelar.utils.frames import Frames
 from prelar.utils.video_file import ffmpeg_binary
 from prelar.videos import decode, ingest
+from prelar.videos import lerobot as videos
 from prelar.videos.decode import Decoder
 from prelar.videos.straight import Part
 from tests import frame_code
@@ -129,6 +130,24 @@ def test_videos_alone_are_clips_of_the_other_flow(tmp_path: Path) -> None:
         assert found == truth[f"codes.observation.images.{camera}"].tolist()
     assert set(store.clip_index["split"].to_pylist()) == {"train", "validation"}
     assert store.num_clips == store.index.num_rows == 2 * (3 + 1 + 2 + 2)
+
+
+@pytest.mark.parametrize("length", [10**6, 10**12, 2**62])
+def test_claims_of_more_frames_than_a_file_can_hold_make_no_clips(length: int, tmp_path: Path) -> None:
+    """Nor need memory: of the one episode there is a reason, the others are cut as before."""
+    folder = shutil.copytree(GOLDEN / "v30_deleted/set", tmp_path / "set")
+    before, _ = videos.plan(videos.open_set(folder), 1.0)
+    table = pq.read_table(folder / EPISODES)
+    lengths = table["length"].to_pylist()
+    column = pa.array([*lengths[:-1], length])
+    pq.write_table(table.set_column(table.column_names.index("length"), "length", column), folder / EPISODES)
+    after, _ = videos.plan(videos.open_set(folder), 1.0)
+    last = f"episode_{table['episode_index'][-1].as_py():06d}/"
+    assert [member for member in after if not member.id.startswith(last)] == [
+        member for member in before if not member.id.startswith(last)
+    ]
+    reasons = [member.reason for member in after if member.id.startswith(last)]
+    assert len(reasons) == 2 and all("more frames than" in str(reason) for reason in reasons)
 
 
 def test_images_are_read_exactly_and_splits_of_the_set_are_kept(
