@@ -384,9 +384,15 @@ def _unique(member: Member, seen: dict[str, int]) -> Member:
 
 def find_clips(folder: Path, endings: Collection[str] = (".webm",)) -> list[Path]:
     """The files of clips under a folder of extracted clips, in the order of their numbers."""
-    found = [path for path in files.walk(folder) if path.suffix.lower() in endings]
-    shown = [path for path in found if not path.name.startswith(".")]
-    return sorted(shown, key=lambda path: (len(path.stem), path.stem, str(path)))
+    found = [path for path in visible_files(folder) if path.suffix.lower() in endings]
+    return sorted(found, key=lambda path: (len(path.stem), path.stem, str(path)))
+
+
+def visible_files(folder: Path) -> Iterator[Path]:
+    """Every file below a folder, hidden ones and hidden folders left out. Links to folders are followed."""
+    for path in files.walk(folder):
+        if not any(part.startswith(".") for part in path.relative_to(folder).parts):
+            yield path
 
 
 def folder_members(clips: Sequence[Path]) -> Iterator[Member]:

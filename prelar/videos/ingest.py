@@ -74,14 +74,16 @@ class Ingested:
 
 
 def folder_source(folder: Path, labels_path: Path | None) -> Source:
-    """The source in a folder, recognised by content. Raises `UserError` where it holds none."""
+    """The source in a folder, recognised by content. Raises `UserError` where it holds none.
+
+    An archive goes before clips beside it, which may be some that were taken out of it.
+    """
     if not folder.is_dir():
         raise UserError(f"ssv2.source = {folder}: no such folder; name the folder with the archive's parts")
     entries = sorted(folder.iterdir())
     begin = archive.first_piece(entries)
     found = labels_path or labels.find_labels([*entries, folder], begin)
-    clips = archive.find_clips(folder) or ([] if begin else archive.find_clips(folder, archive.ENDINGS))
-    if clips:
+    if begin is None and (clips := archive.find_clips(folder) or archive.find_clips(folder, archive.ENDINGS)):
         return Source((), tuple(clips), found)
     return Source(tuple(archive.find_pieces([path for path in entries if path != found])), (), found)
 

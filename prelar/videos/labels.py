@@ -10,7 +10,7 @@ import csv
 import dataclasses
 import io
 import re
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -43,15 +43,16 @@ class Labels:
     names: dict[str, int]
 
 
-def find_labels(paths: Iterable[Path], begin: Path | None = None) -> Path:
-    """The labels zip, or the folder of labels.json, among `paths`. Raises `UserError` if there is none.
+def find_labels(places: Sequence[Path], begin: Path | None = None) -> Path:
+    """The labels zip, or the folder of labels.json, among `places`. Raises `UserError` if there is none.
 
-    begin: the file that begins the archive that wants labels, where there is one.
+    begin: the file that begins the archive that wants labels, where there is one. The last place, or the
+    folder that it lies in, is named where they are missed.
     """
-    places = list(paths)
     found = seek_labels(places)
     if found is None:
-        where = places[0].parent if places else "the source"
+        folders = (path if path.is_dir() else path.parent for path in reversed(places))
+        where = next(folders, "the source")
         wanted = f" for the archive that {begin.name} begins" if begin else ""
         raise UserError(f"{where}: no labels (a zip or a folder with labels.json){wanted}; set ssv2.labels")
     return found

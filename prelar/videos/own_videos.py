@@ -24,7 +24,7 @@ import numpy as np
 import numpy.typing as npt
 
 from prelar.utils import files
-from prelar.videos.archive import Member
+from prelar.videos.archive import Member, visible_files
 from prelar.videos.decode import MAX_FRAMES, Decoder
 from prelar.videos.labels import Label, Labels
 from prelar.videos.straight import Part, Times
@@ -45,12 +45,11 @@ PROBES = 4
 
 def find_videos(folder: Path) -> list[Path]:
     """The video files in a folder and below it, hidden ones left out, in the order of their names."""
-    shown = (
+    return sorted(
         path
-        for path in files.walk(folder)
-        if path.is_file() and not any(part.startswith(".") for part in path.relative_to(folder).parts)
+        for path in visible_files(folder)
+        if path.is_file() and (path.suffix.lower() in ENDINGS or _is_video(path))
     )
-    return sorted(path for path in shown if path.suffix.lower() in ENDINGS or _is_video(path))
 
 
 def _is_video(path: Path) -> bool:

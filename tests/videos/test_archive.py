@@ -337,6 +337,15 @@ def test_extracted_clips_behind_links_are_found_once(tmp_path: Path) -> None:
     assert [path.name for path in find_clips(source)] == ["1.webm", "2.webm"]
 
 
+def test_hidden_folders_hold_no_clips(tmp_path: Path) -> None:
+    """Such as a disk's trash, whose clips would come before those of their names."""
+    for path in (".Trash-1000/files/1.webm", "videos/1.webm", "videos/.cache/2.webm"):
+        (tmp_path / path).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / path).write_bytes(path.encode())
+    found = list(folder_members(find_clips(tmp_path)))
+    assert [(member.id, member.content) for member in found] == [("1", b"videos/1.webm")]
+
+
 def test_a_folder_of_extracted_clips(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(archive, "MAX_CLIP", 1000)
     (tmp_path / "sub").mkdir()

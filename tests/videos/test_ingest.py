@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gzip
+import shutil
 import sys
 from pathlib import Path
 
@@ -174,10 +175,19 @@ def test_the_staging_key_tells_what_decides_the_result(folder: Path, tmp_path: P
     assert staging_key(other, known, "7.0", 8) != key
 
 
+def test_clips_that_were_taken_out_of_an_archive_do_not_stand_for_it(folder: Path, tmp_path: Path) -> None:
+    shutil.copytree(folder, tmp_path / "source")
+    wanted = [member.id for member in folder_source(folder, None).members()]
+    for name in ("100.webm", "some/107.webm"):
+        (tmp_path / "source" / name).parent.mkdir(exist_ok=True)
+        (tmp_path / "source" / name).write_bytes(GOOD[Path(name).stem])
+    assert [member.id for member in folder_source(tmp_path / "source", None).members()] == wanted
+
+
 def test_sources_that_are_none_are_named(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"ssv2\.source"):
         folder_source(tmp_path / "none", None)
-    with pytest.raises(UserError, match=r"ssv2\.labels"):
+    with pytest.raises(UserError, match=rf"^{tmp_path}: no labels .* set ssv2\.labels"):
         folder_source(tmp_path, None)
     archives.labels_zip(tmp_path / "labels.zip", archives.labels_files(["1"]))
     with pytest.raises(UserError, match="no archive part"):

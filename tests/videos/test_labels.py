@@ -50,6 +50,8 @@ def test_labels_are_found_beside_the_parts(tmp_path: Path) -> None:
     (tmp_path / archives.LABELS_ZIP).unlink()
     with pytest.raises(UserError, match=r"ssv2\.labels"):
         find_labels(sorted(tmp_path.iterdir()))
+    with pytest.raises(UserError, match="the source: no labels"):
+        find_labels([])
     folder(tmp_path / "labels")
     assert find_labels(sorted(tmp_path.iterdir())) == tmp_path / "labels"
 
