@@ -23,7 +23,7 @@ from prelar.store import parquet
 from prelar.utils.errors import UserError, one_line
 from prelar.utils.frames import FRAME, Frames
 from prelar.utils.processes import processors
-from prelar.videos import decode, ffmpeg_log, lerobot, straight
+from prelar.videos import decode, ffmpeg_log, lerobot, sequential
 from prelar.videos.decode import SCALE, Decoder
 from prelar.videos.lerobot import VIDEO, EpisodeMeta, LerobotSet
 
@@ -51,7 +51,7 @@ class Lerobot:
     columns: tuple[tuple[str, str], ...]
     tasks: tuple[str, ...] = ()
     ffmpeg: str = ""
-    code = tuple(module.__name__ for module in (lerobot, straight, decode, ffmpeg_log, parquet))
+    code = tuple(module.__name__ for module in (lerobot, sequential, decode, ffmpeg_log, parquet))
 
     @property
     def cameras(self) -> tuple[str, ...]:
@@ -108,14 +108,14 @@ class Lerobot:
             frames = {camera: self._frames(meta, camera, kind, rows.step) for camera, kind in self._kinds()}
         except ValueError as error:
             return Episode(job, reason=one_line(error))
-        fps = self.held.fps if abs(rows.step * self.held.fps - 1) < straight.STEADY else 1 / rows.step
+        fps = self.held.fps if abs(rows.step * self.held.fps - 1) < sequential.STEADY else 1 / rows.step
         return Episode(job, frames, arrays, fps=fps, split=meta.split)
 
     def _frames(self, meta: EpisodeMeta, camera: str, kind: str, step: float) -> Frames:
         """A camera's frames, uint8 (T, 64, 64, 3). Raises `ValueError` where they are not to be had."""
         feature = dict(self.views)[camera]
         if kind == VIDEO:
-            part = self.held.part(dict(meta.shown)[feature], meta.length, step)
+            part = self.held.part(dict(meta.views)[feature], meta.length, step)
             clip = _decoder(camera, os.getpid()).decode_part(part)
             if clip.frames is None:
                 raise ValueError(f"camera {camera}: {part.path.relative_to(self.held.folder)}: {clip.reason}")
@@ -142,7 +142,7 @@ class Lerobot:
         """info.json, and the files that hold the episode."""
         assert isinstance(job, LerobotJob) and job.meta is not None
         meta = job.meta
-        places = [lerobot.INFO, meta.data, *(view.path for _, view in meta.shown)]
+        places = [lerobot.INFO, meta.data, *(view.path for _, view in meta.views)]
         return [self.held.folder / place for place in places if place]
 
     def attributes(self) -> dict[str, Any]:

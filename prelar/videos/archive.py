@@ -92,7 +92,7 @@ def find_pieces(paths: Sequence[Path]) -> list[Piece]:
     groups: dict[str, list[Piece]] = {}
     for piece in pieces:
         groups.setdefault(_split(piece.name)[0], []).append(piece)
-    begun = {stem: group for stem, group in groups.items() if any(_is_head(piece) for piece in group)}
+    begun = {stem: group for stem, group in groups.items() if any(_begins_archive(piece) for piece in group)}
     if not begun:
         where = paths[0].parent if paths else "the source"
         raise UserError(
@@ -110,7 +110,7 @@ def find_pieces(paths: Sequence[Path]) -> list[Piece]:
 def first_piece(paths: Sequence[Path]) -> Path | None:
     """The file among `paths` that begins an archive of clips, None where there is none."""
     return next(
-        (path for path in paths if (piece := _sniff(path)) is not None and _is_head(piece)),
+        (path for path in paths if (piece := _sniff(path)) is not None and _begins_archive(piece)),
         None,
     )
 
@@ -124,7 +124,7 @@ def _ordered(stem: str, group: list[Piece]) -> list[Piece]:
         if after != before + 1:
             raise UserError(f"{stem}: part {before + 1:02d} is missing; download it")
     ordered = [piece for _, piece in numbered]
-    if not _is_head(ordered[0]):
+    if not _begins_archive(ordered[0]):
         raise UserError(f"{ordered[0].path}: does not begin a gzip stream; the part before it is missing")
     return ordered
 
@@ -157,7 +157,7 @@ def _sniff(path: Path) -> Piece | None:
     return Piece(path, None, path.stat().st_size)
 
 
-def _is_head(piece: Piece) -> bool:
+def _begins_archive(piece: Piece) -> bool:
     """Whether a piece begins a gzip stream of a tar whose first file is a webm clip, so far as it tells."""
     try:
         with piece.open() as handle:
@@ -169,7 +169,7 @@ def _is_head(piece: Piece) -> bool:
     except zips.ERRORS:
         return False
     try:
-        for info, name, size in _heads(stream := io.BytesIO(tar)):
+        for info, name, size in _headers(stream := io.BytesIO(tar)):
             if info.isreg() and not name.endswith("/"):
                 return name.lower().endswith(".webm")
             _skip(stream, size)
@@ -249,7 +249,7 @@ def tar_members(stream: IO[bytes]) -> Iterator[Member]:
 
 def _entries(stream: IO[bytes]) -> Iterator[tuple[str, Member]]:
     """Name and content of each entry that is not a folder."""
-    for info, name, size in _heads(stream):
+    for info, name, size in _headers(stream):
         if info.type == tarfile.GNUTYPE_SPARSE:
             raise UserError("the archive holds a sparse file; this is not Something-Something V2")
         if info.isreg() and not name.endswith("/"):
@@ -262,7 +262,7 @@ def _entries(stream: IO[bytes]) -> Iterator[tuple[str, Member]]:
             _skip(stream, size)
 
 
-def _heads(stream: IO[bytes]) -> Iterator[tuple[tarfile.TarInfo, str, int]]:
+def _headers(stream: IO[bytes]) -> Iterator[tuple[tarfile.TarInfo, str, int]]:
     """The header, the whole name and the size of each entry; whoever asks takes or skips what follows it."""
     name: str | None = None
     size: int | None = None

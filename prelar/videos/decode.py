@@ -7,7 +7,7 @@ crash, and no clip's name reaches a command line. Frames are exactly the decoded
 dropped or doubled for the sake of a frame rate. Bytes depend neither on the processor (`SCALE`) nor on which
 clips share a process. A clip's trouble is its own; a process that was killed from outside is not, and raises.
 
-Parts of a video file come from one straight decode of it (`prelar.videos.straight`).
+Parts of a video file come from one sequential decode of it (`prelar.videos.sequential`).
 """
 
 from __future__ import annotations
@@ -33,9 +33,9 @@ import numpy.typing as npt
 from prelar.utils.errors import UserError
 from prelar.utils.frames import FRAME, FRAME_BYTES, SIZE, Frames
 from prelar.utils.video_file import ffmpeg_binary
-from prelar.videos import straight, webm
-from prelar.videos.ffmpeg_log import NO_VIDEO, check_not_killed, reason, stream, troubles
-from prelar.videos.straight import MAX_SECONDS, Clip, Part, Readers, Straight, Times
+from prelar.videos import sequential, webm
+from prelar.videos.ffmpeg_log import NO_VIDEO, check_not_killed, errors, reason, stream
+from prelar.videos.sequential import MAX_SECONDS, Clip, Part, Readers, SequentialDecode, Times
 
 SCALE = f"scale={SIZE}:{SIZE}:flags=bicubic+accurate_rnd+bitexact"
 MAX_FRAMES = 10_000
@@ -54,7 +54,7 @@ class Decoder:
     """Decodes clips with one ffmpeg binary: `path`, or the static one of imageio-ffmpeg."""
 
     def __init__(self, path: str | None = None, threads: int = 1) -> None:
-        """Straight decodes have so many `threads`. Raises `UserError` where the binary does not run."""
+        """A sequential decode runs on `threads` threads. Raises `UserError` where the binary does not run."""
         self.path = path or ffmpeg_binary()
         try:
             answer = subprocess.run([self.path, "-version"], capture_output=True, timeout=60, check=True)
@@ -72,7 +72,7 @@ class Decoder:
         self._lock = threading.Lock()
         self._running: weakref.WeakSet[subprocess.Popen[bytes]] = weakref.WeakSet()
         self._closed = False
-        self._readers = Readers(self._straight, MAX_FRAMES)
+        self._readers = Readers(self._start_sequential, MAX_FRAMES)
 
     def close(self) -> None:
         """End every process that is running; whoever waits for one, or asks for more, gets `RuntimeError`."""
@@ -95,10 +95,10 @@ class Decoder:
         """As `decode`, but clips that do not go together with others are decoded when they are asked for."""
         headers = [webm.header(content) if self._times else None for content in clips]
         done: dict[int, Clip] = {}
-        for numbers in _together(headers):
-            done |= self._joined({number: clips[number] for number in numbers})
+        for numbers in _groups(headers):
+            done |= self._decode_by_halves({number: clips[number] for number in numbers})
         for number, (content, header) in enumerate(zip(clips, headers, strict=True)):
-            clip = done.pop(number) if number in done else self._alone(content)
+            clip = done.pop(number) if number in done else self._decode_alone(content)
             yield _described(clip, header)
 
     def decode_part(self, part: Part) -> Clip:
@@ -106,7 +106,7 @@ class Decoder:
         return self.decode_parts([part])[0]
 
     def decode_parts(self, parts: Sequence[Part]) -> list[Clip]:
-        """Decode parts of files, those of one file in order, from straight decodes of the files.
+        """Decode parts of files, those of one file in order, from sequential decodes of the files.
 
         A process of an earlier call is gone on with, if it has not come past these parts. Parts that were
         announced wait until their turn has come. Raises `RuntimeError` where ffmpeg was killed.
@@ -130,7 +130,7 @@ class Decoder:
             words = packets_command(self.path, handle.fileno(), first)
             with self._start(words, [handle.fileno(), first], subprocess.PIPE, log) as process:
                 try:
-                    times = straight.packet_times(process, MAX_PACKETS)
+                    times = sequential.packet_times(process, MAX_PACKETS)
                 except BaseException:
                     process.kill()
                     raise
@@ -142,19 +142,21 @@ class Decoder:
             return times if len(times) and decoded else None
         return None
 
-    def _joined(self, clips: dict[int, bytes]) -> dict[int, Clip]:
-        """Plain clips of one look, by number; those that only go alone are left out."""
+    def _decode_by_halves(self, clips: dict[int, bytes]) -> dict[int, Clip]:
+        """Plain clips of one look, by number. Those that ffmpeg decodes only alone are left out."""
         if len(clips) < 2:
             return {}
-        frames = self._attempt(list(clips.values()))
+        frames = self._decode_joined(list(clips.values()))
         if frames is not None:
             return {number: Clip(part) for number, part in zip(clips, frames, strict=True)}
         numbers = list(clips)
         halves = numbers[: len(numbers) // 2], numbers[len(numbers) // 2 :]
-        first, second = (self._joined({number: clips[number] for number in half}) for half in halves)
+        first, second = (
+            self._decode_by_halves({number: clips[number] for number in half}) for half in halves
+        )
         return first | second
 
-    def _attempt(self, clips: Sequence[bytes]) -> list[Frames] | None:
+    def _decode_joined(self, clips: Sequence[bytes]) -> list[Frames] | None:
         """The frames of each clip from one process, or None if there was any trouble."""
         with _memory(4) as (source, playlist, output, times):
             for content in clips:
@@ -167,18 +169,18 @@ class Decoder:
                 return None
             frames = _frames(output)
             counts = frames_each(os.pread(times, os.fstat(times).st_size, 0), len(clips))
-        if status or troubles(log) or counts is None or counts.sum() != len(frames):
+        if status or errors(log) or counts is None or counts.sum() != len(frames):
             return None
         return np.split(frames, counts.cumsum()[:-1])
 
-    def _alone(self, content: bytes) -> Clip:
+    def _decode_alone(self, content: bytes) -> Clip:
         """One clip by what its header tells, or, where that does not do, by what ffmpeg finds out."""
         if not content:
             return Clip(None, "the file is empty")
-        clip = self._judged(content, thorough=False)
-        return clip if clip.frames is not None else self._judged(content, thorough=True)
+        clip = self._decode_once(content, thorough=False)
+        return clip if clip.frames is not None else self._decode_once(content, thorough=True)
 
-    def _judged(self, content: bytes, thorough: bool) -> Clip:
+    def _decode_once(self, content: bytes, thorough: bool) -> Clip:
         with _memory(2) as (source, output):
             _write(source, content)
             try:
@@ -196,18 +198,18 @@ class Decoder:
             return Clip(None, "no video frame", *about)
         return Clip(frames, None, *about)
 
-    def _straight(self, source: int, traced: bool) -> Straight:
-        """A straight decode of an open file, begun."""
+    def _start_sequential(self, source: int, traced: bool) -> SequentialDecode:
+        """Begin the sequential decode of an open file."""
         if not self._times:
             raise UserError(f"ffmpeg {self.version} tells no times; own videos need {TIMED} or later")
         times = os.memfd_create("times")
         try:
-            words = straight_command(self.path, source, times, 1 if traced else self._threads, traced)
+            words = sequential_command(self.path, source, times, 1 if traced else self._threads, traced)
             process = self._start(words, [source, times], subprocess.PIPE, subprocess.PIPE)
         except BaseException:
             os.close(times)
             raise
-        return Straight(process, times)
+        return SequentialDecode(process, times)
 
     def _start(
         self, words: list[str], handles: Sequence[int], output: int, log: int
@@ -240,7 +242,7 @@ class Decoder:
             return said, status
 
 
-def _together(headers: Sequence[webm.Header | None]) -> Iterator[list[int]]:
+def _groups(headers: Sequence[webm.Header | None]) -> Iterator[list[int]]:
     """The numbers of plain clips that are decoded by one process: of one look, and not of too many frames."""
     held: dict[object, list[int]] = {}
     frames: dict[object, int] = {}
@@ -296,7 +298,7 @@ def joined_command(binary: str, playlist: int, output: int, times: int, clips: i
     return _command(binary, playlist, output, one_video, {**timing, "frames:v": clips * MAX_FRAMES + 1})
 
 
-def straight_command(binary: str, source: int, times: int, threads: int, traced: bool) -> list[str]:
+def sequential_command(binary: str, source: int, times: int, threads: int, traced: bool) -> list[str]:
     """The arguments that decode a whole open file to the standard output, a line a frame to `times`.
 
     traced: every packet and frame has its line in the log.

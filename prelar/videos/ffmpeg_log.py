@@ -1,4 +1,4 @@
-"""What ffmpeg says: about a stream, and what it complains of, at which frame."""
+"""What ffmpeg logs: facts about a stream, and errors, with the frames that they are about."""
 
 from __future__ import annotations
 
@@ -19,8 +19,8 @@ _CONSEQUENCE = re.compile(
     r"Error opening (input|output) files?\b|Error while|Nothing was written|Could not open encoder|"
     r"Cannot determine format|Conversion failed|Task finished|Terminating thread"
 )
-_TROUBLE = re.compile(r"^(?:\[[^\]]*@[^\]]*\] )*\[(?:error|fatal|panic)\] (.*)$")
-_READER = re.compile(r"^\[(?:in#|matroska|mov,|avi @)")
+_ERROR = re.compile(r"^(?:\[[^\]]*@[^\]]*\] )*\[(?:error|fatal|panic)\] (.*)$")
+_DEMUXER = re.compile(r"^\[(?:in#|matroska|mov,|avi @)")
 _TIME = re.compile(r"pts_time:(-?\d+(?:\.\d+)?)")
 _PACKET_TIME = re.compile(r"pkt_(?:pts|dts)_time:(-?\d+(?:\.\d+)?)")
 _NO_VIDEO = "matches no streams"
@@ -40,11 +40,11 @@ def stream(log: str) -> tuple[int | None, int | None, float | None]:
     return None, None, None
 
 
-def troubles(log: str) -> str:
-    """What ffmpeg complained of, in words that do not change from run to run; empty if it did not."""
+def errors(log: str) -> str:
+    """The errors in a log, in words that do not change from run to run; empty where there is none."""
     found = set()
     for line in log.splitlines():
-        match = _TROUBLE.match(line)
+        match = _ERROR.match(line)
         if match:
             found.add(re.sub(r"/proc/self/fd/\d+", "the clip", match[1]).strip().rstrip("."))
     causes = {message for message in found if not _CONSEQUENCE.match(message)}
@@ -61,17 +61,17 @@ def reason(log: str, status: int) -> str | None:
     """Why a process of this log and exit status gave no good clip; None where it is well."""
     if _NO_VIDEO in log:
         return NO_VIDEO
-    trouble = troubles(log)
-    return f"ffmpeg: {trouble or f'exit status {status}'}" if trouble or status else None
+    found = errors(log)
+    return f"ffmpeg: {found or f'exit status {status}'}" if found or status else None
 
 
 @dataclasses.dataclass
-class Spoilt:
-    """Frames that complaints are about, from number `first` up to `end`.
+class Damage:
+    """Frames that errors are about, from number `first` up to `end`, and the errors' `lines` in the log.
 
-    A complaint of the reader of the container is placed by `time` (seconds): `first` is None until a frame of
-    that time, or a later one, was decoded. `last` is where the latest complaint came. `end` is None until a
-    key frame is there that owes nothing to what was spoilt.
+    An error of the demuxer is placed by `time` (seconds): `first` is None until a frame of that time, or a
+    later one, was decoded. `last` is where the latest error came. `end` is None until a key frame is there
+    that depends on nothing damaged.
     """
 
     first: int | None
@@ -82,15 +82,15 @@ class Spoilt:
 
 
 class Log:
-    """The log of a process as it grows: what it begins with, and which frames its complaints are about.
+    """The log of a process as it grows: what it begins with, and which frames its errors are about.
 
-    Frames are counted where the log traces them (`-debug_ts`). Without, every complaint is about all.
+    Frames are counted where the log traces them (`-debug_ts`). Without, every error is about all frames.
     """
 
     def __init__(self) -> None:
         self.head = ""
         self.told_to_end = ""
-        self.spoilt: list[Spoilt] = []
+        self.damage: list[Damage] = []
         self._partial = b""
         self._begun = False
         self._frames = 0
@@ -104,10 +104,10 @@ class Log:
         for line in lines:
             self._line(line.decode("utf-8", "replace"))
 
-    def complaints(self, first: int, end: int) -> str:
-        """The lines that complain of frames `first` to `end` - 1."""
+    def errors(self, first: int, end: int) -> str:
+        """The lines with errors of frames `first` to `end` - 1."""
         lines = []
-        for one in self.spoilt:
+        for one in self.damage:
             begin = max(self._frames - 1, 0) if one.first is None else one.first
             if begin < end and (one.end is None or first < one.end):
                 lines += one.lines
@@ -125,13 +125,13 @@ class Log:
             match = _PACKET_TIME.search(line)
             if match:
                 self._packets.append(float(match[1]))
-        elif _TROUBLE.match(line):
-            self._complaint(line)
+        elif _ERROR.match(line):
+            self._error(line)
 
     def _decoded(self, line: str) -> None:
         match = _TIME.search(line)
         self._time = float(match[1]) if match else self._time
-        for one in self.spoilt:
+        for one in self.damage:
             if one.first is None and self._time >= one.time:
                 one.first = self._frames
                 one.last = max(one.last, one.first)
@@ -140,18 +140,18 @@ class Log:
                 one.end = self._frames
         self._frames += 1
 
-    def _complaint(self, line: str) -> None:
-        """A decoder complains in turn with the frames that it gives, a reader ahead of them.
+    def _error(self, line: str) -> None:
+        """A decoder logs errors in turn with the frames that it gives, a demuxer ahead of them.
 
-        What is spoilt lies behind the last frame given, or the earliest of the packets read of late.
+        What is damaged lies behind the last frame given, or the earliest of the packets read of late.
         """
-        open_one = self.spoilt[-1] if self.spoilt and self.spoilt[-1].end is None else None
-        reader = bool(_READER.match(line)) and bool(self._packets)
-        if open_one and (open_one.first is not None or reader):
+        open_one = self.damage[-1] if self.damage and self.damage[-1].end is None else None
+        demuxer = bool(_DEMUXER.match(line)) and bool(self._packets)
+        if open_one and (open_one.first is not None or demuxer):
             open_one.last = self._frames
             if len(open_one.lines) < MAX_LINES and line not in open_one.lines:
                 open_one.lines.append(line)
             return
-        first = None if reader else self._frames
+        first = None if demuxer else self._frames
         earliest = min(self._packets, default=0.0)
-        self.spoilt.append(Spoilt(first, self._frames, earliest, [line]))
+        self.damage.append(Damage(first, self._frames, earliest, [line]))

@@ -21,17 +21,17 @@ from prelar.store.writer import StoreWriter
 from prelar.utils import files
 from prelar.utils.errors import UserError
 from prelar.utils.frames import Frames
-from prelar.videos import archive, decode, ffmpeg_log, labels, straight, webm
+from prelar.videos import archive, decode, ffmpeg_log, labels, sequential, webm
 from prelar.videos.archive import Member, Piece
 from prelar.videos.decode import Decoder
 from prelar.videos.labels import Labels
 from prelar.videos.own_videos import find_videos, plan, with_digests
-from prelar.videos.straight import Clip
+from prelar.videos.sequential import Clip
 
 NAME, OWN = "something-something-v2", "videos"
 MAX_BATCH_BYTES = 64 << 20
-FRAME_OF_FILE = 512
-"""Bytes that a frame takes in the file of a clip, if that is not known: rather few than many."""
+BYTES_PER_FRAME = 512
+"""Bytes of a clip's file for each of its frames, if their number is not known: rather few than many."""
 BEGINNING = 1 << 12
 
 
@@ -127,7 +127,7 @@ def staging_key(source: Source, known: Labels, version: str, min_frames: int) ->
     read = read or sorted({part.path for part in parts})
     stamps = [(path.name, path.stat().st_size, path.stat().st_mtime_ns) for path in read]
     code = [
-        module.__name__ for module in (archive, ffmpeg_log, labels, schema, writer, straight, decode, webm)
+        module.__name__ for module in (archive, ffmpeg_log, labels, schema, writer, sequential, decode, webm)
     ]
     decides = {
         "schema": schema.SCHEMA,
@@ -163,11 +163,11 @@ def _weight(member: Member) -> int:
     if member.part is not None:
         frames = member.part.frames or decode.MAX_FRAMES
     else:
-        frames = webm.packets(content) or max(_told(content), len(content) // FRAME_OF_FILE)
+        frames = webm.packets(content) or max(_claimed_frames(content), len(content) // BYTES_PER_FRAME)
     return len(content) + min(frames, decode.MAX_FRAMES) * schema.FRAMES.item_bytes
 
 
-def _told(content: bytes) -> int:
+def _claimed_frames(content: bytes) -> int:
     """How many frames or packets an MP4, QuickTime or AVI file says that it has."""
     sizes, runs = (re.findall(kind, content, re.DOTALL) for kind in (rb"stsz.{8}(.{4})", rb"trun.{4}(.{4})"))
     in_avi = re.findall(rb"avih.{20}(.{4})", content[:BEGINNING], re.DOTALL)
@@ -217,12 +217,12 @@ def ingest(decoder: Decoder, members: Sequence[Member], known: Labels, min_frame
         elif held > MAX_BATCH_BYTES and member.part is None:
             done.append(Ingested(None, row, left=member))
         else:
-            done.append(_judged(next(parts if member.part else decoded), row, min_frames))
+            done.append(_with_frames(next(parts if member.part else decoded), row, min_frames))
             held += done[-1].frames.nbytes if done[-1].frames is not None else 0
     return done
 
 
-def _judged(clip: Clip, row: dict[str, Any], min_frames: int) -> Ingested:
+def _with_frames(clip: Clip, row: dict[str, Any], min_frames: int) -> Ingested:
     """A decoded clip with its row, which so far says whose it is."""
     row.update(width=clip.width, height=clip.height, fps=clip.fps)
     count = len(clip.frames) if clip.frames is not None else 0

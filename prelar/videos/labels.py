@@ -63,20 +63,20 @@ def seek_labels(places: Sequence[Path]) -> Path | None:
     for path in places:
         if path.is_dir() and _in_folder(path):
             return path
-        if _tells(path.name):
+        if _is_labels_name(path.name):
             return path.parent
     for path in places:
         if path.is_file() and zips.begins_zip(path):
             try:
                 with zips.open_zip(path) as archive:
-                    if any(_tells(Path(name).name) for name in archive.namelist()):
+                    if any(_is_labels_name(Path(name).name) for name in archive.namelist()):
                         return path
             except zips.ERRORS:
                 continue
     return None
 
 
-def _tells(name: str) -> bool:
+def _is_labels_name(name: str) -> bool:
     """Whether a file of this name shows that labels are there."""
     plain = _FORMER.sub("", name, count=1)
     return plain == NEEDED[0] or (plain != name and plain in NEEDED + OPTIONAL)
@@ -89,7 +89,7 @@ def _in_folder(folder: Path) -> list[Path]:
     except OSError:
         return []
     found = [path for path in entries if _FORMER.sub("", path.name, count=1) in NEEDED + OPTIONAL]
-    return found if any(_tells(path.name) for path in found) else []
+    return found if any(_is_labels_name(path.name) for path in found) else []
 
 
 def read_labels(path: Path) -> Labels:
@@ -123,7 +123,7 @@ def _from_zip(path: Path) -> dict[str, bytes]:
                         raise UserError(
                             f"{path}: {name} has {info.file_size} bytes; this is not a labels package"
                         )
-                    _take(path, found, name, archive.read(info))
+                    _add(path, found, name, archive.read(info))
     except zips.ERRORS as error:
         raise UserError(
             f"{path}: not a labels zip ({one_line(error)}); get the labels package again"
@@ -138,13 +138,13 @@ def _from_folder(path: Path) -> dict[str, bytes]:
     found: dict[str, bytes] = {}
     for file in held:
         try:
-            _take(path, found, _FORMER.sub("", file.name, count=1), files.read_bytes(file, MAX_BYTES))
+            _add(path, found, _FORMER.sub("", file.name, count=1), files.read_bytes(file, MAX_BYTES))
         except ValueError as error:
             raise UserError(f"{file}: {error}; get the labels package again") from None
     return found
 
 
-def _take(path: Path, found: dict[str, bytes], name: str, content: bytes) -> None:
+def _add(path: Path, found: dict[str, bytes], name: str, content: bytes) -> None:
     if found.setdefault(name, content) != content:
         raise UserError(f"{path}: holds two {name} that differ; leave one of them there")
 
@@ -197,7 +197,6 @@ def bare(template: str) -> str:
     return printable(template.replace("[", "").replace("]", ""))
 
 
-def missing_ids(labels: Labels, held: Sequence[str] | set[str]) -> list[str]:
+def missing_ids(labels: Labels, held: set[str]) -> list[str]:
     """Ids that the labels files name and `held` lacks, in the order of the files."""
-    present = set(held)
-    return [identity for identity in labels.clips if identity not in present]
+    return [identity for identity in labels.clips if identity not in held]

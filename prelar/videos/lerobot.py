@@ -35,7 +35,7 @@ from prelar.utils.errors import UserError, printable, shown
 from prelar.videos.archive import Member
 from prelar.videos.labels import Label, Labels
 from prelar.videos.own_videos import hashed_splits
-from prelar.videos.straight import STEADY, Part
+from prelar.videos.sequential import STEADY, Part
 
 INFO = "meta/info.json"
 VERSIONS = {"v2.0", "v2.1", "v3.0"}
@@ -57,7 +57,7 @@ Array = npt.NDArray[np.float32]
 
 
 @dataclasses.dataclass(frozen=True)
-class Shown:
+class View:
     """An episode as one camera shows it: from `begin` (seconds) on in the file `path`, relative to the set.
 
     end: where the set says that it ends, None if it does not.
@@ -72,7 +72,7 @@ class Shown:
 class EpisodeMeta:
     """An episode as meta tells of it; `reason` says what is wrong with that, else it is None.
 
-    data: file of its rows, relative to the set. shown: video features and where they show it. split:
+    data: file of its rows, relative to the set. views: video features and where they show it. split:
     "train", "validation" or "test" where the set names one for validation.
     """
 
@@ -80,7 +80,7 @@ class EpisodeMeta:
     length: int
     task: str
     data: str
-    shown: tuple[tuple[str, Shown], ...]
+    views: tuple[tuple[str, View], ...]
     split: str | None = None
     reason: str | None = None
 
@@ -143,22 +143,22 @@ class LerobotSet:
             if type(length) is not int or length < 1:
                 raise ValueError(f"meta/episodes tells of {shown(length)} frames")
             data = self.place("data_path", number, row.get("data/chunk_index"), row.get("data/file_index"))
-            views = tuple((key, self._shown(row, number, key)) for key, kind in self.cameras if kind == VIDEO)
+            views = tuple((key, self._view(row, number, key)) for key, kind in self.cameras if kind == VIDEO)
         except ValueError as error:
             return dataclasses.replace(meta, reason=str(error))
-        return dataclasses.replace(meta, length=length, data=data, shown=views)
+        return dataclasses.replace(meta, length=length, data=data, views=views)
 
-    def _shown(self, row: dict[str, Any], number: int, key: str) -> Shown:
+    def _view(self, row: dict[str, Any], number: int, key: str) -> View:
         """Where a camera shows an episode. Raises `ValueError` where the row does not tell."""
         if self.layout == "v2":
-            return Shown(self.place("video_path", number, video_key=key), 0.0)
+            return View(self.place("video_path", number, video_key=key), 0.0)
         begin = row.get(f"videos/{key}/from_timestamp")
         if not isinstance(begin, float | int) or not math.isfinite(begin) or begin < 0:
             raise ValueError(f"{printable(key, 100)}: begins at {shown(begin)} s in its file")
         end = row.get(f"videos/{key}/to_timestamp")
         chunk, file = (row.get(f"videos/{key}/{name}_index") for name in ("chunk", "file"))
         path = self.place("video_path", number, chunk, file, key)
-        return Shown(path, float(begin), float(end) if isinstance(end, float | int) else None)
+        return View(path, float(begin), float(end) if isinstance(end, float | int) else None)
 
     def place(
         self, template: str, number: int, chunk: Any = None, file: Any = None, video_key: str = ""
@@ -210,10 +210,10 @@ class LerobotSet:
             raise ValueError("the times of its rows do not keep a rate from 0 s on")
         return float(step)
 
-    def part(self, shown: Shown, length: int, step: float, first: int = 0, final: bool = False) -> Part:
+    def part(self, view: View, length: int, step: float, first: int = 0, final: bool = False) -> Part:
         """The part of a video file that shows `length` frames of an episode, from number `first` on."""
-        begin = shown.begin + (first - 0.5) * step
-        return Part(self.folder / shown.path, begin, begin + length * step, length, exact=True, final=final)
+        begin = view.begin + (first - 0.5) * step
+        return Part(self.folder / view.path, begin, begin + length * step, length, exact=True, final=final)
 
     def pictures(self, episode: EpisodeMeta, key: str) -> Iterator[bytes]:
         """The encoded pictures of an image feature in order. Raises `ValueError` where one is missing."""
@@ -457,7 +457,7 @@ def plan(held: LerobotSet, seconds: float) -> tuple[list[Member], Labels]:
     known: dict[str, Label] = {}
     for key, camera in names.items():
         there = [episode for episode in episodes if not episode.reason]
-        views = {episode.number: dict(episode.shown)[key] for episode in there}
+        views = {episode.number: dict(episode.views)[key] for episode in there}
         there.sort(key=lambda episode: (views[episode.number].path, views[episode.number].begin))
         last = {views[episode.number].path: episode.number for episode in there}
         sizes: dict[str, int] = {}
@@ -484,7 +484,7 @@ def plan(held: LerobotSet, seconds: float) -> tuple[list[Member], Labels]:
 
 
 def _cut(
-    held: LerobotSet, name: str, episode: EpisodeMeta, view: Shown, seconds: float, final: bool
+    held: LerobotSet, name: str, episode: EpisodeMeta, view: View, seconds: float, final: bool
 ) -> list[Member]:
     """The clips of an episode; `final`: the file shows no later one."""
     length, step = episode.length, 1 / held.fps

@@ -27,14 +27,14 @@ from prelar.utils import files
 from prelar.videos.archive import Member, visible_files
 from prelar.videos.decode import MAX_FRAMES, Decoder
 from prelar.videos.labels import Label, Labels
-from prelar.videos.straight import Part, Times
+from prelar.videos.sequential import Part, Times
 
 REORDERED = 2
 ENDINGS = {
     *(".mp4", ".m4v", ".mov", ".webm", ".mkv", ".avi", ".mpg", ".mpeg", ".ts", ".m2ts", ".flv", ".wmv"),
     *(".ogv", ".3gp"),
 }
-NO_VIDEO = {
+BRANDS_WITHOUT_VIDEO = {
     *(b"heic", b"heix", b"heim", b"heis", b"hevm", b"hevs", b"mif1", b"mif2", b"msf1", b"avif", b"crx "),
     *(b"M4A ", b"M4B ", b"M4P ", b"F4A ", b"F4B ", b"jpx ", b"jp2 "),
 }
@@ -60,7 +60,7 @@ def _is_video(path: Path) -> bool:
     except OSError:
         return False
     if begin[4:8] == b"ftyp":
-        return begin[8:] not in NO_VIDEO
+        return begin[8:] not in BRANDS_WITHOUT_VIDEO
     return (
         begin.startswith(b"\x1aE\xdf\xa3")
         or begin[4:8] == b"moov"
@@ -87,7 +87,7 @@ def plan(
         for path, times in zip(videos, pool.map(decoder.seconds, videos), strict=True):
             progress(1)
             if path.suffix.lower() in ENDINGS or times is None or len(times) > 1:
-                names.append(_shown(path.relative_to(folder)))
+                names.append(_printable(path.relative_to(folder)))
                 clips.append(cut(names[-1], path, times, seconds, fewest))
     finally:
         pool.shutdown(wait=False, cancel_futures=True)
@@ -164,7 +164,7 @@ def hashed_splits(names: Sequence[str]) -> dict[str, str]:
     return {name: "validation" if name in chosen else "train" for name in drawn}
 
 
-def _shown(path: Path) -> str:
+def _printable(path: Path) -> str:
     """A name as the index has it: whatever cannot be printed is escaped."""
     name = path.as_posix()
     return name if name.isprintable() else ascii(name)[1:-1]

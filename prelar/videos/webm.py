@@ -93,10 +93,10 @@ def _header(content: bytes) -> Header | None:
                 return None
         elif kind not in IGNORED:
             return None
-    return _judged(content, track, packets)
+    return _plain(content, track, packets)
 
 
-def _judged(content: bytes, track: dict[int, bytes], packets: list[tuple[int, int]]) -> Header | None:
+def _plain(content: bytes, track: dict[int, bytes], packets: list[tuple[int, int]]) -> Header | None:
     """The header of a clip of these packets (time in ms, place in the file), if all is plain."""
     times = [time for time, _ in packets]
     key = content[packets[0][1] :][:5]

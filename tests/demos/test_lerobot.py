@@ -31,7 +31,7 @@ from prelar.utils.video_file import ffmpeg_binary
 from prelar.videos import decode, ingest
 from prelar.videos import lerobot as videos
 from prelar.videos.decode import Decoder
-from prelar.videos.straight import Part
+from prelar.videos.sequential import Part
 from tests import frame_code
 from tests.conftest import ROOT
 from tests.flows.inline import work_inline

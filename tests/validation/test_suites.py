@@ -29,7 +29,7 @@ from prelar.validation.suites import (
     validate,
 )
 from prelar.videos.decode import Decoder
-from prelar.videos.straight import Part
+from prelar.videos.sequential import Part
 
 LENGTHS = (30, 10, 25)
 SPLITS = {"0": "train", "1": "train", "2": "validation", "3": "test"}

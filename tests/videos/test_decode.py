@@ -23,7 +23,7 @@ from prelar.utils.errors import UserError
 from prelar.utils.frames import Frames
 from prelar.videos import decode, webm
 from prelar.videos.decode import SCALE, Decoder, command, frames_each, joined_command
-from prelar.videos.ffmpeg_log import stream, troubles
+from prelar.videos.ffmpeg_log import errors, stream
 from tests import archives
 from tests.conftest import ROOT
 
@@ -281,14 +281,14 @@ def test_what_the_header_does_not_tell_is_found_out(
     decoder: Decoder, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     asked: list[bool] = []
-    judged = decoder._judged
+    judged = decoder._decode_once
 
     def header_fails(content: bytes, thorough: bool) -> decode.Clip:
         asked.append(thorough)
         return judged(content, thorough) if thorough else decode.Clip(None, "no")
 
     (plain,) = decoder.decode([archives.clip()])
-    monkeypatch.setattr(decoder, "_judged", header_fails)
+    monkeypatch.setattr(decoder, "_decode_once", header_fails)
     (found,) = decoder.decode([archives.clip()])
     assert asked == [False, True]
     assert plain.frames is not None and found.frames is not None
@@ -302,14 +302,14 @@ PLAIN = [name for name in QUIRKS if webm.header(archives.clip(**QUIRKS[name]))]
 def attempts(decoder: Decoder, monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, bool]]:
     """Every joined process from here on: how many clips it had, and whether it was well."""
     seen: list[tuple[int, bool]] = []
-    attempt = decoder._attempt
+    attempt = decoder._decode_joined
 
     def watched(clips: Sequence[bytes]) -> list[Frames] | None:
         frames = attempt(clips)
         seen.append((len(clips), frames is not None))
         return frames
 
-    monkeypatch.setattr(decoder, "_attempt", watched)
+    monkeypatch.setattr(decoder, "_decode_joined", watched)
     return seen
 
 
@@ -318,7 +318,7 @@ def test_plain_clips_are_joined(decoder: Decoder, monkeypatch: pytest.MonkeyPatc
     seen = attempts(decoder, monkeypatch)
     contents = [archives.clip(**QUIRKS[name]) for name in PLAIN]
     for clip, content in zip(decoder.decode(contents), contents, strict=True):
-        alone = decoder._alone(content)
+        alone = decoder._decode_alone(content)
         assert clip.frames is not None
         assert alone.frames is not None
         assert np.array_equal(clip.frames, alone.frames)
@@ -350,7 +350,7 @@ def test_clips_that_are_joined_are_bounded_by_their_frames(
 def test_a_closed_decoder_ends_what_runs(monkeypatch: pytest.MonkeyPatch) -> None:
     decoder, long = Decoder(), archives.clip(frames=600, width=320, height=240)
     closing = threading.Timer(0.2, decoder.close)
-    monkeypatch.setattr(decode, "_together", lambda headers: [])
+    monkeypatch.setattr(decode, "_groups", lambda headers: [])
     closing.start()
     with pytest.raises(RuntimeError, match=r"ffmpeg was killed|the decoder is closed"):
         decoder.decode([long] * 50)
@@ -457,7 +457,7 @@ def test_the_log_is_understood() -> None:
     )
     assert stream("[info]   Stream #0:0: Video: none, none") == (None, None, None)
     assert stream("[info] Stream mapping:\n[info]   Stream #0:0: Video: vp9, 9x9") == (None, None, None)
-    assert troubles(LOG) == "Decoding error; File ended prematurely at the clip"
+    assert errors(LOG) == "Decoding error; File ended prematurely at the clip"
 
 
 @settings(max_examples=200)
@@ -465,7 +465,7 @@ def test_the_log_is_understood() -> None:
 def test_any_log_is_read(log: str) -> None:
     stream(log)
     stream(f"[info]   Stream #0:0: Video: {log}")
-    assert len(troubles(f"[error] {log}")) <= 200
+    assert len(errors(f"[error] {log}")) <= 200
 
 
 @settings(max_examples=15, deadline=None)
@@ -477,6 +477,6 @@ def test_bytes_flipped_anywhere_never_raise(data: st.DataObject) -> None:
     decoder, neighbour = Decoder(), archives.clip(width=86)
     clip, good = decoder.decode([bytes(content), neighbour])
     assert (clip.frames is None) == (clip.reason is not None)
-    alone = decoder._alone(neighbour).frames
+    alone = decoder._decode_alone(neighbour).frames
     assert good.frames is not None and alone is not None
     assert np.array_equal(good.frames, alone)

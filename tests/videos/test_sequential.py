@@ -14,10 +14,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from prelar.utils.frames import Frames
-from prelar.videos import own_videos, straight
+from prelar.videos import own_videos, sequential
 from prelar.videos.decode import SCALE, Decoder
 from prelar.videos.ffmpeg_log import Log
-from prelar.videos.straight import Clip, Part, Straight
+from prelar.videos.sequential import Clip, Part, SequentialDecode
 
 X264 = ("-c:v", "libx264", "-preset", "ultrafast", "-pix_fmt", "yuv420p")
 X265 = ("-c:v", "libx265", "-preset", "ultrafast", "-pix_fmt", "yuv420p", "-x265-params")
@@ -177,11 +177,11 @@ def test_a_video_cut_short_keeps_what_is_there(tmp_path: Path) -> None:
 
 
 def watched(decoder: Decoder, monkeypatch: pytest.MonkeyPatch) -> list[bool]:
-    """Every straight decode that is begun from here on: whether it is traced."""
+    """Every sequential decode that is begun from here on: whether it is traced."""
     begun: list[bool] = []
     new = decoder._readers._new.keywords["start"]
 
-    def start(source: int, traced: bool) -> Straight:
+    def start(source: int, traced: bool) -> SequentialDecode:
         begun.append(traced)
         return new(source, traced)
 
@@ -251,7 +251,7 @@ def test_who_waits_for_a_turn_ends_with_the_decoder(tmp_path: Path) -> None:
 
 
 def test_a_decode_that_hangs_is_given_up(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(straight, "MAX_SECONDS", 0.5)
+    monkeypatch.setattr(sequential, "MAX_SECONDS", 0.5)
     decoder, path = Decoder(), film(tmp_path / "a.mp4", *X264, seconds=40)
     parts = planned(path, decoder)
     assert decoder.decode_part(parts[0]).frames is not None
@@ -269,16 +269,16 @@ TRACE = """[info] Stream mapping:
 """
 
 
-def test_a_complaint_is_about_frames_up_to_a_key_frame_that_owes_them_nothing() -> None:
+def test_an_error_is_about_frames_up_to_a_key_frame_that_depends_on_none() -> None:
     log = Log()
     log.feed(TRACE.encode())
     for number in range(1, 60):
         key = int(number % 10 == 0)
         line = f"[dec:h264 @ 0x3] [info] decoder -> pts:{number} pts_time:{number / 10} keyframe:{key}\n"
         log.feed(line.encode())
-    assert [bool(log.complaints(n, n + 1)) for n in range(60)] == [True] * 20 + [False] * 40
+    assert [bool(log.errors(n, n + 1)) for n in range(60)] == [True] * 20 + [False] * 40
     log.feed(b"[matroska,webm @ 0x4] [error] File ended prematurely at pos. 7\n")
-    assert "prematurely" in log.complaints(59, 60) and not log.complaints(20, 59)
+    assert "prematurely" in log.errors(59, 60) and not log.errors(20, 59)
 
 
 @settings(max_examples=200)
@@ -287,7 +287,7 @@ def test_any_log_is_read(pieces: list[bytes]) -> None:
     log = Log()
     for piece in pieces:
         log.feed(piece + b"[h264 @ 0x1] [error] decoder -> pts_time:1.2.3 pkt_pts_time:- keyframe:1\n")
-    log.complaints(0, 1)
+    log.errors(0, 1)
 
 
 def test_clips_of_few_frames_in_a_container_without_presentation_times(tmp_path: Path) -> None:

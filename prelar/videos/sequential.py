@@ -1,4 +1,4 @@
-"""One straight decode of a video file, from its first frame on, read a stretch at a time.
+"""One sequential decode of a video file, from its first frame on, read a stretch at a time.
 
 A frame may need any of those before it: groups of pictures may be open, a picture may be refreshed bit by bit
 without a key frame, and places to seek to are not always what they say. So nothing is sought: one process
@@ -36,7 +36,7 @@ PIPE = 1 << 20
 STEADY = 0.01
 NO_TIME, DISCARD = -(1 << 63), 4
 """Of a packet: that it has no time, and the flag of one that is not shown."""
-_BEGINS = re.compile(r"Duration: .*?, start: (-?[\d.]+)")
+_START_TIME = re.compile(r"Duration: .*?, start: (-?[\d.]+)")
 Times = npt.NDArray[np.float64]
 
 
@@ -87,11 +87,11 @@ class Clip:
     fps: float | None = None
 
 
-class Straight:
+class SequentialDecode:
     """A process that decodes a video file, and the frames that it gives."""
 
     def __init__(self, process: subprocess.Popen[bytes], times: int) -> None:
-        """`process` writes raw frames to its output, and a line a frame of its time to the open file `times`.
+        """`process` writes raw frames to its output, and the time of each as a line to the open file `times`.
 
         Both belong to this object from here on.
         """
@@ -99,14 +99,14 @@ class Straight:
         self.log = Log()
         self.status: int | None = None
         self._process = process
-        self._output, self._said = process.stdout, process.stderr
-        os.set_blocking(self._said.fileno(), False)
+        self._stdout, self._stderr = process.stdout, process.stderr
+        os.set_blocking(self._stderr.fileno(), False)
         with contextlib.suppress(OSError):
-            fcntl.fcntl(self._output, fcntl.F_SETPIPE_SZ, PIPE)
-        self._times, self._told_at, self._partial = times, 0, b""
-        self._told: list[float] = []
+            fcntl.fcntl(self._stdout, fcntl.F_SETPIPE_SZ, PIPE)
+        self._times, self._times_read, self._partial = times, 0, b""
+        self._known_times: list[float] = []
         self._block = np.empty((BLOCK, *FRAME), np.uint8)
-        self._room = memoryview(self._block.reshape(-1).data)
+        self._bytes = memoryview(self._block.reshape(-1).data)
         self._filled = self._taken = 0
         self._waiting: Times = np.empty(0)
         self._last = -math.inf
@@ -133,26 +133,26 @@ class Straight:
             self._drop(kept)
             if stop:
                 break
-        self._listen()
+        self._read_log()
         empty = np.empty((0, *FRAME), np.uint8)
         return np.concatenate([empty, *found]), np.concatenate([np.empty(0), *times])
 
-    def begins(self) -> float:
-        """What the file's own clock shows, in seconds, where the times told here are 0.
+    def start_time(self) -> float:
+        """Where the file's own clock begins, in seconds: the times of frames here count from there.
 
         Raises `TimeoutError` as `read` does.
         """
         self._wait_for_frames(time.monotonic() + MAX_SECONDS)
-        self._listen()
-        found = _BEGINS.search(self.log.head)
+        self._read_log()
+        found = _START_TIME.search(self.log.head)
         return float(found[1]) if found else 0.0
 
     def close(self) -> None:
         """End the process, and let go of its files."""
         self._process.kill()
         self._process.wait()
-        self._output.close()
-        self._said.close()
+        self._stdout.close()
+        self._stderr.close()
         if self._times >= 0:
             os.close(self._times)
             self._times = -1
@@ -170,36 +170,36 @@ class Straight:
                 return False
             if self._taken == BLOCK:
                 self._filled = self._taken = 0
-            got = self._receive(limit)
+            got = self._read_frames(limit)
             if not got:
                 self._finish()
             self._filled += got
-            self._tell(self._filled // FRAME_BYTES - self._taken)
+            self._read_times(self._filled // FRAME_BYTES - self._taken)
         return True
 
-    def _receive(self, limit: float) -> int:
-        """Bytes put into the block, 0 at the end; what is said meanwhile is heard."""
+    def _read_frames(self, limit: float) -> int:
+        """Read frames into the block, and the log meanwhile; returns how many bytes, 0 at the end."""
         poll = select.poll()
-        for handle in (self._output, self._said):
+        for handle in (self._stdout, self._stderr):
             poll.register(handle, select.POLLIN)
         while True:
             left = limit - time.monotonic()
             ready = {handle for handle, _ in poll.poll(max(left, 0) * 1000)}
             if left <= 0 or not ready:
                 raise TimeoutError
-            if self._output.fileno() in ready:
-                return os.readv(self._output.fileno(), [self._room[self._filled :]])
-            if not self._listen():
-                poll.unregister(self._said)
+            if self._stdout.fileno() in ready:
+                return os.readv(self._stdout.fileno(), [self._bytes[self._filled :]])
+            if not self._read_log():
+                poll.unregister(self._stderr)
 
-    def _listen(self) -> bool:
-        """Hear what was said so far; False where there will be no more.
+    def _read_log(self) -> bool:
+        """Read what the log has so far; False where there will be no more.
 
-        A complaint of a frame is said before the frame is given.
+        An error of a frame is logged before the frame is written.
         """
         while True:
             try:
-                text = os.read(self._said.fileno(), PIPE)
+                text = os.read(self._stderr.fileno(), PIPE)
             except BlockingIOError:
                 return True
             if not text:
@@ -207,24 +207,24 @@ class Straight:
             self.log.feed(text)
 
     def _finish(self) -> None:
-        """The output has ended: hear the rest, and take the exit status. Raises `RuntimeError` if killed."""
-        os.set_blocking(self._said.fileno(), True)
-        self._listen()
+        """The output has ended: read the rest of the log, and the exit status. `RuntimeError` if killed."""
+        os.set_blocking(self._stderr.fileno(), True)
+        self._read_log()
         self.log.feed(b"\n")
         self.status = self._process.wait()
         check_not_killed(self.log.told_to_end, self.status)
 
-    def _tell(self, frames: int) -> None:
-        """Give the `frames` that wait their times, which never go back."""
-        while len(self._told) < frames:
-            text = os.pread(self._times, 1 << 16, self._told_at)
-            self._told_at += len(text)
+    def _read_times(self, frames: int) -> None:
+        """Read the times of the next `frames` frames in the block; they never go back."""
+        while len(self._known_times) < frames:
+            text = os.pread(self._times, 1 << 16, self._times_read)
+            self._times_read += len(text)
             *lines, self._partial = (self._partial + text).split(b"\n")
-            self._told += [_seconds(line) for line in lines]
+            self._known_times += [_seconds(line) for line in lines]
             if not text:
                 raise RuntimeError("ffmpeg did not tell the time of a frame")
-        waiting = np.maximum.accumulate(np.array([self._last, *self._told[:frames]]))
-        self._told = self._told[frames:]
+        waiting = np.maximum.accumulate(np.array([self._last, *self._known_times[:frames]]))
+        self._known_times = self._known_times[frames:]
         self._waiting, self._last = waiting[1:], float(waiting[-1])
 
 
@@ -251,17 +251,17 @@ def _lines(process: subprocess.Popen[bytes]) -> Iterator[bytes]:
 
 
 class Reader:
-    """Reads the parts of one video file, in turn, from one straight decode that goes on from part to part.
+    """Reads the parts of one video file, in turn, from one sequential decode that goes on from part to part.
 
-    At first it is decoded on several threads. Once ffmpeg complains, it is decoded again, on one thread and
-    with a trace, from the beginning: the trace tells which frames a complaint is about. What came before the
-    complaint stays as it was, since a complaint of a frame is heard before the frame is taken.
+    At first it is decoded on several threads. Once ffmpeg logs an error, it is decoded again, on one thread
+    and with a trace, from the beginning: the trace tells which frames an error is about. What came before the
+    error stays as it was, since an error of a frame is read before the frame is taken.
     """
 
-    def __init__(self, path: Path, start: Callable[[int, bool], Straight], most: int) -> None:
+    def __init__(self, path: Path, start: Callable[[int, bool], SequentialDecode], most: int) -> None:
         """`start` begins to decode an open file, with a trace or without; `most` is frames of a part."""
         self._path, self._start, self._most = path, start, most
-        self._straight: Straight | None = None
+        self._decode: SequentialDecode | None = None
         self._traced = False
         self._given_up = ""
         self._until = -math.inf
@@ -280,37 +280,37 @@ class Reader:
 
     def close(self) -> None:
         """End the decode, if one is open."""
-        if self._straight is not None:
-            self._straight.close()
-            self._straight = None
+        if self._decode is not None:
+            self._decode.close()
+            self._decode = None
 
     def _read(self, part: Part) -> Clip:
-        if self._straight is not None and part.begin < self._until:
+        if self._decode is not None and part.begin < self._until:
             self.close()
-        if self._straight is None:
+        if self._decode is None:
             with self._path.open("rb") as source:
-                self._straight = self._start(source.fileno(), self._traced)
-        straight, self._until = self._straight, part.end
-        begins = straight.begins() if part.exact else 0.0
-        frames, times = straight.read(part.begin - begins, part.end - begins, self._most)
+                self._decode = self._start(source.fileno(), self._traced)
+        decode, self._until = self._decode, part.end
+        begins = decode.start_time() if part.exact else 0.0
+        frames, times = decode.read(part.begin - begins, part.end - begins, self._most)
         times = times + begins
-        if (straight.log.spoilt or straight.status) and not self._traced:
+        if (decode.log.damage or decode.status) and not self._traced:
             self._traced = True
             self.close()
             return self._read(part)
-        return self._judged(part, straight, frames, times)
+        return self._clip(part, decode, frames, times)
 
-    def _judged(self, part: Part, straight: Straight, frames: Frames, times: Times) -> Clip:
+    def _clip(self, part: Part, decode: SequentialDecode, frames: Frames, times: Times) -> Clip:
         """The clip of the frames that were read last, which are those of `part`."""
-        width, height, fps = stream(straight.log.head)
+        width, height, fps = stream(decode.log.head)
         if len(frames) > 1 and times[-1] > times[0]:
             mean = (len(frames) - 1) / (times[-1] - times[0])
             fps = fps if fps and abs(mean / fps - 1) < STEADY else round(float(mean), 2)
         about = (width, height, fps)
         if len(frames) > self._most:
             return Clip(None, f"more than {self._most} frames", *about)
-        said = straight.log.complaints(straight.count - len(frames), max(straight.count, 1))
-        wrong = reason(said, 0 if straight.log.spoilt else straight.status or 0)
+        errors = decode.log.errors(decode.count - len(frames), max(decode.count, 1))
+        wrong = reason(errors, 0 if decode.log.damage else decode.status or 0)
         if wrong := wrong or part.misfit(times):
             return Clip(None, wrong, *about)
         return Clip(frames, None, *about) if len(frames) else Clip(None, "no video frame", *about)
@@ -319,7 +319,7 @@ class Reader:
 class Readers:
     """The readers of all video files at work, and whose turn it is with each."""
 
-    def __init__(self, start: Callable[[int, bool], Straight], most: int) -> None:
+    def __init__(self, start: Callable[[int, bool], SequentialDecode], most: int) -> None:
         """As for `Reader`."""
         self._new = functools.partial(Reader, start=start, most=most)
         self._turn = threading.Condition()
