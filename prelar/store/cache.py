@@ -52,28 +52,27 @@ class Blocks:
 
     def add(self, name: str, content: bytes) -> None:
         """Keep a block; nothing happens where it is larger than all that may be kept, or the disk is full."""
-        with self._lock:
-            if self._written > self.most // 16:
-                self._scan()
-            self.forget(name)
-            if len(content) > self.most:
-                return
-            while self.total + len(content) > self.most:
-                place = random.randrange(len(self._names))
-                self._drop(self._names[place], place)
-            self.total += len(content)
-            self._written += len(content)
-            self._sizes[name] = len(content)
-            self._names.append(name)
+        if len(content) > self.most:
+            return
         partial = Path(f"{self.path(name)}.{uuid.uuid4().hex}.{os.getpid()}.partial")
         try:
             partial.parent.mkdir(parents=True, exist_ok=True)
             partial.write_bytes(content)
-            partial.replace(self.path(name))
+            with self._lock:
+                if self._written > self.most // 16:
+                    self._scan()
+                self.forget(name)
+                while self.total + len(content) > self.most:
+                    place = random.randrange(len(self._names))
+                    self._drop(self._names[place], place)
+                partial.replace(self.path(name))
+                self.total += len(content)
+                self._written += len(content)
+                self._sizes[name] = len(content)
+                self._names.append(name)
         except OSError:
             with contextlib.suppress(OSError):
                 partial.unlink()
-            self.forget(name)
 
     def _drop(self, name: str, place: int) -> None:
         """Remove the block `name`, which stands at `place`."""
@@ -91,15 +90,16 @@ class Blocks:
 
     def _scan(self) -> None:
         """Count what lies there, and remove what runs that were killed left half written."""
-        self._sizes: dict[str, int] = {}
+        sizes: dict[str, int] = {}
         for folder in [item for item in _entries(self.folder) if item.is_dir(follow_symlinks=False)]:
             for item in _entries(Path(folder.path)):
                 with contextlib.suppress(OSError):
                     if not item.name.endswith(".partial"):
-                        self._sizes[f"{folder.name}/{item.name}"] = item.stat().st_size
+                        sizes[f"{folder.name}/{item.name}"] = item.stat().st_size
                     elif not _lives(item.name):
                         Path(item.path).unlink()
-        self._names, self.total, self._written = list(self._sizes), sum(self._sizes.values()), 0
+        self._sizes, self._names = sizes, list(sizes)
+        self.total, self._written = sum(sizes.values()), 0
         while self.total > self.most and self._names:
             self._drop(self._names[-1], len(self._names) - 1)
 
@@ -120,7 +120,7 @@ def _lives(partial: str) -> bool:
 
 
 class CachedReader:
-    """Fills views with ranges of a store's objects out of blocks that are kept, and fetches those that lack.
+    """Fills views with ranges of a store's objects out of blocks that are kept, and fetches missing ones.
 
     store: names it by its content. size: bytes of an object. fetch: ranges (name, begin, end) of objects.
     """
@@ -133,19 +133,20 @@ class CachedReader:
         fetch: Callable[[Sequence[Range]], list[bytes]],
     ) -> None:
         self._kept, self._store, self._size, self._fetch = kept, store, size, fetch
-        self._flying: dict[Key, Future[dict[Key, bytes]]] = {}
+        self._fetches: dict[Key, Future[dict[Key, bytes]]] = {}
         self._pool: ThreadPoolExecutor | None = None
-        self._process = 0
+        self._process = os.getpid()
 
     def fill(self, pieces: Sequence[Piece]) -> None:
         """Fill the view of each piece (name, offset, view)."""
         parts = [part for piece in pieces for part in _parts(piece)]
-        lacking = self._lacking(key for key, _, _ in parts)
-        flights = self._flights()
+        pending = self._pending()
+        missing = self._missing(key for key, _, _ in parts)
         fresh: dict[Key, bytes] = {}
-        for flight in {id(flights[key]): flights[key] for key in lacking if key in flights}.values():
-            fresh |= flight.result()
-        fresh |= self._get([key for key in lacking if key not in fresh])
+        for ahead in {found for key in missing if (found := pending.get(key))}:
+            if ahead.exception() is None:  # what failed ahead of time is asked for once more below
+                fresh |= ahead.result()
+        fresh |= self._get([key for key in missing if key not in fresh])
         for key, begin, view in parts:
             content = fresh.get(key)
             if content is None and not self._read(key, begin, view):
@@ -155,24 +156,29 @@ class CachedReader:
                 view[:] = content[begin : begin + len(view)]
 
     def prefetch(self, pieces: Sequence[Piece]) -> None:
-        """Let threads fetch what lacks of pieces that will be asked for, whose views are not touched."""
-        flights = self._flights()
-        keys = self._lacking(key for piece in pieces for key, _, _ in _parts(piece))
-        if wanted := [key for key in keys if key not in flights]:
-            assert self._pool is not None
-            flight = self._pool.submit(self._get, wanted)
-            flights |= dict.fromkeys(wanted, flight)
-            for key in [key for key, other in flights.items() if other.done() and other is not flight]:
-                del flights[key]
+        """Let threads fetch missing blocks of pieces that will be asked for; their views stay as they are."""
+        pending = self._pending()
+        keys = self._missing(key for piece in pieces for key, _, _ in _parts(piece))
+        if wanted := [key for key in keys if key not in pending]:
+            if self._pool is None:
+                self._pool = ThreadPoolExecutor(THREADS, thread_name_prefix="cache")
+            ahead = self._pool.submit(self._get, wanted)
+            pending |= dict.fromkeys(wanted, ahead)
+            for key, other in list(pending.items()):
+                if other.done() and other is not ahead:
+                    pending.pop(key, None)
 
-    def _flights(self) -> dict[Key, Future[dict[Key, bytes]]]:
-        """The blocks that threads of this process are at; one that was forked has none yet."""
+    def _pending(self) -> dict[Key, Future[dict[Key, bytes]]]:
+        """The fetches that threads of this process were given, by block.
+
+        A process that was forked has no such threads, and finds locked what they held: it starts anew.
+        """
         if self._process != os.getpid():
-            self._process, self._flying = os.getpid(), {}
-            self._pool = ThreadPoolExecutor(THREADS, thread_name_prefix="cache")
-        return self._flying
+            self._kept = _shared(self._kept.folder, self._kept.most, os.getpid())
+            self._pool, self._fetches, self._process = None, {}, os.getpid()
+        return self._fetches
 
-    def _lacking(self, keys: Iterable[Key]) -> list[Key]:
+    def _missing(self, keys: Iterable[Key]) -> list[Key]:
         return [key for key in dict.fromkeys(keys) if self._kept.size(self._name(key)) != self._bytes(key)]
 
     def _get(self, keys: Sequence[Key]) -> dict[Key, bytes]:

@@ -24,6 +24,7 @@ import fsspec
 from fsspec.implementations.local import LocalFileSystem
 
 from prelar.store import cache
+from prelar.store.cache import Piece
 from prelar.utils import files
 from prelar.utils.errors import UserError, one_line, shown
 from prelar.utils.urls import check_url
@@ -137,8 +138,6 @@ MANIFEST = "manifest.json"
 POINTER = "pointer.json"
 MANIFEST_BYTES, POINTER_BYTES = 16 << 20, 1 << 16
 PARALLEL = 4
-
-Piece = tuple[str, int, memoryview]
 
 
 def publish(

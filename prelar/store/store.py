@@ -23,8 +23,9 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from prelar.store import schema
+from prelar.store.cache import Piece
 from prelar.store.parquet import read_parquet
-from prelar.store.remote import Piece, Published, follow
+from prelar.store.remote import Published, follow
 from prelar.store.schema import INDEX_SCHEMA, SCHEMA, Layout, index_path, pair_index
 from prelar.utils import files
 from prelar.utils.errors import UserError, printable, shown

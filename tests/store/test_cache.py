@@ -4,7 +4,11 @@ from __future__ import annotations
 
 import os
 import random
+import signal
+import sys
+import threading
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -50,12 +54,12 @@ def read(one: CachedReader, far: Far, pieces: Sequence[tuple[str, int, int]]) ->
         assert bytes(view) == far.objects[name][at : at + size]
 
 
-def pieces(seed: int, count: int = 8) -> list[tuple[str, int, int]]:
+def pieces(seed: int, count: int = 8, longest: int = 2 * BLOCK) -> list[tuple[str, int, int]]:
     draw, found = random.Random(seed), []
     for _ in range(count):
         name = draw.choice(list(SIZES))
         at = draw.randrange(SIZES[name])
-        found.append((name, at, draw.randint(1, min(2 * BLOCK, SIZES[name] - at))))
+        found.append((name, at, draw.randint(1, min(longest, SIZES[name] - at))))
     return found
 
 
@@ -120,6 +124,64 @@ def test_a_full_disk_and_a_short_answer(tmp_path: Path, monkeypatch: pytest.Monk
     far.objects["a/1"] = far.objects["a/1"][:-1]
     with pytest.raises(UserError, match="a/1: cut short; publish the store again"):
         read(one, far, [("a/1", 0, 9)])
+
+
+def test_threads_read_the_same_and_the_bound_holds(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cache, "BLOCK", 1000)
+    far = Far()
+    one, kept = reader(far, tmp_path, most=9_000)
+    draws = [random.Random(seed) for seed in range(6)]
+
+    def work(draw: random.Random) -> None:
+        for _ in range(20):
+            wanted = pieces(draw.randrange(1 << 30), count=4, longest=2_000)
+            one.prefetch([(name, at, memoryview(bytearray(size))) for name, at, size in wanted])
+            read(one, far, wanted)
+
+    interval = sys.getswitchinterval()
+    sys.setswitchinterval(1e-5)
+    try:
+        with ThreadPoolExecutor(len(draws)) as pool:
+            list(pool.map(work, draws))
+    finally:
+        sys.setswitchinterval(interval)
+    assert one._pool is not None
+    one._pool.shutdown(wait=True)
+    assert lies(tmp_path) == kept.total <= 9_000
+
+
+def test_a_prefetch_that_failed_is_asked_for_once_more(tmp_path: Path) -> None:
+    far = Far()
+    one, _ = reader(far, tmp_path)
+    whole, far.objects = far.objects, {}
+    one.prefetch([(name, 0, memoryview(bytearray(size))) for name, size in SIZES.items()])
+    assert one._pool is not None
+    one._pool.shutdown(wait=True)
+    far.objects = whole
+    read(one, far, [(name, 0, size) for name, size in SIZES.items()])
+
+
+def test_a_process_that_forks_while_a_thread_writes_reads_on(tmp_path: Path) -> None:
+    far = Far()
+    one, kept = reader(far, tmp_path)
+    holds, forked = threading.Event(), threading.Event()
+
+    def write() -> None:
+        with kept._lock:
+            holds.set()
+            forked.wait()
+
+    writer = threading.Thread(target=write)
+    writer.start()
+    holds.wait()
+    pid = os.fork()
+    if pid == 0:
+        signal.alarm(10)
+        read(one, far, pieces(0))
+        os._exit(0)
+    forked.set()
+    writer.join()
+    assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 0
 
 
 def test_a_store_in_a_bucket_trains_from_the_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
