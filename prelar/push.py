@@ -31,7 +31,7 @@ DRAWN_HERE = (
 """Params of which every frame was rendered by the project."""
 
 
-def run(name: str, folder: Path, *, private: bool, pictures: bool, root: Path = Path()) -> None:
+def run(name: str, folder: Path, *, private: bool, pictures: bool) -> None:
     """Upload a checkpoint to the repository `name`, which is made where there is none.
 
     Raises `UserError` for another name, a folder that holds no checkpoint, a run that is not at its end, a
@@ -40,10 +40,10 @@ def run(name: str, folder: Path, *, private: bool, pictures: bool, root: Path = 
     if not NAME.fullmatch(name):
         raise UserError(f"{printable(name, 200)}: no name of a repository; give org/name")
     parts, described = load_parts(folder)  # all of it is read, as who loads it will
-    done = read_run(folder, described, root)
+    done = read_run(folder, described)
     shown = {}
     if done is not None and (pictures or any(own.items() <= done.params.items() for own in DRAWN_HERE)):
-        shown = {name: root / EVALUATE / name for name in PICTURES if (root / EVALUATE / name).is_file()}
+        shown = {picture: EVALUATE / picture for picture in PICTURES if (EVALUATE / picture).is_file()}
     with extras_named():
         from huggingface_hub import CommitOperationAdd, HfApi, get_token
     if get_token() is None:
@@ -62,11 +62,11 @@ def run(name: str, folder: Path, *, private: bool, pictures: bool, root: Path = 
     print(f"push: {folder} -> {name}, {len(files)} files, revision {commit.oid}", flush=True)
 
 
-def read_run(folder: Path, described: Mapping[str, Any], root: Path = Path()) -> Run | None:
+def read_run(folder: Path, described: Mapping[str, Any]) -> Run | None:
     """The run that a checkpoint is of; None for one that lies elsewhere, of which nothing else is known."""
-    if folder not in CHECKPOINTS:
+    if folder.absolute() not in [own.absolute() for own in CHECKPOINTS]:
         return None
-    found = read_workspace(root)
+    found = read_workspace()
     stale = sorted({"pretrain", "finetune", "evaluate"} & set(found.stale))
     if stale or found.params.get("method") != described.get("model", {}).get("method"):
         raise UserError(f"{folder}: made with other params than params.yaml has now; run `dvc repro` first")

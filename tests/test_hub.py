@@ -61,6 +61,13 @@ def test_what_is_pushed_is_what_is_loaded(hub: standin.Hub) -> None:
     assert json.loads(held["config.json"])["stage"] == "pretrain"
 
 
+def test_a_checkpoint_has_its_figures_however_its_folder_is_spelled(hub: standin.Hub) -> None:
+    pushed()
+    card = hub.commits["models/org/arm"][-1]["README.md"]
+    push.run("org/arm", Path("data/pretrain").absolute(), private=False, pictures=False)
+    assert hub.commits["models/org/arm"][-1]["README.md"] == card
+
+
 def test_a_revision_stays_what_it_was(hub: standin.Hub) -> None:
     pushed()
     first = prelar.load("org/arm")
