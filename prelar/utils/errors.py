@@ -12,7 +12,7 @@ import re
 import reprlib
 import sys
 from collections.abc import Callable, Iterable, Iterator
-from typing import Any
+from typing import Any, NoReturn
 
 LONGEST = 2_000
 
@@ -73,10 +73,12 @@ def run_main(main: Callable[[], None]) -> None:
     except UserError as error:
         _end(str(error))
     except OSError as error:
+        told = error.strerror if error.filename is None else f"{error.filename}: {error.strerror}"
+        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+            _end(f"{told}; make room and run again")
         if error.errno not in (errno.EROFS, errno.EACCES) or error.filename is None:
             raise
-        remedy = "let this user read and write there, or work in a copy of the project"
-        _end(f"{error.filename}: {error.strerror}; {remedy}")
+        _end(f"{told}; let this user read and write there, or work in a copy of the project")
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         sys.exit(130)
@@ -112,7 +114,7 @@ def _installation(module: str) -> str | None:
     return None
 
 
-def _end(message: str) -> None:
+def _end(message: str) -> NoReturn:
     print(printable(f"error: {message}"), file=sys.stderr)
     sys.exit(2)
 

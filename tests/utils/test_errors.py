@@ -37,6 +37,16 @@ def test_error_becomes_one_line(error: Exception, line: str) -> None:
             "error: data/.locks: Read-only file system; "
             "let this user read and write there, or work in a copy of the project\n",
         ),
+        (
+            OSError(errno.ENOSPC, "No space left on device"),
+            2,
+            "error: No space left on device; make room and run again\n",
+        ),
+        (
+            OSError(errno.EDQUOT, "Disk quota exceeded", "data/x"),
+            2,
+            "error: data/x: Disk quota exceeded; make room and run again\n",
+        ),
         (KeyboardInterrupt(), 130, None),
     ],
 )
