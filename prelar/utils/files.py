@@ -25,7 +25,7 @@ RESUME, RESUME_FOLDER = Path("data/.resume"), "PRELAR_RESUME"
 """Where snapshots lie, and the variable that names an absolute folder in its place."""
 DEPTH = 64
 
-_SURROGATE = re.compile(rb"\\ud[89a-f]", re.IGNORECASE)
+_SURROGATE = re.compile(r"\\ud[89a-f]", re.IGNORECASE)
 
 
 def sync(path: Path) -> None:
@@ -86,13 +86,15 @@ def parse_json(content: bytes | str) -> Any:
     Refused are a key that stands twice in an object, text that is no Unicode, and more than `DEPTH` levels.
     """
     try:
-        parsed = json.loads(content, object_pairs_hook=_object)
+        text = content.decode(json.detect_encoding(content)) if isinstance(content, bytes) else content
+        text.encode()
+        parsed = json.loads(text, object_pairs_hook=_object)
         level = [parsed]
         for _ in range(DEPTH + 1):
             level = [inner for value in level for inner in _inside(value)]
         if level:
             raise ValueError("nested too deeply")
-        if _SURROGATE.search(content if isinstance(content, bytes) else content.encode()):
+        if _SURROGATE.search(text):
             json.dumps(parsed, ensure_ascii=False).encode()
     except RecursionError:
         raise ValueError("nested too deeply") from None

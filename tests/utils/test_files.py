@@ -94,6 +94,9 @@ def test_publish_from_another_file_system(tmp_path: Path, elsewhere: Path) -> No
         (rb'["\ud800"]', "no Unicode"),
         (rb'{"\uDFFF": 1}', "no Unicode"),
         (b'"\xff"', "no Unicode"),
+        (b'{"a": "\xed\xa0\xbd\xed\xb8\x80"}', "no Unicode"),  # CESU-8, as some Java programs write
+        ('"\ud800"', "no Unicode"),
+        (r'"\ud800"'.encode("utf-16"), "no Unicode"),
         (b'\xff\xfe"', "Expecting|Unicode|Unterminated"),
         ("\ud800", "Expecting|Unicode"),
         (b"", "Expecting"),
@@ -110,6 +113,8 @@ def test_json_is_parsed() -> None:
         "a": ["😀", 1000.0, None],
         "b": {"a": 2},
     }
+    for encoding in ("utf-8-sig", "utf-16", "utf-32"):
+        assert files.parse_json('{"a": "ü😀"}'.encode(encoding)) == {"a": "ü😀"}
 
 
 def test_files_from_elsewhere_are_read_to_a_limit(tmp_path: Path) -> None:
