@@ -74,7 +74,7 @@ def write_mp4(path: Path, frames: npt.NDArray[np.uint8], fps: float) -> None:
                 "pipe:", format="rawvideo", pix_fmt="rgb24", s=f"{width}x{height}", framerate=f"{fps:g}"
             )
             .output(
-                str(partial),
+                f"file:{partial}",  # so that no other protocol or option is read off its name
                 format="mp4",
                 vcodec="libx264",
                 pix_fmt="yuv420p",

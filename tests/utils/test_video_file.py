@@ -79,6 +79,14 @@ def test_a_failing_encoder_leaves_the_old_video(tmp_path: Path, monkeypatch: pyt
     assert (tmp_path / "x.mp4").read_bytes() == b"old"
 
 
+@pytest.mark.parametrize("name", ["a:b.mp4", "-x/a.mp4", "a%d b'.mp4", "file:x.mp4"])
+def test_a_video_may_have_any_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+    monkeypatch.chdir(tmp_path)
+    write_mp4(Path(name), stripes(), 12)
+    write_mp4(Path("plain.mp4"), stripes(), 12)
+    assert Path(name).read_bytes() == Path("plain.mp4").read_bytes()
+
+
 def test_enlarging_repeats_pixels() -> None:
     small = np.arange(12, dtype=np.uint8).reshape(2, 2, 3)
     large = enlarge(small, 3)
