@@ -250,7 +250,7 @@ def exclusive(target: Path | str) -> Iterator[None]:
     `UserError` at once that names the holder's PID.
     """
     LOCKS.mkdir(parents=True, exist_ok=True)
-    name = str(target).strip("/").replace("/", "-")
+    name = os.path.relpath(target).replace("/", "-")
     with (LOCKS / f"{name}.lock").open("a+") as handle:
         try:
             fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
