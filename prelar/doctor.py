@@ -170,7 +170,7 @@ def gpu(device: str) -> Finding:
 
     if torch.cuda.is_available():
         cards = [torch.cuda.get_device_properties(k) for k in range(torch.cuda.device_count())]
-        detail = ", ".join(f"{card.name} ({disk.shown(card.total_memory)})" for card in cards)
+        detail = ", ".join(f"{card.name} ({disk.format_bytes(card.total_memory)})" for card in cards)
         return Finding("GPU", "ok", detail)
     if device == "cuda":
         return Finding("GPU", "MISSING", "torch sees none; set device to auto, or install a driver for CUDA")
@@ -202,8 +202,9 @@ def disk_space(config: Config) -> Finding:
 
     free, needed = disk.free_bytes(Path("data")), sum(estimates(config).values())
     detail = (
-        f"{disk.shown(free)} free; pretrain and finetune at scale {config.scale} take about "
-        f"{disk.shown(needed)}, Something-Something V2 whole {disk.shown(disk.archive_bytes(CLIPS, None))}"
+        f"{disk.format_bytes(free)} free; pretrain and finetune at scale {config.scale} take about "
+        f"{disk.format_bytes(needed)}, Something-Something V2 whole "
+        f"{disk.format_bytes(disk.archive_bytes(CLIPS, None))}"
     )
     if free < needed:
         return Finding("disk", "MISSING", f"{detail}; free space, or put the project on a larger disk")

@@ -38,14 +38,16 @@ def run(config: Config, name: str, source: str | None = None) -> None:
     path = Path(f"data/{name}.zarr")
     files.remove(checks_path(path))
     files.remove(path)
-    places = [f"{part}.zarr" for part in config.mixtures.get(name, ())] or list(config.unions[name])
+    parts: list[tuple[str, str, float | None]]  # name, place and weight of each store
+    if name in config.mixtures:
+        parts = [(part, f"{part}.zarr", weight) for part, weight in config.mixtures[name].items()]
+    else:
+        parts = [(str(number), place, None) for number, place in enumerate(config.unions[name])]
     members = [
-        Member(Path(place).stem, Store.open(place if "://" in place else path.parent / place), weight)
-        for place, weight in zip(places, weights(config, name), strict=True)
+        Member(part, Store.open(place if "://" in place else path.parent / place), weight)
+        for part, place, weight in parts
     ]
-    if name in config.unions:
-        members = [Member(str(number), member.store) for number, member in enumerate(members)]
-    store = join(path, members, places)
+    store = join(path, members, [place for _, place, _ in parts])
     try:
         checked = [*suites.store_suites(store, min_frames=1, max_bad=None), suites.members_suite(store)]
         summary = suites.validate(name, checked, suites.facts(store))
@@ -55,10 +57,3 @@ def run(config: Config, name: str, source: str | None = None) -> None:
     files.write_text(checks_path(path), json.dumps(summary, indent=2))
     counted = summary["facts"]
     print(f"{path}: {len(members)} stores, {counted['clips']} clips, {counted['frames']} frames", flush=True)
-
-
-def weights(config: Config, name: str) -> list[float | None]:
-    """The weights of a mixture's sources; None for each store of a union."""
-    return (
-        list(config.mixtures[name].values()) if name in config.mixtures else [None] * len(config.unions[name])
-    )

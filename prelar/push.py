@@ -17,7 +17,7 @@ from prelar.report.provenance import redact
 from prelar.report.runs import Run, read_workspace
 from prelar.train.checkpoint import load_parts
 from prelar.utils.errors import UserError, extras_named, printable
-from prelar.utils.hub import NAME, answered
+from prelar.utils.hub import NAME, hub_errors
 
 CHECKPOINTS = (Path("data/finetune"), Path("data/pretrain"))
 PICTURES = {
@@ -38,7 +38,7 @@ def run(name: str, folder: Path, *, private: bool, pictures: bool) -> None:
     missing token, and what the hub refuses.
     """
     if not NAME.fullmatch(name):
-        raise UserError(f"{printable(name, 200)}: no name of a repository; give org/name")
+        raise UserError(f"{printable(name, 200)}: not a repository name; give org/name")
     parts, described = load_parts(folder)  # all of it is read, as who loads it will
     done = read_run(folder, described)
     shown = {}
@@ -51,7 +51,7 @@ def run(name: str, folder: Path, *, private: bool, pictures: bool) -> None:
     files: dict[str, Path | bytes] = {f"{part}.safetensors": folder / f"{part}.safetensors" for part in parts}
     files |= {"config.json": folder / "config.json", **shown}
     files["README.md"] = card(name, described, done, sorted(shown)).encode()
-    with answered(name):
+    with hub_errors(name):
         hub = HfApi(library_name="prelar")
         hub.create_repo(name, private=private, exist_ok=True)
         commit = hub.create_commit(

@@ -137,7 +137,7 @@ def test_what_cannot_be_had_or_given_ends_in_one_line(
     with pytest.raises(UserError, match="revision = v1: data/pretrain is a folder"):
         prelar.load("data/pretrain", revision="v1")
     assert all("data/pretrain" not in asked for asked in hub.asked)
-    with pytest.raises(UserError, match="arm: no name of a repository; give org/name"):
+    with pytest.raises(UserError, match="arm: not a repository name; give org/name"):
         push.run("arm", Path("data/pretrain"), private=False, pictures=False)
     hub.tokens.clear()
     save_finetuned(Path("given"), "prelar")

@@ -54,7 +54,7 @@ def _rows(members: Sequence[Member]) -> Iterator[dict[str, Any]]:
         begin += member.store.num_frames
 
 
-def follow(path: Path) -> tuple[dict[str, Any], list[Member]] | None:
+def open_members(path: Path) -> tuple[dict[str, Any], list[Member]] | None:
     """What a joined store's file says, and its members, opened; None where the folder is of no joined store.
 
     Raises `UserError` where the file is damaged, and where a member is missing or another than was joined.

@@ -1,4 +1,4 @@
-"""Reading a Parquet table that may come from elsewhere, in memory that its file's size bounds.
+"""Reading a Parquet table that may come from elsewhere, in memory bounded by the size of its file.
 
 A small file can stand for gigabytes: pages are compressed, runs and dictionaries repeat values, and a footer
 says what it likes. So the headers of all pages are looked at before any page is unpacked, texts are read as

@@ -190,15 +190,15 @@ class Published:
         if size > MANIFEST_BYTES:
             raise UserError(f"{url}/{MANIFEST}: {size} bytes, more than {MANIFEST_BYTES}; publish it again")
         content = self._objects.read(MANIFEST)
-        if digest is not None and hashlib.sha256(content).hexdigest() != digest:
+        found = hashlib.sha256(content).hexdigest()
+        if digest not in (None, found):
             raise UserError(f"{url}: another store than the one published there; build the store again")
         self._store, self._index, self._told = _read_manifest(f"{url}/{MANIFEST}", content)
         wanted = {name: about["size"] for name, about in self._told.items()}
         _compare(self._objects, wanted, self._objects.sizes())
         self._cached = None
         if self._objects.local is None and (kept := cache.blocks()):
-            whole = hashlib.sha256(content).hexdigest()[:16]
-            self._cached = cache.CachedReader(kept, whole, wanted.__getitem__, self._objects.read_ranges)
+            self._cached = cache.CachedReader(kept, found[:16], wanted.__getitem__, self._objects.read_ranges)
 
     def __str__(self) -> str:
         return self._objects.url
@@ -258,7 +258,7 @@ class Published:
         return content
 
 
-def follow(folder: Path) -> Published | None:
+def open_pointer(folder: Path) -> Published | None:
     """The published store that a folder of the project points to, None where it holds no pointer."""
     path = folder / POINTER
     if not path.is_file():

@@ -25,7 +25,7 @@ import pyarrow.compute as pc
 from prelar.store import schema
 from prelar.store.cache import Piece
 from prelar.store.parquet import read_parquet
-from prelar.store.remote import Published, follow
+from prelar.store.remote import Published, open_pointer
 from prelar.store.schema import INDEX_SCHEMA, SCHEMA, Layout, index_path, pair_index
 from prelar.utils import files
 from prelar.utils.errors import UserError, printable, shown
@@ -197,7 +197,7 @@ class _Joined(_Items):
         return [(reader.place, pieces) for reader, pieces in zip(self.readers, wanted, strict=True) if pieces]
 
 
-class _Held(_Items):
+class _Computed(_Items):
     """Numbers that are not read from a file."""
 
     def __init__(self, layout: Layout, items: int, make: Callable[[], npt.NDArray[np.int64]]) -> None:
@@ -247,9 +247,9 @@ class Store:
         from prelar.store import joined  # which opens stores itself
 
         is_url = isinstance(path, str) and "://" in path
-        if not is_url and (found := joined.follow(Path(path))):
+        if not is_url and (found := joined.open_members(Path(path))):
             return cls._of_members(Path(path), *found)
-        published = Published(str(path)) if is_url else follow(Path(path))
+        published = Published(str(path)) if is_url else open_pointer(Path(path))
         place: _Place = published or _Folder(Path(path))
         if published is not None and published.folder is not None:
             place = _Folder(published.folder)
@@ -281,9 +281,9 @@ class Store:
         starts = np.cumsum(lengths) - lengths
         pairs = len(lengths), int(lengths.sum()) - len(lengths)
         readers: dict[str, _Items] = {
-            "clip_start": _Held(schema.CLIPS, pairs[0], lambda: starts),
-            "clip_length": _Held(schema.CLIPS, pairs[0], lambda: lengths),
-            "pairs": _Held(schema.PAIRS, pairs[1], lambda: pair_index(starts, lengths)),
+            "clip_start": _Computed(schema.CLIPS, pairs[0], lambda: starts),
+            "clip_length": _Computed(schema.CLIPS, pairs[0], lambda: lengths),
+            "pairs": _Computed(schema.PAIRS, pairs[1], lambda: pair_index(starts, lengths)),
         }
         for name in stores[0]._readers:
             held = [store._readers.get(name) for store in stores]

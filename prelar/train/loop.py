@@ -28,7 +28,7 @@ from tqdm import tqdm
 
 from prelar.train.checkpoint import Snapshots
 from prelar.train.loggers import Logger, open_loggers
-from prelar.utils.distributed import Processes, is_loss, launch
+from prelar.utils.distributed import Processes, is_lost_process, launch
 from prelar.utils.errors import UserError, printable
 from prelar.utils.files import remove, write_text
 from prelar.utils.seeds import RngStream, seed_torch
@@ -371,7 +371,7 @@ def train(
             run.run_hooks(steps)
         run.finish()
     except RuntimeError as error:
-        if not is_loss(error):
+        if not is_lost_process(error):
             raise
         raise UserError(
             f"{name}: another process of this run is gone; start it again to go on from its last snapshot"

@@ -32,13 +32,13 @@ def require(path: Path, needed: int, what: str) -> None:
     free = free_bytes(path)
     if free < CLEARLY * needed:
         raise UserError(
-            f"{path}: {shown(free)} free, but {what} takes about {shown(needed)}; free space, "
+            f"{path}: {format_bytes(free)} free, but {what} takes about {format_bytes(needed)}; free space, "
             "or put the project on a larger disk"
         )
 
 
-def shown(size: float) -> str:
-    """A number of bytes as a reader wants it, in powers of 1000."""
+def format_bytes(size: float) -> str:
+    """A number of bytes with its unit, in powers of 1000, to three digits."""
     for unit in ("B", "kB", "MB", "GB"):
         if size < 1000:
             return f"{size:.3g} {unit}"

@@ -111,7 +111,7 @@ class Processes:
         return dict(zip(values, means.unbind(), strict=True))
 
 
-def is_loss(error: RuntimeError) -> bool:
+def is_lost_process(error: RuntimeError) -> bool:
     """Whether an error says that another process of the run is gone."""
     return isinstance(error, dist.DistError) or "gloo" in str(error)
 
@@ -137,11 +137,11 @@ def all_gather_rows(values: Tensor) -> Tensor:
     """The rows of all processes (N, …) -> (world · N, …), with gradients to each process's own."""
     if world() == 1:
         return values
-    gathered: Tensor = _Whole.apply(values)
+    gathered: Tensor = _GatheredRows.apply(values)
     return gathered
 
 
-class _Whole(torch.autograd.Function):
+class _GatheredRows(torch.autograd.Function):
     """Every process's rows, in order. Backward, each gets the gradients that all found for its rows."""
 
     @staticmethod

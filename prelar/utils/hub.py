@@ -38,7 +38,7 @@ def fetch(
     """
     with extras_named():
         from huggingface_hub import snapshot_download
-    with answered(name, revision):
+    with hub_errors(name, revision):
         found = snapshot_download(
             name,
             repo_type=kind,
@@ -63,8 +63,8 @@ def data_set(path: str) -> Path:
 
 
 @contextlib.contextmanager
-def answered(name: str, revision: str | None = None) -> Iterator[None]:
-    """Turn what the client says of a repository into a `UserError`."""
+def hub_errors(name: str, revision: str | None = None) -> Iterator[None]:
+    """Turn what the client raises, asked for a repository, into a `UserError`."""
     from huggingface_hub import errors
 
     asked = f"{name}@{revision}" if revision else name

@@ -1,4 +1,4 @@
-"""Zip files from elsewhere: opened within bounds, and whatever they raise in one place."""
+"""Zip files from elsewhere: opened within bounds, and all the errors that reading one can raise."""
 
 from __future__ import annotations
 

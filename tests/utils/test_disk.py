@@ -25,7 +25,7 @@ def config() -> Config:
     [(0, "0 B"), (999, "999 B"), (1500, "1.5 kB"), (122.1e9, "122 GB"), (2.5e12, "2.5 TB")],
 )
 def test_sizes_are_read_at_a_glance(size: float, text: str) -> None:
-    assert disk.shown(size) == text
+    assert disk.format_bytes(size) == text
 
 
 def test_room_is_measured_where_a_folder_will_lie(tmp_path: Path) -> None:
