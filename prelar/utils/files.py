@@ -13,7 +13,7 @@ import re
 import shutil
 import sys
 import uuid
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -176,10 +176,7 @@ def publish(staged: Path, final: Path) -> None:
     ready = staged
     if _apart(staged.parent, final.parent):
         ready = beside
-        if staged.is_dir():
-            shutil.copytree(staged, beside, symlinks=True)
-        else:
-            shutil.copy2(staged, beside)
+        _copy(staged, beside, _copy_file)
     if ready.is_dir():
         for item in ready.rglob("*"):
             sync(item)
@@ -220,13 +217,35 @@ def link(source: Path, copy: Path) -> None:
     """
     remove(copy)
     copy.parent.mkdir(parents=True, exist_ok=True)
-    if source.is_dir():
-        shutil.copytree(source, copy, copy_function=_link_file)
-    else:
-        _link_file(source, copy)
+    _copy(source, copy, _link_file)
 
 
-def _link_file(source: Path | str, copy: Path | str) -> None:
+def _copy(source: Path, copy: Path, copy_file: Callable[[Path, Path], object]) -> None:
+    """Copy a file, or a folder file by file, and keep nothing where that fails.
+
+    `shutil.copytree` goes on after an error, and no longer knows in the end that the disk is full.
+    """
+    try:
+        if not source.is_dir():
+            copy_file(source, copy)
+            return
+        copy.mkdir()
+        for item in sorted(source.rglob("*")):
+            place = copy / item.relative_to(source)
+            if item.is_dir() and not item.is_symlink():
+                place.mkdir()
+            else:
+                copy_file(item, place)
+    except BaseException:
+        remove(copy)
+        raise
+
+
+def _copy_file(source: Path, copy: Path) -> None:
+    shutil.copy2(source, copy, follow_symlinks=False)
+
+
+def _link_file(source: Path, copy: Path) -> None:
     try:
         os.link(source, copy)
     except OSError as error:
@@ -239,7 +258,7 @@ def _link_file(source: Path | str, copy: Path | str) -> None:
             errno.ENOSYS,
         ):
             raise
-        shutil.copy2(source, copy)
+        _copy_file(source, copy)
 
 
 @contextlib.contextmanager

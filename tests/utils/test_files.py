@@ -209,6 +209,36 @@ def test_the_lock_ends_with_its_holder(holder: subprocess.Popen[str]) -> None:
         assert Path("data/.locks/data-x.zarr.lock").read_text(encoding="utf-8") == str(os.getpid())
 
 
+@pytest.mark.parametrize("folder", [True, False])
+@pytest.mark.parametrize("step", ["link", "publish"])
+def test_a_disk_that_fills_while_copying_is_told_as_such_and_keeps_no_half(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, step: str, folder: bool
+) -> None:
+    staged, final = tmp_path / "staged/x", tmp_path / "final/x"
+    for name in ("a", "b/c", "b/d") if folder else ("",):
+        write_text(staged / name, "content")
+    final.parent.mkdir()
+    copied: list[object] = []
+
+    def link(source: object, copy: object) -> None:
+        raise OSError(errno.EPERM, "no links here")
+
+    def copy2(source: object, copy: Path, **options: object) -> None:
+        Path(copy).write_text("con")
+        copied.append(copy)
+        if len(copied) == (2 if folder else 1):
+            raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(os, "link", link)
+    monkeypatch.setattr("shutil.copy2", copy2)
+    monkeypatch.setattr(files, "_apart", lambda folder, other: True)
+    with pytest.raises(OSError, match="No space left") as told:
+        getattr(files, step)(staged, final)
+    assert told.value.errno == errno.ENOSPC
+    assert not list(final.parent.iterdir()), "what is half copied would keep the disk full"
+    assert staged.exists()
+
+
 @pytest.mark.parametrize("refused", [None, "EPERM", "ENOTSUP", "EOPNOTSUPP", "ENOSYS", "EMLINK", "EXDEV"])
 def test_a_linked_copy_outlives_its_source(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, refused: str | None
