@@ -279,11 +279,11 @@ class Store:
         index, stores = _parse_index(path, content), [member.store for member in members]
         lengths = np.concatenate([store.clip_length for store in stores])
         starts = np.cumsum(lengths) - lengths
-        pairs = len(lengths), int(lengths.sum()) - len(lengths)
+        clips, pairs = len(lengths), int(lengths.sum()) - len(lengths)
         readers: dict[str, _Items] = {
-            "clip_start": _Computed(schema.CLIPS, pairs[0], lambda: starts),
-            "clip_length": _Computed(schema.CLIPS, pairs[0], lambda: lengths),
-            "pairs": _Computed(schema.PAIRS, pairs[1], lambda: pair_index(starts, lengths)),
+            "clip_start": _Computed(schema.CLIPS, clips, lambda: starts),
+            "clip_length": _Computed(schema.CLIPS, clips, lambda: lengths),
+            "pairs": _Computed(schema.PAIRS, pairs, lambda: pair_index(starts, lengths)),
         }
         for name in stores[0]._readers:
             held = [store._readers.get(name) for store in stores]
