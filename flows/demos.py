@@ -5,10 +5,9 @@ from __future__ import annotations
 import collections
 import contextlib
 import functools
-import itertools
-import threading
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -19,7 +18,7 @@ from prefect.task_runners import ThreadPoolTaskRunner
 from tqdm import tqdm
 
 from flows import dvc, runtime, staging
-from flows.staging import Parcel
+from flows.staging import Future, Parcel
 from prelar.config import Config, Demos, load_config
 from prelar.demos.episodes import Episode, Job, Source, Splits, clips, staging_key
 from prelar.demos.rlbench_live import RlbenchLive
@@ -63,10 +62,9 @@ class CollectionPlan(NamedTuple):
 
 
 @task(name="collect", task_run_name="collect-{number}", cache_policy=NO_CACHE)
-def collect(number: int, jobs: Parcel, start: Callable[[Job], Later]) -> Parcel:
-    """Collect one batch of episodes."""
-    running = [start(job) for job in jobs.content]
-    return Parcel([wait() for wait in running])
+def collect(number: int, running: Parcel) -> Parcel:
+    """Wait for one batch of episodes."""
+    return Parcel([wait() for wait in running.open()])
 
 
 @flow(name=NAME)
@@ -186,51 +184,35 @@ def fill(writer: StoreWriter, source: Source, jobs: list[Job], workers: int, fps
     return sound
 
 
-class InTurn:
-    """Collects jobs one after the other, whatever thread asks for them."""
-
-    def __init__(self, source: Source, jobs: list[Job]) -> None:
-        self._source, self._left = source, collections.deque(jobs)
-        self._turn = threading.Condition()
-
-    def collect(self, job: Job) -> Episode:
-        """The episode of a job, when it is this job's turn."""
-        with self._turn:
-            self._turn.wait_for(lambda: self._left[0] is job)
-        try:
-            return self._source.collect(job)
-        finally:
-            with self._turn:
-                self._left.popleft()
-                self._turn.notify_all()
-
-
 @contextlib.contextmanager
 def episode_workers(
     source: Source, jobs: list[Job], workers: int, folder: Path
 ) -> Iterator[tuple[Callable[[Job], Later], Callable[[Job], None]]]:
-    """Worker processes, threads in turn, or simulators that use `folder`: what starts and what ends a job."""
+    """Worker processes, one thread, or simulators that use `folder`: what starts and what ends a job."""
     if isinstance(source, RlbenchLive):
         with source.pool(jobs, workers, folder) as simulators:
             yield lambda job: functools.partial(simulators.result, job), simulators.discard
     elif getattr(source, "in_turn", False):
-        turns = InTurn(source, jobs)
+        thread = ThreadPoolExecutor(1)
         with contextlib.closing(source):  # type: ignore[type-var]
-            yield lambda job: functools.partial(turns.collect, job), lambda job: None
+            try:
+                yield lambda job: thread.submit(source.collect, job).result, lambda job: None
+            finally:
+                thread.shutdown(cancel_futures=True)
     else:
         with worker_pool(workers) as pool:
             yield lambda job: pool.submit(source.collect, job).result, lambda job: None
 
 
 def collected(jobs: list[Job], start: Callable[[Job], Later], workers: int) -> Iterator[list[Episode]]:
-    """Batches of collected episodes in the order of the jobs."""
-    batches = (jobs[begin : begin + BATCH] for begin in itertools.count(0, BATCH))
+    """Batches of collected episodes in the order of the jobs, which are started in that order."""
+
+    def submit(number: int, batch: Parcel) -> Future:
+        return collect.submit(number, Parcel([start(job) for job in batch.content]))
+
+    batches = (jobs[begin : begin + BATCH] for begin in range(0, len(jobs), BATCH))
     try:
-        yield from staging.in_order(
-            itertools.takewhile(bool, batches),
-            lambda number, batch: collect.submit(number, batch, start),
-            workers,
-        )
+        yield from staging.in_order(batches, submit, workers)
     except BrokenProcessPool:
         raise UserError("a worker process died; run again, the work so far is kept") from None
 

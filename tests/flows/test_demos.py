@@ -7,7 +7,7 @@ import random
 import shutil
 import time
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from pathlib import Path
 from typing import Any
 
@@ -172,6 +172,36 @@ def test_episodes_of_shared_files_are_collected_in_turn(
     fill(tmp_path / "b/x.zarr", shared, 1)
     first, second = (digest(tmp_path / name / "x.zarr", tmp_path / name / "x.parquet") for name in "ab")
     assert first == second
+
+
+def test_a_failure_in_turn_leaves_no_task_waiting(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The flow would wait for it, and so not end."""
+    shared = lerobot.open_folder(GOLDEN / "v30_deleted/set")
+    jobs = shared.jobs()
+    collect = lerobot.Lerobot.collect
+
+    def failing(self: lerobot.Lerobot, job: Job) -> Episode:
+        time.sleep(0.1)
+        if job == jobs[0]:
+            raise OSError("once")
+        return collect(self, job)
+
+    monkeypatch.setattr(lerobot.Lerobot, "collect", failing)
+    tasks: list[Future[Any]] = []
+
+    def submit(*given: Any) -> Future[Any]:
+        tasks.append(pool.submit(demos.collect.fn, *given))
+        return tasks[-1]
+
+    pool = ThreadPoolExecutor(3)
+    monkeypatch.setattr(demos.collect, "submit", submit)
+    monkeypatch.setattr(demos, "BATCH", 2)
+    with (
+        pytest.raises(OSError, match="once"),
+        StoreWriter(tmp_path / "x.zarr", arrays=shared.arrays) as writer,
+    ):
+        demos.fill(writer, shared, jobs, 3)
+    assert len(tasks) > 1 and not wait(tasks, timeout=20).not_done
 
 
 def test_dead_worker_is_told_in_one_line(
