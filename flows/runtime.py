@@ -22,7 +22,7 @@ from pathlib import Path
 
 from flows import access
 from flows.access import AUTH, SERVER_AUTH
-from prelar.utils.errors import UserError, run_main
+from prelar.utils.errors import UserError, one_line, run_main
 from prelar.utils.parents import child, end_with_dvc, end_with_parent
 
 HOME = Path(".prefect")
@@ -127,13 +127,24 @@ def server() -> Iterator[str]:
 
 
 def answers(url: str, seconds: float = 5.0) -> bool:
-    """Whether a Prefect API answers at `url` within `seconds`."""
+    """Whether a Prefect API answers at `url` within `seconds`.
+
+    Raises `UserError` where the environment names a proxy that Prefect's client, httpx, cannot use.
+    """
     import httpx
 
     try:
-        return httpx.get(f"{url.rstrip('/')}/health", timeout=seconds).status_code == 200
-    except (httpx.HTTPError, httpx.InvalidURL):
-        return False
+        client = httpx.Client(timeout=seconds)
+    except (ImportError, ValueError) as error:
+        raise UserError(
+            f"a proxy of the environment (ALL_PROXY, …) is of no use to Prefect: {one_line(error)}; "
+            "unset it, or give an http:// one"
+        ) from None
+    with client:
+        try:
+            return client.get(f"{url.rstrip('/')}/health").status_code == 200
+        except (httpx.HTTPError, httpx.InvalidURL, UnicodeError):  # the last for what is no name of a host
+            return False
 
 
 def admitted(url: str) -> None:
@@ -155,13 +166,12 @@ def _shown(url: str) -> str:
     """A URL without user, password and query."""
     import httpx
 
+    from prelar.videos import download
+
     try:
-        parsed = httpx.URL(url)
-    except httpx.InvalidURL:
+        return download.shown(url) if httpx.URL(url).host else "(not a URL)"
+    except (httpx.InvalidURL, UnicodeError):
         return "(not a URL)"
-    if not parsed.host:
-        return "(not a URL)"
-    return f"{parsed.scheme}://{parsed.host}{f':{parsed.port}' if parsed.port else ''}{parsed.path}"
 
 
 @contextlib.contextmanager

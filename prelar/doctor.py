@@ -108,7 +108,7 @@ def examine() -> Iterator[Finding]:
         yield guarded("disk", lambda: disk_space(config))
     yield git()
     yield dvc()
-    yield prefect(os.environ.get("PREFECT_API_URL") or SERVER)
+    yield guarded("Prefect", lambda: prefect(os.environ.get("PREFECT_API_URL") or SERVER))
     yield coppeliasim(needed=config is not None and config.demos.source == "rlbench")
 
 
@@ -116,7 +116,7 @@ def guarded(name: str, examination: Callable[[], Finding]) -> Finding:
     """The finding of an examination; what it ends with is what is missing."""
     try:
         return examination()
-    except (UserError, ImportError, OSError) as error:
+    except (UserError, ImportError, OSError, ValueError) as error:
         return Finding(name, "MISSING", str(error))
 
 
@@ -243,7 +243,7 @@ def prefect(url: str) -> Finding:
 
     try:
         answered = httpx.get(f"{url.rstrip('/')}/health", timeout=5).is_success
-    except (httpx.HTTPError, httpx.InvalidURL):
+    except (httpx.HTTPError, httpx.InvalidURL, UnicodeError):
         answered = False
     if answered:
         return Finding("Prefect", "ok", f"a server answers at {_without_secrets(url)}")

@@ -136,6 +136,12 @@ def test_a_server_is_asked() -> None:
     assert doctor.prefect(url).state == "note" and doctor.prefect("http://[").state == "note"
 
 
+def test_a_proxy_that_prefect_cannot_use_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("ALL_PROXY", "socks://127.0.0.1:9")
+    found = doctor.guarded("Prefect", lambda: doctor.prefect(doctor.SERVER))
+    assert found.state == "MISSING" and "socks://" in found.text
+
+
 def test_the_simulator_is_needed_where_params_name_it(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("COPPELIASIM_ROOT", raising=False)
     assert doctor.coppeliasim(needed=True).state == "MISSING"

@@ -80,6 +80,36 @@ def test_one_that_does_not_answer_is_named_and_replaced(
             assert "hush" not in said
 
 
+@pytest.mark.parametrize(
+    "url",
+    [
+        "",
+        "nonsense",
+        "http://[::1",
+        "http://a b",
+        "http://x..y/api",
+        f"http://{'a' * 300}/api",
+        "http://xn--/api",
+        "http://127.0.0.1:99999/api",
+        "http://127.0.0.1:-1/",
+        "ftp://127.0.0.1/",
+        "http://\x00/",
+    ],
+)
+def test_at_what_is_no_url_nothing_answers(url: str) -> None:
+    assert not runtime.answers(url) and runtime._shown(url).isprintable()
+
+
+@pytest.mark.parametrize("proxy", ["socks5://127.0.0.1:9", "socks://127.0.0.1:9"])
+def test_a_proxy_that_prefect_cannot_use_is_told_in_one_line(
+    monkeypatch: pytest.MonkeyPatch, proxy: str
+) -> None:
+    monkeypatch.setenv("ALL_PROXY", proxy)
+    with pytest.raises(UserError, match=r"^a proxy of the environment \(ALL_PROXY, …\) is of no use") as told:
+        runtime.answers("http://127.0.0.1:9/api")
+    assert "\n" not in str(told.value)
+
+
 class serve_url:
     """Stands in for a temporary server that runs already."""
 
