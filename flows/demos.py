@@ -233,8 +233,8 @@ def account(store: Store) -> list[str]:
 def main() -> None:
     """Run the flow with the settings of params.yaml."""
     name = staging.named_store(__doc__, NAME)
-    settings, stage = settings_of(checked_config(), name), staging.stage_of(name, NAME)
-    begun = dvc.stamps(stage)
+    config, stage = checked_config(), staging.stage_of(name, NAME)
+    settings, begun = settings_of(config, name), dvc.stamps(stage, config)
     with staging.store_build(name, NAME):
         pool: Any = ThreadPoolTaskRunner(max_workers=settings.workers)
         print(f"{staging.target(name)}: {demos.with_options(task_runner=pool)(name)}")

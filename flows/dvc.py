@@ -16,7 +16,7 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
-from prelar.config import PARAMS, read_yaml
+from prelar.config import PARAMS, Config
 from prelar.stages import PIPELINE, Stages
 from prelar.utils.errors import UserError, printable
 from prelar.utils.parents import child
@@ -130,13 +130,13 @@ IN_STAGE = ("DVC_STAGE", "DVC_ROOT")
 Stamps = dict[Path, list[tuple[str, int, int, int]]]
 
 
-def stamps(stage: str) -> Stamps:
+def stamps(stage: str, config: Config) -> Stamps:
     """What the outputs of `stage` are made of, as it lies there now: inode, size and time of every file.
 
     Nothing where the current folder is not the top of a DVC project with that stage, and inside a stage,
     whose outputs DVC commits itself.
     """
-    values = read_yaml(PARAMS) if PARAMS.is_file() else {}
+    values = config.model_dump(mode="json")
     stages = Stages().resolved(values) if Path(".dvc").is_dir() and PIPELINE.is_file() else {}
     if any(name in os.environ for name in IN_STAGE) or stage not in stages:
         return {}

@@ -159,8 +159,8 @@ def fill(writer: StoreWriter, source: Source, known: Labels, decoder: Decoder, s
 def main() -> None:
     """Run the flow with the settings of params.yaml."""
     name = staging.named_store(__doc__, NAME)
-    settings, stage = settings_of(checked_config(), name), staging.stage_of(name, NAME)
-    begun = dvc.stamps(stage)
+    config, stage = checked_config(), staging.stage_of(name, NAME)
+    settings, begun = settings_of(config, name), dvc.stamps(stage, config)
     with staging.store_build(name, NAME):
         flow_run = ssv2.with_options(task_runner=decoding.task_runner(settings))
         print(f"{staging.target(name)}: {flow_run(name)}")

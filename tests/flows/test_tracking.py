@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 import time
@@ -13,11 +14,13 @@ from pathlib import Path
 import pytest
 
 from flows import dvc
+from prelar.config import load_config, parse_config, read_yaml
 from prelar.store.store import Store
 from tests import archives
 from tests.bucket import bucket
-from tests.conftest import Project
+from tests.conftest import ROOT, Project
 
+CONFIG = load_config(ROOT / "params.yaml")
 SHARD = "data/ssv2.zarr/frames/c/0/0/0/0"
 
 
@@ -136,7 +139,7 @@ def committed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[list[str]
 def test_what_dvc_cannot_record_is_told(
     committed: list[list[str]], capsys: pytest.CaptureFixture[str]
 ) -> None:
-    dvc.record("x", dvc.stamps("x"))
+    dvc.record("x", dvc.stamps("x", CONFIG))
     assert [command[1:] for command in committed] == [["-m", "dvc", "commit", "--force", "x"]]
     told = capsys.readouterr().err
     assert told == "x: not recorded with DVC: the lock is taken; mend that and run `dvc commit x`\n"
@@ -152,8 +155,23 @@ def test_a_dependency_that_is_missing_is_named(
     subprocess.run([sys.executable, "-m", "dvc", "init", "--no-scm", "--quiet"], check=True)
     Path("dvc.yaml").write_text("stages: {x: {cmd: 'true', deps: [data/never-made], outs: [out]}}")
     Path("out").write_text("made")
-    dvc.record("x", dvc.stamps("x"))
+    dvc.record("x", dvc.stamps("x", CONFIG))
     assert "dependency 'data/never-made' does not exist" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("lost", ["sources", "mixtures", "unions"])
+def test_a_key_that_params_lack_has_its_default(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, lost: str
+) -> None:
+    """As in a params.yaml of before."""
+    values = read_yaml(ROOT / "params.yaml")
+    del values[lost]
+    monkeypatch.chdir(tmp_path)
+    for name in dvc.IN_STAGE:
+        monkeypatch.delenv(name, raising=False)
+    Path(".dvc").mkdir()
+    shutil.copy(ROOT / "dvc.yaml", tmp_path)
+    assert Path("params.yaml") in dvc.stamps("ssv2", parse_config(values))
 
 
 @pytest.mark.parametrize("name", dvc.IN_STAGE)
@@ -161,7 +179,7 @@ def test_inside_a_stage_nothing_is_committed(
     committed: list[list[str]], monkeypatch: pytest.MonkeyPatch, name: str
 ) -> None:
     monkeypatch.setenv(name, "x")
-    dvc.record("x", dvc.stamps("x"))
+    dvc.record("x", dvc.stamps("x", CONFIG))
     assert committed == []
 
 
@@ -171,7 +189,7 @@ def test_outside_of_a_project_nothing_is_committed(committed: list[list[str]], l
         Path("dvc.yaml").write_text("stages: {y: {cmd: true, deps: []}}")
     else:
         Path(lost).rename("elsewhere")
-    dvc.record("x", dvc.stamps("x"))
+    dvc.record("x", dvc.stamps("x", CONFIG))
     assert committed == []
 
 
@@ -181,7 +199,7 @@ def test_what_changed_meanwhile_is_not_recorded(
     committed: list[list[str]], changed: str, clock: int, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """Whatever the clock says by then."""
-    begun = dvc.stamps("x")
+    begun = dvc.stamps("x", CONFIG)
     Path(changed).write_text("changed")
     os.utime(changed, (time.time() + clock,) * 2)
     dvc.record("x", begun)
