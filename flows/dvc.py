@@ -106,9 +106,13 @@ def dvc(
     return lines
 
 
-def git(*words: str) -> str:
-    """What Git prints. Raises `CalledProcessError`."""
-    return subprocess.run(["git", *words], check=True, capture_output=True, text=True).stdout
+def git(*words: str, folder: Path = Path()) -> str:
+    """What Git prints in a folder. Raises `UserError` with Git's reasons."""
+    done = subprocess.run(["git", *words], cwd=folder, check=False, capture_output=True, text=True)
+    if done.returncode != 0:
+        reasons = " ".join(done.stderr.split()) or f"ended with status {done.returncode}"
+        raise UserError(f"git {words[0]}: {reasons}")
+    return done.stdout
 
 
 def results() -> dict[str, str]:
@@ -121,7 +125,7 @@ def metrics(name: str) -> dict[str, float]:
     """The metrics of a finished experiment; none where its pipeline left none."""
     try:
         found: dict[str, float] = json.loads(git("show", f"{results()[name]}:metrics.json"))
-    except subprocess.CalledProcessError:
+    except UserError:
         return {}
     return found
 

@@ -52,7 +52,10 @@ def experiment(
     logger = get_run_logger()
     os.chdir(os.environ[CLONE])
     git("fetch", "--quiet", "origin")
-    git("checkout", "--quiet", "--detach", revision)
+    try:
+        git("checkout", "--quiet", "--detach", revision)
+    except UserError as error:
+        raise UserError(f"{error}; push the commit to the origin of the workers' clones") from None
     load_config()
     if name not in results():
         words = ("exp", "run", "--temp", "--pull", "--name", name, *overrides(changes), *targets)
@@ -88,7 +91,7 @@ class Pool:
     def results(self) -> dict[str, str]:
         """The references of the finished experiments, after fetching those of `origin` where there is one."""
         if self._origin:
-            git("fetch", "--quiet", "origin", f"{EXPERIMENTS}/*:{EXPERIMENTS}/*")
+            fetch_results()
         return results()
 
     def run(self, step: Step, on_line: Callable[[str], None], stop: threading.Event) -> float | None:
@@ -113,6 +116,14 @@ class Pool:
         if self._origin and not step.shared:
             self._version.fetch("origin", step.name)
         return None
+
+
+def fetch_results() -> None:
+    """Take over the finished experiments that `origin` has. One that ran here as well stays as it is."""
+    listed = git("ls-remote", "origin", f"{EXPERIMENTS}/*").splitlines()
+    new = {line.split("\t")[1] for line in listed} - set(results().values())
+    if new:
+        git("fetch", "--quiet", "origin", *(f"{ref}:{ref}" for ref in sorted(new)))
 
 
 _RESULTS = [":(top,exclude)dvc.lock", ":(top,exclude)metrics.json"]

@@ -9,12 +9,11 @@ import threading
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from subprocess import CalledProcessError
 from typing import Any
 
 from flows.dvc import CPU_SECONDS, EXPERIMENTS, dvc, git, overrides, results
 from prelar.stages import PIPELINE, Stages
-from prelar.utils.errors import UserError, printable
+from prelar.utils.errors import UserError
 from prelar.utils.files import RESUME, RESUME_FOLDER, remove
 
 Values = dict[str, Any]
@@ -45,17 +44,15 @@ class Version:
     def named(cls, revision: str | None) -> Version:
         """What a tag, branch or commit holds. None: the last commit and what is changed about it since."""
         try:
-            commit = git(
-                "rev-parse", "--verify", "--end-of-options", f"{revision or 'HEAD'}^{{commit}}"
-            ).strip()
+            wanted = f"{revision or 'HEAD'}^{{commit}}"
+            commit = git("rev-parse", "--verify", "--end-of-options", wanted).strip()
             return cls(commit, commit if revision else git("stash", "create").strip() or commit)
-        except CalledProcessError as error:
-            reason = printable(error.stderr.strip())
+        except UserError as error:
             if revision:
                 raise UserError(
-                    f"code = {revision}: {reason}; name a tag or a commit of this project"
+                    f"code = {revision}: {error}; name a tag or a commit of this project"
                 ) from None
-            raise UserError(f"no commit to experiment on ({reason}); commit the project first") from None
+            raise UserError(f"no commit to experiment on ({error}); commit the project first") from None
 
     def code(self, root: Path) -> str:
         """The hashes of dvc.yaml and of all code that it names, for a version whose files lie in `root`."""
@@ -64,13 +61,16 @@ class Version:
     @contextlib.contextmanager
     def copy(self, folder: Path) -> Iterator[None]:
         """A clone with this version's files, in a new folder, which lasts for the block."""
-        listed = git("config", "--get-regexp", r"^user\.(name|email)$").splitlines()
-        who = [word for line in listed for word in ("--config", line.replace(" ", "=", 1))]
+        listed = git("config", "--list").splitlines()
+        own = [line for line in listed if line.startswith(("user.name=", "user.email="))]
+        who = [word for line in own for word in ("--config", line)]
         try:
             git("clone", "--quiet", "--shared", "--no-checkout", *who, ".", str(folder))
-            git("-C", str(folder), "checkout", "--quiet", "--detach", self.commit)
+            git("checkout", "--quiet", "--detach", self.commit, folder=folder)
+            if self.files != self.commit:  # a clone of a shallow clone does not share its objects
+                git("fetch", "--quiet", "--no-write-fetch-head", str(Path.cwd()), self.files, folder=folder)
             source = f"--source={self.files}"
-            git("-C", str(folder), "restore", "--quiet", source, "--staged", "--worktree", "--", ".")
+            git("restore", "--quiet", source, "--staged", "--worktree", "--", ".", folder=folder)
             yield
         finally:
             shutil.rmtree(folder, ignore_errors=True)

@@ -11,11 +11,11 @@ from pathlib import Path
 
 import pytest
 
+from flows.dvc import git, results
+from flows.pool import fetch_results
 from tests.flows.test_experiments import SWEEP, finished
 from tests.flows.toy_pipeline import Toy, make_toy
 from tests.serving import serving, split
-
-pytestmark = pytest.mark.long
 
 
 def clone(toy: Toy, folder: Path) -> Toy:
@@ -26,6 +26,7 @@ def clone(toy: Toy, folder: Path) -> Toy:
     return copy
 
 
+@pytest.mark.long
 def test_two_workers_share_a_sweep(tmp_path: Path) -> None:
     toy = make_toy(tmp_path)
     clones = [clone(toy, tmp_path / name) for name in ("one", "two")]
@@ -55,6 +56,40 @@ def test_two_workers_share_a_sweep(tmp_path: Path) -> None:
     assert (toy.root / "data/pretrain").exists()
 
 
+def test_what_ran_in_two_clones_is_kept_as_it_is_here(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The other experiments of origin arrive all the same."""
+    toy = make_toy(tmp_path)
+    here = clone(toy, tmp_path / "here")
+    base = toy.command("git", "rev-parse", "HEAD").stdout.strip()
+
+    def finish(place: Toy, name: str) -> str:
+        words = (
+            "-c",
+            f"user.name={place.root.name}",
+            "commit-tree",
+            "-p",
+            base,
+            "-m",
+            name,
+            f"{base}^{{tree}}",
+        )
+        made = place.command("git", *words).stdout.strip()
+        place.command("git", "update-ref", f"refs/exps/{base[:2]}/{base[2:]}/{name}", made)
+        return made
+
+    there = {name: finish(toy, name) for name in ("both", "there")}
+    own = {name: finish(here, name) for name in ("both", "own")}
+    assert there["both"] != own["both"]
+    monkeypatch.chdir(here.root)
+    for _ in range(2):
+        fetch_results()
+        held = {name: git("rev-parse", ref).strip() for name, ref in results().items()}
+        assert held == there | own
+
+
+@pytest.mark.long
 def test_a_worker_says_what_it_lacks(tmp_path: Path) -> None:
     toy = make_toy(tmp_path)
     lacking = toy.command(sys.executable, "-m", "flows.pool", check=False)

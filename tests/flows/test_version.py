@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 
+from flows.dvc import git
 from flows.version import Version
 from prelar.utils.errors import UserError
 from tests.flows.toy_pipeline import Toy, make_toy
@@ -61,6 +62,34 @@ def test_a_copy_has_the_files_and_leaves_the_workspace_alone(toy: Toy, tmp_path:
     assert Path("params.yaml").read_text(encoding="utf-8") == "later"
     assert toy.command("git", "status", "--porcelain").stdout == status
     assert toy.command("git", "stash", "list").stdout == ""
+
+
+def test_a_copy_is_made_of_a_shallow_clone_too(
+    toy: Toy, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With what is changed there, and an experiment is taken over from it."""
+    toy.command("git", "commit", "-q", "--allow-empty", "-m", "Another")
+    toy.command("git", "clone", "-q", "--depth", "1", f"file://{toy.root}", str(tmp_path / "shallow"))
+    monkeypatch.chdir(tmp_path / "shallow")
+    Path("params.yaml").write_text("changed", encoding="utf-8")
+    version, copy = Version.named(None), tmp_path / "copy"
+    git("config", "user.name", "tests")
+    git("config", "user.email", "tests@localhost")
+    with version.copy(copy):
+        assert (copy / "params.yaml").read_text(encoding="utf-8") == "changed"
+        git("commit", "--quiet", "--all", "-m", "An experiment", folder=copy)
+        git("update-ref", f"refs/exps/{version.commit[:2]}/{version.commit[2:]}/a-1", "HEAD", folder=copy)
+        version.fetch(str(copy), "a-1")
+    assert git("show", f"{version.results()['a-1']}:params.yaml") == "changed"
+
+
+def test_git_need_not_be_told_who_one_is(toy: Toy, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for key in ("user.email", "user.name"):
+        toy.command("git", "config", "--unset", key)
+    monkeypatch.setenv("GIT_CONFIG_GLOBAL", "/dev/null")
+    monkeypatch.setenv("GIT_CONFIG_NOSYSTEM", "1")
+    with Version.named("main").copy(tmp_path / "copy"):
+        assert (tmp_path / "copy/stage.py").is_file()
 
 
 def test_what_is_no_version_ends_in_one_line(toy: Toy) -> None:
