@@ -58,8 +58,20 @@ class Log:
 
 
 def overrides(changes: dict[str, Any]) -> list[str]:
-    """Changes to params.yaml as words of `dvc exp run`."""
-    return [word for key, value in changes.items() for word in ("-S", f"{key}={json.dumps(value)}")]
+    """Changes to params.yaml as words of `dvc exp run`; a key that the file lacks is added."""
+    return [word for key, value in changes.items() for word in ("-S", f"++{key}={_hydra(value)}")]
+
+
+def _hydra(value: Any) -> str:
+    """A value of params.yaml, none or a list of such, in the grammar of Hydra's overrides."""
+    from hydra.core.override_parser.types import Quote, QuotedString
+
+    if isinstance(value, list):
+        return f"[{','.join(map(_hydra, value))}]"
+    if isinstance(value, str):
+        literal = re.sub(r"(\\*)\$\{", r"\1\1\\${", value)  # no interpolation of OmegaConf's
+        return QuotedString(literal, Quote.single).with_quotes()
+    return "null" if value is None else str(value)
 
 
 def dvc(

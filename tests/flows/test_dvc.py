@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 import subprocess
@@ -11,8 +12,12 @@ from pathlib import Path
 
 import psutil
 import pytest
+from dvc.utils.cli_parse import to_path_overrides
+from dvc.utils.hydra import apply_overrides, to_hydra_overrides
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 
-from flows.dvc import Log, dvc, overrides
+from flows.dvc import Log, dvc, git, overrides
 from flows.version import snapshots
 from prelar.utils.errors import UserError
 from tests.conftest import ROOT
@@ -28,6 +33,13 @@ if "sleep" in sys.argv:
 if "locked" in sys.argv:
     sys.exit("ERROR: Unable to acquire lock")
 """
+
+
+TEXTS = st.text("aé日😀 '\"\\${},=[]()#*|~-.:\t\n", max_size=12).filter(lambda text: text != "???")
+"""Any but what stands for a missing value in OmegaConf, which DVC reads params with."""
+WORDS = st.sampled_from(["null", "true", "1", "1e-05", "hub:org/name@rev", "/data/vidéos", "C:\\videos\\"])
+NUMBERS = st.integers() | st.floats(allow_nan=False)
+SINGLE = TEXTS | WORDS | NUMBERS | st.booleans() | st.none()
 
 
 @pytest.fixture(autouse=True)
@@ -49,6 +61,27 @@ def test_what_dvc_leaves_running_holds_nothing_up() -> None:
 def test_a_failure_tells_the_reasons_of_dvc() -> None:
     with pytest.raises(UserError, match="dvc exp run ended with status 1: ERROR: Unable to acquire lock"):
         dvc("exp", "run", *overrides({"task": "locked", "beta_a": 0.1}), "locked")
+
+
+@settings(max_examples=300, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(SINGLE | st.lists(SINGLE, max_size=3), st.sampled_from(["seed", "ssv2.source", "ssv2.new"]))
+def test_dvc_reads_the_values_that_were_given(value: object, key: str) -> None:
+    """Also of a key that params.yaml lacks, and has the default of."""
+    Path("params.json").write_text('{"seed": 0, "x": 5, "ssv2": {"source": "data"}}', encoding="utf-8")
+    option, word = overrides({key: value})
+    assert option == "-S"
+    ((path, words),) = to_path_overrides([word]).items()
+    assert path == "params.yaml" and not to_hydra_overrides(words)[0].is_sweep_override()
+    apply_overrides("params.json", words)
+    held = json.loads(Path("params.json").read_text(encoding="utf-8"))
+    for name in key.split("."):
+        held = held[name]
+    assert held == value and type(held) is type(value)
+
+
+def test_git_tells_its_reasons() -> None:
+    with pytest.raises(UserError, match=r"^git clone: fatal: .*nothing-here.* does not exist$"):
+        git("clone", "nothing-here", "elsewhere")
 
 
 def test_a_log_gives_whole_lines_once(tmp_path: Path) -> None:
