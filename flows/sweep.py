@@ -121,7 +121,7 @@ PRESETS: Mapping[str, tuple[str, tuple[Grid, ...]]] = MappingProxyType(
 
 
 def words_to_grid(words: Iterable[str]) -> dict[str, list[Any]]:
-    """Words such as `seed=0,1,2` as a grid. Raises `UserError` for any other word."""
+    """Words such as `seed=0,1,2` as a grid. Raises `UserError` for any other word, and a key given twice."""
     grid: dict[str, list[Any]] = {}
     for word in words:
         key, found, text = word.partition("=")
@@ -131,15 +131,20 @@ def words_to_grid(words: Iterable[str]) -> dict[str, list[Any]]:
             values = []
         if not values:
             raise UserError(f"{word}: not a sweep over a key; write it like seed=0,1,2")
+        if key in grid:
+            raise UserError(f"{word}: {key} is given twice; write its values in one word")
         grid[key] = values
     return grid
 
 
 def read_grids(path: Path) -> list[dict[str, list[Any]]]:
-    """The grids of a YAML or JSON file: a mapping from keys to values, or a list of such mappings."""
+    """The grids of a YAML or JSON file: a mapping from keys to values, or a list of such mappings.
+
+    Raises `UserError` where it holds none, or a key without values.
+    """
     held = read_yaml(path)
     grids = held if isinstance(held, list) else [held]
-    if not grids or not all(isinstance(grid, dict) for grid in grids):
+    if not grids or not all(isinstance(grid, dict) and [] not in grid.values() for grid in grids):
         raise UserError(f"{path}: holds no sweep; write keys with lists of values, such as seed: [0, 1, 2]")
     return [
         {str(key): value if isinstance(value, list) else [value] for key, value in grid.items()}
@@ -166,6 +171,8 @@ def changed(base: Values, changes: Values) -> Values:
     """The values of params.yaml with dotted keys changed. Unknown keys are left to the check."""
     values = copy.deepcopy(base)
     for key, value in changes.items():
+        if isinstance(value, dict):
+            raise UserError(f"{key}: a sweep changes single values; write {key}.NAME for one within it")
         *groups, last = key.split(".")
         group = values
         for name in groups:

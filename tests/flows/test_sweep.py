@@ -92,6 +92,8 @@ def test_the_same_settings_are_one_experiment() -> None:
         (["task=raech"], "did you mean reach"),
         (["seed"], "seed: not a sweep over a key; write it like seed=0,1,2"),
         (["seed=["], "seed=[: not a sweep over a key"),
+        (["seed=0", "seed=1"], "seed=1: seed is given twice"),
+        (["mixtures.both={ssv2: 1}"], "write mixtures.both.NAME for one within it"),
     ],
 )
 def test_a_bad_sweep_ends_in_one_line(words: list[str], told: str) -> None:
@@ -106,9 +108,10 @@ def test_files_hold_one_grid_or_several(tmp_path: Path) -> None:
     several.write_text(json.dumps([{"seed": [0]}, {"beta_a": 0.1}]), encoding="utf-8")
     assert read_grids(one) == [{"seed": [0, 1], "task": ["reach"]}]
     assert read_grids(several) == [{"seed": [0]}, {"beta_a": [0.1]}]
-    one.write_text("seed\n", encoding="utf-8")
-    with pytest.raises(UserError, match="holds no sweep"):
-        read_grids(one)
+    for empty in ("seed\n", "[]", "seed: []", "[{seed: [0]}, {task: []}]"):
+        one.write_text(empty, encoding="utf-8")
+        with pytest.raises(UserError, match="holds no sweep"):
+            read_grids(one)
 
 
 def test_all_of_a_seed_comes_before_the_next() -> None:
