@@ -1,5 +1,5 @@
 """Prefect flows: wiring of the stages that gather data. No mathematics, no ffmpeg flags, no torch."""
 
-from flows.runtime import surround
+from flows.runtime import set_environment
 
-surround()
+set_environment()

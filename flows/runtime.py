@@ -46,8 +46,8 @@ SETTINGS = {
 UI_FILES = "PREFECT_SERVER_UI_STATIC_DIRECTORY"
 
 
-def surround() -> None:
-    """Set Prefect's surroundings in the environment of this process and its children."""
+def set_environment() -> None:
+    """Set Prefect's settings in the environment of this process and its children."""
     os.environ.setdefault("PREFECT_HOME", str(HOME.absolute()))
     with contextlib.suppress(OSError):  # a flow says itself, in one line, that nothing can be written here
         Path(os.environ["PREFECT_HOME"]).mkdir(mode=0o700, parents=True, exist_ok=True)
@@ -106,7 +106,7 @@ def server() -> Iterator[str]:
     """
     given = os.environ.get(API)
     if given and answers(given):
-        admitted(given)
+        check_access(given)
         yield given
         return
     if given:
@@ -147,7 +147,7 @@ def answers(url: str, seconds: float = 5.0) -> bool:
             return False
 
 
-def admitted(url: str) -> None:
+def check_access(url: str) -> None:
     """See that the Prefect API at `url`, which answers, lets this process in. Raises `UserError`."""
     import httpx
 
@@ -158,7 +158,8 @@ def admitted(url: str) -> None:
         if answer.status_code in (401, 403):
             problem = "is wrong" if auth else "is not set"
             raise UserError(
-                f"{API}={_shown(url)}: the server asks for its string, and {AUTH} {problem}; export it"
+                f"{API}={_shown(url)}: the server asks for its authentication string, and {AUTH} {problem}; "
+                "export it"
             )
 
 

@@ -18,9 +18,8 @@ from packaging.requirements import Requirement
 from prelar import pretrain
 from prelar.config import Config, load_config
 from prelar.envs import gl
-from prelar.report.provenance import WRITTEN_BY_RUNS
+from prelar.report.provenance import WRITTEN_BY_RUNS, redact
 from prelar.utils import disk
-from prelar.utils.disk import require
 from prelar.utils.errors import UserError
 from prelar.utils.frames import FRAME_BYTES
 
@@ -38,7 +37,7 @@ def check_stage(stage: str, config: Config) -> None:
     """Raise `UserError` where there is clearly too little room for what a training stage is to write."""
     needed = estimates(config).get(stage)
     if needed:
-        require(Path("data") / stage, needed, f"{stage} at scale {config.scale}")
+        disk.require(Path("data") / stage, needed, f"{stage} at scale {config.scale}")
 
 
 def estimates(config: Config) -> Mapping[str, int]:
@@ -166,8 +165,6 @@ def opengl() -> Finding:
 
 def gpu(device: str) -> Finding:
     """The graphics cards that torch sees."""
-    import torch
-
     if torch.cuda.is_available():
         cards = [torch.cuda.get_device_properties(k) for k in range(torch.cuda.device_count())]
         detail = ", ".join(f"{card.name} ({disk.format_bytes(card.total_memory)})" for card in cards)
@@ -199,7 +196,6 @@ def compiler(choice: str) -> Finding:
 
 def disk_space(config: Config) -> Finding:
     """Free room against what the training stages of the current parameters write."""
-
     free, needed = disk.free_bytes(Path("data")), sum(estimates(config).values())
     detail = (
         f"{disk.format_bytes(free)} free; pretrain and finetune at scale {config.scale} take about "
@@ -246,8 +242,8 @@ def prefect(url: str) -> Finding:
     except (httpx.HTTPError, httpx.InvalidURL, UnicodeError):
         answered = False
     if answered:
-        return Finding("Prefect", "ok", f"a server answers at {_without_secrets(url)}")
-    detail = f"no server at {_without_secrets(url)}; `make ui` starts one, and flows do without"
+        return Finding("Prefect", "ok", f"a server answers at {redact(url)}")
+    detail = f"no server at {redact(url)}; `make ui` starts one, and flows do without"
     return Finding("Prefect", "note", detail)
 
 
@@ -282,9 +278,3 @@ def _told(*command: str) -> str | None:
     except (OSError, subprocess.TimeoutExpired):
         return None
     return done.stdout.rstrip() if done.returncode == 0 else None
-
-
-def _without_secrets(url: str) -> str:
-    from prelar.report.provenance import redact
-
-    return str(redact(url))

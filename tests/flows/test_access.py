@@ -194,7 +194,7 @@ def test_a_string_goes_to_no_other_server(monkeypatch: pytest.MonkeyPatch, tmp_p
         monkeypatch.setenv(runtime.API, "http://127.0.0.1:4200/api")
         monkeypatch.setenv(access.AUTH, "gone after the test")
         monkeypatch.delenv(access.AUTH)
-        runtime.surround()
+        runtime.set_environment()
         assert os.environ.pop(access.AUTH) == WORD
     assert access.find("http://127.0.0.1:4200/api") is None
 

@@ -23,7 +23,7 @@ def test_settings_are_given_and_the_users_stay(monkeypatch: pytest.MonkeyPatch, 
     for name in ("PREFECT_HOME", *runtime.SETTINGS):
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setenv("PREFECT_API_BLOCKS_REGISTER_ON_START", "true")
-    runtime.surround()
+    runtime.set_environment()
     assert os.environ["PREFECT_HOME"] == str(tmp_path / ".prefect")
     assert stat.S_IMODE((tmp_path / ".prefect").stat().st_mode) == 0o700
     assert os.environ["DO_NOT_TRACK"] == "1"
@@ -49,7 +49,7 @@ def test_no_proxy_stands_before_this_machine(
         monkeypatch.delenv(name)
     for name, value in {"HTTP_PROXY": "http://127.0.0.1:9", **given}.items():
         monkeypatch.setenv(name, value)
-    runtime.surround()
+    runtime.set_environment()
     assert os.environ["NO_PROXY"] == os.environ["no_proxy"] == wanted
     with serve({"api/health": b"true"}) as server:
         assert runtime.answers(f"{server.url}/api")
