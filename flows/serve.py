@@ -116,11 +116,12 @@ class _Page(BaseHTTPRequestHandler):
         if status is None and not (page.suffix == ".html" and page.name == name and page.is_file()):
             status = 404
         content = b"" if status else page.read_bytes()
-        self.send_response(status or 200)
-        for key, value in {**PAGE_HEADERS, "Content-Length": str(len(content))}.items():
-            self.send_header(key, value)
-        self.end_headers()
-        self.wfile.write(content)
+        with suppress(ConnectionError):  # a browser that leaves early
+            self.send_response(status or 200)
+            for key, value in {**PAGE_HEADERS, "Content-Length": str(len(content))}.items():
+                self.send_header(key, value)
+            self.end_headers()
+            self.wfile.write(content)
 
     def log_message(self, format: str, *args: Any) -> None:
         """Print no line per request."""

@@ -228,6 +228,22 @@ def test_pages_are_for_who_knows_the_word(monkeypatch: pytest.MonkeyPatch, tmp_p
         assert httpx.get(f"{place}/one.html", headers={"Origin": "http://elsewhere"}).status_code == 403
 
 
+def test_a_browser_that_leaves_early_is_no_trouble(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv(runtime.PAGES_URL, "")
+    ended = threading.Event()
+    monkeypatch.setattr(serve._Pages, "shutdown_request", lambda *_: ended.set())
+    with serve._pages(NEAR):
+        (runtime.PAGES / "one.html").write_bytes(b"x" * 50_000_000)
+        place = os.environ[runtime.PAGES_URL]
+        with httpx.stream("GET", f"{place}/one.html") as answer:
+            assert answer.is_success
+        assert ended.wait(20)
+    assert capfd.readouterr().err == ""
+
+
 def raw(place: str, path: str) -> str:
     """The answer to a path that a client would tidy up."""
     url = httpx.URL(place)
