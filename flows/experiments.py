@@ -48,6 +48,7 @@ PACE = 1.0
 POOL_RUNS = 64
 COLUMNS = ("success_rate", "prediction_error")
 RESULTS = Path("results")
+_WITHOUT_CODE = "results: needs code, the tag or commit whose code the results are of"
 
 
 @flow(name="experiments")
@@ -73,14 +74,16 @@ def experiments(
         results: With `code`: table that keeps what was found, such as results/NAME.csv, for `prelar report`.
             Runs that it has are not run again.
     """
+    if results and not code:
+        raise UserError(_WITHOUT_CODE)
     with files.exclusive("experiments"):
         files.remove(COPIES)
         version = Version.named(code)
         wanted = plan(grids(preset, grid.model_dump(), more), version)  # type: ignore[attr-defined]
-        kept = Kept(Path(results), wanted, version, code) if results and code else None
+        table = ResultsTable(Path(results), wanted, version, code) if results and code else None
         if place == "pool":
-            return Sweep(wanted, Pool(version, whole=code is not None), kept).run(POOL_RUNS)
-        return Sweep(wanted, version, kept).run(workers)
+            return Sweep(wanted, Pool(version, whole=code is not None), table).run(POOL_RUNS)
+        return Sweep(wanted, version, table).run(workers)
 
 
 @task(name="experiment", task_run_name="{step.name}", cache_policy=NO_CACHE)
@@ -95,7 +98,7 @@ def run_step(step: Step, sweep: Sweep) -> None:
     sweep.states[step.name] = "done"
 
 
-class Kept:
+class ResultsTable:
     """The results of a sweep over the code of a tag or commit, in a table that grows as runs end."""
 
     def __init__(self, path: Path, wanted: list[Experiment], version: Version, code: str) -> None:
@@ -130,9 +133,11 @@ class Kept:
 class Sweep:
     """One run of a sweep in a place, and what is known of its steps; `stop` ends those that run."""
 
-    def __init__(self, wanted: list[Experiment], place: Version | Pool, kept: Kept | None = None) -> None:
-        done = place.results().keys() | (kept.results.runs.keys() if kept else set())
-        self.place, self.kept, self.stop = place, kept, threading.Event()
+    def __init__(
+        self, wanted: list[Experiment], place: Version | Pool, table: ResultsTable | None = None
+    ) -> None:
+        done = place.results().keys() | (table.results.runs.keys() if table else set())
+        self.place, self.table, self.stop = place, table, threading.Event()
         self.states = {one.name: "done" if one.name in done else "waiting" for one in wanted}
         self.errors: dict[str, str] = {}
         self.cpu_seconds: dict[str, float | None] = {}
@@ -191,14 +196,14 @@ class Sweep:
                 get_run_logger().info("%s: %s", name, state)
                 print(f"{state:8} {name}", flush=True)
         self._seen = states
-        if self.kept:
-            self.kept.update(self)
+        if self.table:
+            self.table.update(self)
         keys = list(dict.fromkeys(itertools.chain(*(one.changes for one in self._wanted.values()))))
         rows = []
         for name, one in self._wanted.items():
             if states[name] == "done" and name not in self._metrics:
-                kept = self.kept.results.runs.get(name) if self.kept else None
-                self._metrics[name] = dict(kept.metrics) if kept else dvc.metrics(name)
+                row = self.table.results.runs.get(name) if self.table else None
+                self._metrics[name] = dict(row.metrics) if row else dvc.metrics(name)
             figures = {column: self._metrics.get(name, {}).get(column) for column in COLUMNS}
             changes = {key: one.changes.get(key) for key in keys}
             rows.append({"experiment": name, "state": states[name], **changes, **figures})
@@ -257,7 +262,7 @@ def main() -> None:
     if results is None and given.preset and given.code:
         results = RESULTS / f"{given.preset}.csv"
     if results and not given.code:
-        raise UserError("--results: needs --code, the tag or commit whose code the results are of")
+        raise UserError(_WITHOUT_CODE)
     if not (given.pool or results) and not {one.name for one in wanted} - dvc.results().keys():
         print(f"nothing to do: all {len(wanted)} experiments have a result")
         return

@@ -179,6 +179,12 @@ def test_a_bad_sweep_ends_before_anything_starts(
     with pytest.raises(UserError, match=r"^code = v9: ") as unknown:
         told("--code", "v9", "seed=1")
     assert "\n" not in str(unknown.value)
+    for ended in (
+        lambda: told("seed=1", "--results", "kept.csv"),
+        lambda: experiments.experiments.fn(results="kept.csv"),
+    ):
+        with pytest.raises(UserError, match=r"^results: needs code, the tag or commit"):
+            ended()
     listed = told("--preset", "demos", "task=reach", "seed=0", "--dry-run").split()
     assert [name.split("-")[0] for name in listed] == ["dreamerv2", "apv", "contextwm", "prelar"]
     assert "192 experiments" in told("--list")
