@@ -128,9 +128,8 @@ def _show(name: str, markdown: str) -> None:
     """Make the result of a validation an artifact; a server that does not take it spoils nothing."""
     if TaskRunContext.get() is not None:
         with contextlib.suppress(Exception):
-            create_markdown_artifact(
-                key=f"validation-{name}", description=f"The store {name}", markdown=markdown
-            )
+            key = f"validation-{name.replace('_', '-')}"
+            create_markdown_artifact(key=key, description=f"The store {name}", markdown=markdown)
 
 
 def clear_leftovers(name: str) -> None:

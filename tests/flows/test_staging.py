@@ -13,9 +13,13 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from prefect.client.schemas.actions import ArtifactCreate
 
 from flows import decoding, staging
 from flows.staging import Parcel
+from prelar.config import STORE_NAME
 from prelar.store.store import Store
 from prelar.store.writer import StoreWriter
 from prelar.utils import files
@@ -182,6 +186,17 @@ def test_publishing_without_a_store_is_refused_and_keeps_staging() -> None:
     with pytest.raises(UserError, match="lacks pairs"):
         staging.publish("x", folder)
     assert (folder / "x.zarr").is_dir()
+
+
+@given(st.from_regex(STORE_NAME, fullmatch=True, alphabet=st.characters(codec="ascii")))
+def test_the_validation_of_any_store_is_an_artifact(name: str) -> None:
+    """Prefect takes no underscore in a key; what it refuses is left out without a word."""
+    keys: list[str] = []
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(staging.TaskRunContext, "get", lambda: True)
+        patch.setattr(staging, "create_markdown_artifact", lambda key, **_: keys.append(key))
+        staging._show(name, "# all is well")
+    assert [ArtifactCreate(key=key).key for key in keys] == keys != []
 
 
 def test_leftovers_of_killed_runs_are_removed() -> None:
