@@ -168,10 +168,10 @@ def read_picture(content: bytes, formats: tuple[str, ...] = ("PNG",)) -> Frames:
         return np.asarray(at_size(picture.convert("RGB")))
 
 
-def fault(episode: Episode, cameras: Iterable[str], arrays: Mapping[str, int]) -> str | None:
-    """What makes an episode unfit to be stored, in words; None for a sound one."""
+def fault(episode: Episode, source: Source) -> str | None:
+    """What makes an episode of a source unfit to be stored, in words; None for a sound one."""
     lengths = {}
-    for camera in cameras:
+    for camera in source.cameras:
         frames = episode.frames.get(camera)
         if frames is None:
             return f"camera {camera}: no frames"
@@ -186,31 +186,35 @@ def fault(episode: Episode, cameras: Iterable[str], arrays: Mapping[str, int]) -
             return f"camera {camera}: {frames_of_camera} frames where another camera has {length}"
     if length < 2:
         return f"{length} frames; two are needed"
-    for name, width in arrays.items():
+    for name, width in source.arrays.items():
         values = episode.arrays.get(name)
         if values is None or values.shape != (length, width):
             shape = None if values is None else values.shape
             return f"{name}: shape {shape}, expected {(length, width)}"
+        if values.dtype != np.float32:
+            return f"{name}: {values.dtype}, expected float32"
         if not np.isfinite(values).all():
             return f"{name}: not finite at frame {int(np.argmin(np.isfinite(values).all(axis=1)))}"
+    if "actions" in source.arrays:
+        largest = np.abs(episode.arrays["actions"]).max(axis=1)
+        if largest.max() > source.action_limit:
+            frame = int(largest.argmax())
+            return f"actions: {largest[frame]:g} at frame {frame}, larger than {source.action_limit:g}"
+        if action_range(episode.arrays["actions"][:-1]) < STILL:
+            return "its actions never change"
     if not any(_moves(episode.frames[camera]) for camera in lengths):
         return "nothing moves in any camera"
     return None
 
 
+def action_range(actions: Array) -> float:
+    """The widest range of any component of actions (T, A), none of which comes after a last frame."""
+    return float(np.ptp(actions, axis=0).max()) if len(actions) else 0.0
+
+
 def _moves(frames: Frames) -> bool:
     """Whether any pixel departs from the first frame by more than noise."""
     return any(bool((np.abs(frame.astype(np.int16) - frames[0]) > MOTION).any()) for frame in frames[1:])
-
-
-def end_actions(actions: Array) -> None:
-    """Take away the last of the actions (T, A), which leads to no frame: it becomes zero, in place.
-
-    Raises `ValueError` where the others never change.
-    """
-    actions[-1] = 0
-    if np.isfinite(actions).all() and len(actions) > 1 and (np.ptp(actions[:-1], axis=0) < STILL).all():
-        raise ValueError("its actions never change")
 
 
 class Splits:
@@ -252,7 +256,7 @@ def clips(
     """
     job = episode.job
     beyond = schema.misfit({"variation": job.variation, "episode": job.episode})
-    reason = episode.reason or beyond or fault(episode, source.cameras, source.arrays)
+    reason = episode.reason or beyond or fault(episode, source)
     split = None if reason else episode.split or splits.deal(job.task)
     for camera in source.cameras:
         row = {

@@ -25,7 +25,7 @@ import h5py
 import numpy as np
 from PIL import Image
 
-from prelar.demos.episodes import ALIGNMENT, MAX_PIXELS, RESIZE, Array, Episode, Job, at_size, end_actions
+from prelar.demos.episodes import ALIGNMENT, MAX_PIXELS, RESIZE, Array, Episode, Job, at_size
 from prelar.envs.names import among
 from prelar.utils import files
 from prelar.utils.errors import UserError, one_line, printable
@@ -204,7 +204,7 @@ def _actions(held: h5py.Dataset) -> Array:
     if held.ndim != 2 or not 0 < held.shape[1] <= MAX_WIDTH:
         raise ValueError(f"actions have shape {held.shape}, not (T, A)")
     actions = held[:].astype(np.float32)
-    end_actions(actions)
+    actions[-1] = 0
     return actions
 
 

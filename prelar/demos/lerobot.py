@@ -17,7 +17,7 @@ from typing import Any
 
 import numpy as np
 
-from prelar.demos.episodes import ALIGNMENT, RESIZE, Episode, Job, end_actions, read_picture
+from prelar.demos.episodes import ALIGNMENT, RESIZE, Episode, Job, read_picture
 from prelar.envs.names import among
 from prelar.store import parquet
 from prelar.utils.errors import UserError, one_line
@@ -104,7 +104,7 @@ class Lerobot:
                         f"{name}: {values.shape[1]} numbers a frame, info.json tells of {self.arrays[name]}"
                     )
             if "actions" in arrays:
-                end_actions(arrays["actions"])
+                arrays["actions"][-1] = 0
             frames = {camera: self._frames(meta, camera, kind, rows.step) for camera, kind in self._kinds()}
         except ValueError as error:
             return Episode(job, reason=one_line(error))

@@ -8,7 +8,7 @@ import numpy as np
 import numpy.typing as npt
 import pandas as pd
 
-from prelar.demos.episodes import ENOUGH, MOTION, Source
+from prelar.demos.episodes import ENOUGH, MOTION, STILL, Source, action_range
 from prelar.store.store import Store
 from prelar.utils.tables import evenly_spaced_indices
 from prelar.validation.suites import (
@@ -51,7 +51,7 @@ def _episodes_suite(store: Store, source: Source) -> Suite:
     columns = ["task", "variation", "episode", "camera", "frames", "split", "success"]
     clips = store.clip_index.select(columns).to_pandas()
     episodes = (
-        clips.groupby(["task", "variation", "episode"])
+        clips.groupby(["task", "variation", "episode"], dropna=False)
         .agg(
             cameras=("camera", lambda names: ", ".join(sorted(names))),
             lengths=("frames", "nunique"),
@@ -128,18 +128,18 @@ def _actions_suite(store: Store, source: Source) -> Suite:
                 "largest": float(np.abs(taken).max(initial=0)),
                 "not_finite": int((~np.isfinite(taken)).sum()),
                 "after_last": float(np.abs(after).max()),
-                "spread": float(taken.std(axis=0).max(initial=0)),
+                "range": action_range(taken),
             }
         )
     limit = source.action_limit
     return Suite(
         "actions",
         "The actions of each clip",
-        pd.DataFrame(rows, columns=["largest", "not_finite", "after_last", "spread"]),
+        pd.DataFrame(rows, columns=["largest", "not_finite", "after_last", "range"]),
         (
             each_between("every action is finite", "not_finite", 0, 0),
             each_between(f"no action is larger than {limit:g}", "largest", 0, limit),
             each_between("there is no action after a clip's last frame", "after_last", 0, 0),
-            each_between("the actions of a clip vary", "spread", 1e-6),
+            each_between("the actions of a clip vary", "range", STILL),
         ),
     )

@@ -56,7 +56,7 @@ def test_files_of_one_episode_are_grouped(folder: Path) -> None:
     ]
     for job in source.jobs():
         episode = source.collect(job)
-        assert fault(episode, source.cameras, source.arrays) is None
+        assert fault(episode, source) is None
         assert len(episode.frames["front"]) == 6 + job.episode
 
 
@@ -68,7 +68,7 @@ def test_given_tasks_and_cameras_are_kept(folder: Path) -> None:
     for job in source.jobs():
         episode = source.collect(job)
         assert set(episode.frames) == {"left_shoulder"}
-        assert fault(episode, source.cameras, source.arrays) is None
+        assert fault(episode, source) is None
     with pytest.raises(
         UserError, match=r"demos\.tasks: nothing recorded of 'open_door'; there is open_drawer"
     ):
@@ -107,28 +107,28 @@ def test_other_names_are_episodes_of_their_folder(tmp_path: Path) -> None:
     source = open_folder(tmp_path)
     assert source.cameras == ("camera",) and source.arrays == {"actions": 8}
     assert [(job.task, job.episode) for job in source.jobs()] == [("lamp_on", number) for number in range(3)]
-    assert fault(source.collect(source.jobs()[1]), source.cameras, source.arrays) is None
+    assert fault(source.collect(source.jobs()[1]), source) is None
 
 
 def test_files_without_actions_are_videos(tmp_path: Path) -> None:
     write(tmp_path / "x-6.npz", action=None, gripper_pose=None)
     source = open_folder(tmp_path)
     assert source.arrays == {}
-    assert fault(source.collect(source.jobs()[0]), source.cameras, source.arrays) is None
+    assert fault(source.collect(source.jobs()[0]), source) is None
 
 
 def test_a_missing_camera_is_a_fault(folder: Path) -> None:
     (folder / "reach_target-v1-e1-front-7.npz").unlink()
     source = open_folder(folder)
     episode = source.collect(source.jobs()[-1])
-    assert fault(episode, source.cameras, source.arrays) == "camera front: no frames"
+    assert fault(episode, source) == "camera front: no frames"
 
 
 def reason_of(folder: Path) -> str:
     """The reason of the first episode, by either way."""
     source = open_folder(folder)
     episode = source.collect(source.jobs()[0])
-    return episode.reason or fault(episode, source.cameras, source.arrays) or ""
+    return episode.reason or fault(episode, source) or ""
 
 
 def test_broken_files_name_their_trouble(folder: Path) -> None:
@@ -162,9 +162,7 @@ def test_actions_unlike_those_of_the_first_file_are_a_fault(folder: Path) -> Non
         write(folder / f"open_drawer-v1-e1-{camera}-7.npz", 7, action=np.zeros((7, 3), np.float32))
     source = open_folder(folder)
     job = source.jobs()[1]
-    assert (
-        fault(source.collect(job), source.cameras, source.arrays) == "actions: shape (7, 3), expected (7, 8)"
-    )
+    assert fault(source.collect(job), source) == "actions: shape (7, 3), expected (7, 8)"
     write(path, 7, action=None)
     assert source.collect(job).reason == f"{path.name}: holds no `action`"
 
@@ -286,7 +284,7 @@ def test_odd_files_are_reasons_and_other_episodes_come_in(folder: Path, tmp_path
     write(folder / "open_drawer-v1-e0-left_shoulder-6.npz", action=np.zeros((6, 3), np.float32))
     source = open_folder(folder)
     assert source.arrays["actions"] == 8
-    faults = [fault(source.collect(job), source.cameras, source.arrays) for job in source.jobs()]
+    faults = [fault(source.collect(job), source) for job in source.jobs()]
     assert faults == ["actions: shape (6, 3), expected (6, 8)", None, None, None]
 
 

@@ -103,7 +103,7 @@ def test_frames_are_means_of_what_is_drawn_twice_as_large(episode: Episode) -> N
 def test_episode_is_whole_and_sound(episode: Episode) -> None:
     length = len(episode.frames["corner"])
     assert episode.success and episode.reason is None and episode.fps == 80
-    assert fault(episode, SOURCE.cameras, SOURCE.arrays) is None
+    assert fault(episode, SOURCE) is None
     assert {camera: frames.shape for camera, frames in episode.frames.items()} == {
         "corner": (length, SIZE, SIZE, 3),
         "topview": (length, SIZE, SIZE, 3),
@@ -163,7 +163,7 @@ def test_kept_failures_are_whole(monkeypatch: pytest.MonkeyPatch) -> None:
     failed = kept.collect(kept.jobs()[0])
     assert failed.success is False and failed.reason is None
     assert len(failed.frames["corner"]) == 16
-    assert fault(failed, kept.cameras, kept.arrays) is None
+    assert fault(failed, kept) is None
 
 
 @pytest.mark.parametrize(
@@ -209,6 +209,9 @@ def test_faults_are_named() -> None:
     sound = synthetic(Job("reach", 0, 0))
     broken = sound.arrays["actions"].copy()
     broken[7, 2] = np.nan
+    wild = sound.arrays["actions"].copy()
+    wild[3, 1] = -2.5
+    constant = np.concatenate([np.ones((11, 4), np.float32), np.zeros((1, 4), np.float32)])
     still = {camera: np.zeros((12, SIZE, SIZE, 3), np.uint8) for camera in SOURCE.cameras}
     short = {camera: frames[:1] for camera, frames in sound.frames.items()}
     cases = {
@@ -227,12 +230,15 @@ def test_faults_are_named() -> None:
         "gripper: shape None, expected (12, 8)": dataclasses.replace(
             sound, arrays={"actions": sound.arrays["actions"]}
         ),
+        "gripper: float64, expected float32": with_array(sound, "gripper", np.zeros((12, 8))),
+        "actions: 2.5 at frame 3, larger than 1": with_array(sound, "actions", wild),
+        "its actions never change": with_array(sound, "actions", constant),
         "nothing moves in any camera": dataclasses.replace(sound, frames=still),
         "1 frames; two are needed": dataclasses.replace(sound, frames=short),
     }
     for words, episode in cases.items():
-        assert fault(episode, SOURCE.cameras, SOURCE.arrays) == words
-    assert fault(sound, SOURCE.cameras, SOURCE.arrays) is None
+        assert fault(episode, SOURCE) == words
+    assert fault(sound, SOURCE) is None
 
 
 def test_faulty_episode_gives_a_bad_row_for_every_camera() -> None:
@@ -310,19 +316,43 @@ def test_faulty_episodes_count_as_bad(tmp_path: Path) -> None:
     assert failures(store, tmp_path, max_bad=0.5) == ""
 
 
-def test_wild_actions_are_found(tmp_path: Path) -> None:
-    wild = synthetic(Job("reach", 0, 1))
-    store = build(
-        tmp_path / "x.zarr",
-        [synthetic(Job("reach", 0, 0)), with_array(wild, "actions", wild.arrays["actions"] * 3)],
-    )
-    assert "no action is larger than 1" in failures(store, tmp_path)
+def test_one_odd_episode_does_not_spoil_the_others_of_its_store(tmp_path: Path) -> None:
+    """Whatever is odd in an episode's arrays, it alone is bad, and `max_bad` decides about the store."""
+    sound = [synthetic(job) for job in jobs_of("reach", 4)]
+    actions = sound[0].arrays["actions"]
+    odd = [actions * 3, np.zeros_like(actions), actions.astype(np.float64), actions[:, :2], actions[:-1]]
+    for number, values in enumerate(odd):
+        store = build(tmp_path / f"{number}.zarr", [with_array(sound[0], "actions", values), *sound[1:]])
+        assert store.num_clips == 6 and failures(store, tmp_path, max_bad=0.25) == ""
+        assert "at most 24.00% of the clips are bad" in failures(store, tmp_path, max_bad=0.24)
 
 
-def test_actions_after_the_end_and_constant_actions_are_found(tmp_path: Path) -> None:
-    ones = with_array(synthetic(Job("reach", 0, 0)), "actions", np.ones((12, 4), np.float32))
-    told = failures(build(tmp_path / "x.zarr", [ones]), tmp_path)
-    assert "no action after a clip's last frame" in told and "the actions of a clip vary" in told
+def test_actions_that_no_episode_may_have_are_found_in_a_store(tmp_path: Path) -> None:
+    """By validation too, whatever wrote the store."""
+    sound = synthetic(Job("reach", 0, 0))
+    for number, (actions, told) in enumerate(
+        [
+            (sound.arrays["actions"] * 3, ["no action is larger than 1"]),
+            (
+                np.ones((12, 4), np.float32),
+                ["no action after a clip's last frame", "the actions of a clip vary"],
+            ),
+        ]
+    ):
+        with StoreWriter(tmp_path / f"{number}.zarr", arrays=SOURCE.arrays) as writer:
+            for frames, row, arrays in clips(sound, SOURCE, 0, Splits([sound.job], [])):
+                writer.append(frames, row, **{**arrays, "actions": actions})
+            store = writer.finish({})
+        assert all(words in failures(store, tmp_path) for words in told)
+
+
+def test_episodes_without_a_task_are_found(tmp_path: Path) -> None:
+    with StoreWriter(tmp_path / "x.zarr", arrays=SOURCE.arrays) as writer:
+        for job in jobs_of("reach", 2):
+            for frames, row, arrays in clips(synthetic(job), SOURCE, 0, Splits([job], [])):
+                writer.append(frames, row | {"task": None} if job.episode else row, **arrays)
+        store = writer.finish({})
+    assert "every episode names its task" in failures(store, tmp_path)
 
 
 def test_unsolved_episodes_are_found_unless_kept(tmp_path: Path) -> None:

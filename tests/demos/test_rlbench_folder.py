@@ -96,7 +96,7 @@ def episode(tmp_path: Path, rlbench: types.SimpleNamespace) -> Path:
 def reason_of(root: Path) -> str:
     source = RlbenchFolder(root)
     collected = source.collect(source.jobs()[0])
-    return collected.reason or fault(collected, source.cameras, source.arrays) or ""
+    return collected.reason or fault(collected, source) or ""
 
 
 def test_episode_is_read_whole(tmp_path: Path, episode: Path) -> None:
@@ -104,7 +104,7 @@ def test_episode_is_read_whole(tmp_path: Path, episode: Path) -> None:
     (job,) = source.jobs()
     assert (job.task, job.variation, job.episode) == ("push_button", 2, 3)
     collected = source.collect(job)
-    assert fault(collected, source.cameras, source.arrays) is None
+    assert fault(collected, source) is None
     picture = np.asarray(Image.open(episode / "wrist_rgb" / "4.png"))
     assert np.array_equal(collected.frames["wrist"][4], picture)
     actions = collected.arrays["actions"]
@@ -131,7 +131,7 @@ def test_cameras_are_those_that_any_episode_has(
     source = open_folder(tmp_path, "joint_velocity")
     assert source.cameras == ("left_shoulder", "right_shoulder", "wrist", "front")
     whole, lacking = map(source.collect, source.jobs())
-    assert fault(whole, source.cameras, source.arrays) is None
+    assert fault(whole, source) is None
     assert lacking.reason == "wrist_rgb/0.png: missing"
 
 
@@ -141,7 +141,7 @@ def test_given_tasks_and_cameras_are_kept(
     write_episode(tmp_path / "lamp_on/variation0/episodes/episode0", demo(rlbench))
     source = open_folder(tmp_path, "joint_velocity", ["lamp_on"], ["front", "wrist"])
     assert source.cameras == ("wrist", "front") and [job.task for job in source.jobs()] == ["lamp_on"]
-    assert fault(source.collect(source.jobs()[0]), source.cameras, source.arrays) is None
+    assert fault(source.collect(source.jobs()[0]), source) is None
     with pytest.raises(UserError, match=r"demos\.tasks: nothing recorded of 'lamp_off'; there is lamp_on"):
         open_folder(tmp_path, "joint_velocity", ["lamp_off"])
     shutil.rmtree(tmp_path / "lamp_on/variation0/episodes/episode0/front_rgb")

@@ -65,7 +65,7 @@ def test_demos_are_whole_aligned_and_in_order(standin: Path, tmp_path: Path) -> 
     ]
     for episode in episodes:
         assert episode.reason is None and episode.success and episode.fps == 20
-        assert fault(episode, SOURCE.cameras, SOURCE.arrays) is None
+        assert fault(episode, SOURCE) is None
         assert set(episode.frames) == {"front", "wrist"} and episode.frames["front"].shape == (8, 64, 64, 3)
         assert (episode.frames["front"][0, -1, -1] == 80).all() and (
             episode.frames["wrist"][0, -1, -1] == 60
@@ -126,7 +126,7 @@ def test_pictures_of_any_size_are_brought_to_64(standin: Path, tmp_path: Path, s
     with np.load(tmp_path / "demos/push_button-v0-e0.npz") as content:
         drawn = content["front"]
     assert drawn.shape == (8, size, size, 3)
-    assert fault(episode, SOURCE.cameras, SOURCE.arrays) is None
+    assert fault(episode, SOURCE) is None
     if size == 128:
         total = sum(drawn[:, y::2, x::2].astype(int) for y in (0, 1) for x in (0, 1))
         assert np.array_equal(episode.frames["front"], (total + 2) // 4)
@@ -140,7 +140,7 @@ def test_action_mode_decides_what_is_written_down(standin: Path, tmp_path: Path)
     one = replace(SOURCE, tasks=("push_button",), episodes=1)
     for action_mode, column, first in (("joint_position", 1, 1.1), ("gripper_pose", 0, 0.1)):
         episode = collect(replace(one, action_mode=action_mode), tmp_path / action_mode)[0]
-        assert fault(episode, SOURCE.cameras, SOURCE.arrays) is None
+        assert fault(episode, SOURCE) is None
         actions = episode.arrays["actions"]
         assert np.allclose(actions[:-1, column], first + np.arange(7) / 10) and not actions[-1].any()
         assert actions[:-1, 7].tolist() == [1, 1, 1, 0, 0, 0, 0]
