@@ -1,7 +1,6 @@
 """Demonstrations: episodes with actions, from any source, as clips of a store.
 
-A source names its jobs, one an episode, and collects each of them on its own in a worker process. Here also
-lies the default source, Meta-World's scripted experts; others answer the same calls (`Source`).
+A source (`Source`) names its jobs, one an episode, and collects each of them on its own in a worker process.
 
 Alignment of the per-frame arrays, the same for every source: `actions[t]` is the action taken after frame t,
 which leads to frame t + 1, so `pairs` and `actions` share their index. The last frame of a clip has no action
@@ -28,7 +27,6 @@ import numpy as np
 import numpy.typing as npt
 from PIL import Image
 
-from prelar.envs import distractions, gl, metaworld, painter, simulator
 from prelar.store import schema, writer
 from prelar.store.schema import Row
 from prelar.utils import files
@@ -42,7 +40,7 @@ TAIL = 10
 MOTION, STILL = 8, 1e-6
 MAX_PIXELS = 2048 * 2048
 FIRST_EPISODE = 1_000_000
-VERSIONS = ("mujoco", "metaworld", "numpy", "pillow")
+VERSIONS = ("numpy", "pillow")
 
 Array = npt.NDArray[np.float32]
 
@@ -93,7 +91,8 @@ class Source(Protocol):
     """Where demonstrations come from: a picklable value, so that workers can collect.
 
     A source may also have `in_turn = True`: then its jobs are collected one after the other in their order,
-    in one process, and `close()` ends it; and `code`, names of modules beside its own that decide the result.
+    in one process, and `close()` ends it; and `code` and `packages`, names of modules beside its own and of
+    installed packages that decide the result.
     """
 
     @property
@@ -128,9 +127,8 @@ class Source(Protocol):
 def staging_key(source: Source, jobs: Sequence[Job], fps: float | None = None) -> str:
     """A name for all that decides the result, so that only work towards the same result is continued."""
     kinds = [kind.__module__ for kind in type(source).__mro__ if kind.__module__ != "builtins"]
-    own = [*kinds, *getattr(source, "code", ())]
-    drawing = (module.__name__ for module in (gl, simulator, painter, distractions, metaworld))
-    code = (*drawing, schema.__name__, writer.__name__, __name__, *own)
+    code = (schema.__name__, writer.__name__, __name__, *kinds, *getattr(source, "code", ()))
+    packages = (*VERSIONS, *getattr(source, "packages", ()))
     found = [path for job in jobs for path in source.files(job) if path.exists()]
     decides = {
         "schema": schema.SCHEMA,
@@ -138,7 +136,7 @@ def staging_key(source: Source, jobs: Sequence[Job], fps: float | None = None) -
         "fps": fps,
         "jobs": [dataclasses.astuple(job) for job in jobs],
         "files": [(str(path), path.stat().st_size, path.stat().st_mtime_ns) for path in found],
-        "versions": {name: importlib.metadata.version(name) for name in VERSIONS},
+        "versions": {name: importlib.metadata.version(name) for name in packages},
         "gl": os.environ.get("MUJOCO_GL"),
         "code": files.code_digests(*code),
     }

@@ -13,6 +13,7 @@ import numpy.typing as npt
 
 from prelar.config import PLAIN, View
 from prelar.demos.episodes import ALIGNMENT, FIRST_EPISODE, TAIL, Array, Episode, Job
+from prelar.envs import distractions, gl, metaworld, painter, simulator
 from prelar.envs.metaworld import ACTION_DIM, GRIPPER_DIM, MAX_STEPS, Simulator
 from prelar.envs.names import check_camera, check_task
 from prelar.envs.painter import SUPERSAMPLING
@@ -37,6 +38,8 @@ class Metaworld:
     keep_failures: bool
     seed: int
     view: View = PLAIN
+    code = tuple(module.__name__ for module in (gl, simulator, painter, distractions, metaworld))
+    packages = ("mujoco", "metaworld")
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "tasks", tuple(check_task(task) for task in self.tasks))

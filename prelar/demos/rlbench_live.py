@@ -56,6 +56,7 @@ class RlbenchLive(RlbenchDemonstrations):
     action_mode: str = "joint_velocity"
     seed: int = 0
     timeout: float = dataclasses.field(default=600.0, repr=False)
+    code = (rlbench_worker.__name__,)
 
     def __post_init__(self) -> None:
         for key, names in (("tasks", self.tasks), ("cameras", self.cameras)):
@@ -94,8 +95,8 @@ class RlbenchLive(RlbenchDemonstrations):
             return pool.result(job)
 
     def files(self, job: Job) -> list[Path]:
-        """The program that records it."""
-        return [Path(rlbench_worker.__file__)]
+        """None."""
+        return []
 
     def attributes(self) -> dict[str, Any]:
         """The source and how it was asked."""

@@ -3,6 +3,7 @@
 import dataclasses
 import functools
 import hashlib
+import importlib.metadata
 import random
 import shutil
 import time
@@ -16,7 +17,7 @@ import pytest
 
 from flows import demos, staging
 from prelar.config import load_config
-from prelar.demos import apv_npz, episodes, hdf5, lerobot
+from prelar.demos import apv_npz, episodes, hdf5, lerobot, rlbench_worker
 from prelar.demos.episodes import Episode, Job, Source, staging_key
 from prelar.demos.metaworld import Metaworld
 from prelar.demos.rlbench_folder import RlbenchFolder
@@ -245,6 +246,38 @@ def test_work_that_other_code_drew_is_not_continued(tmp_path: Path, monkeypatch:
             patch.setattr(module, "__file__", str(tmp_path / "other.py"))
             assert staging_key(experts, experts.jobs()) != key
     assert staging_key(experts, experts.jobs()) == key
+
+
+def test_recorded_episodes_need_no_simulator(
+    recorded: apv_npz.ApvNpz, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The extra `sim` may be absent, as it is for Python 3.14."""
+
+    def version(name: str) -> str:
+        if name in ("mujoco", "metaworld"):
+            raise importlib.metadata.PackageNotFoundError(name)
+        return "1"
+
+    monkeypatch.setattr(importlib.metadata, "version", version)
+    assert staging_key(recorded, recorded.jobs())
+    with pytest.raises(importlib.metadata.PackageNotFoundError):
+        experts = Metaworld(("reach",), 2, ("corner",), 0.1, False, 0)
+        staging_key(experts, experts.jobs())
+
+
+def test_live_demos_are_continued_unless_what_records_them_changes(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Their module's date, which a reinstallation changes, does not count."""
+    live, jobs = RlbenchLive(("push_button",), 1, 2), [Job("push_button", 0, 0)]
+    key = staging_key(live, jobs)
+    for end, same in (("", True), ("\n", False)):
+        other = tmp_path / f"other{same}.py"
+        with monkeypatch.context() as patch:
+            source = Path(str(rlbench_worker.__file__)).read_text(encoding="utf-8")
+            other.write_text(source + end, encoding="utf-8")
+            patch.setattr(rlbench_worker, "__file__", str(other))
+            assert (staging_key(live, jobs) == key) is same
 
 
 def test_params_choose_the_source(recorded: apv_npz.ApvNpz) -> None:
