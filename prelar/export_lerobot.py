@@ -29,9 +29,9 @@ import pyarrow.parquet as pq
 from tqdm import tqdm
 
 from prelar import api
-from prelar.store.store import Store
+from prelar.store.store import Member, Store
 from prelar.utils import files
-from prelar.utils.errors import UserError
+from prelar.utils.errors import UserError, shown
 from prelar.utils.frames import SIZE, Frames
 from prelar.utils.video_file import ffmpeg_binary
 from prelar.videos import lerobot
@@ -94,31 +94,47 @@ def run(
 
 
 def chosen_episodes(store: Store, fps: float | None) -> tuple[list[Exported], float]:
-    """The episodes of one rate, split after split, and the rate."""
+    """The episodes of one rate, split after split, and the rate.
+
+    Members of a joined store may have episodes of one task and number; these stay apart. Raises
+    `UserError` where clips are of several rates or none is of the one, and where cameras differ or a name of
+    one cannot stand in a set.
+    """
     names = ["task", "variation", "episode", "camera", "label", "split", "frames", "fps"]
     rows = store.clip_index.select(names).to_pylist()
     rates = collections.Counter(row["fps"] for row in rows if row["fps"])
+    listed = ", ".join(f"{rate:g} ({count} clips)" for rate, count in rates.most_common(5)) or "none"
     if fps is None:
         if len(rates) != 1:
-            listed = ", ".join(f"{rate:g} ({count} clips)" for rate, count in rates.most_common(5)) or "none"
             raise UserError(f"{store.path}: a set has one rate, its clips have {listed}; name one with --fps")
         (fps,) = rates
     found: dict[Any, Exported] = {}
-    for number, row in enumerate(rows):
+    for number, (row, (member, prefix)) in enumerate(zip(rows, _members(store), strict=True)):
         if row["fps"] and row["fps"] != fps:
             continue
         alone = row["camera"] is None or row["episode"] is None
-        key = number if alone else (row["task"], row["variation"], row["episode"])
+        key = number if alone else (member, row["task"], row["variation"], row["episode"])
         task = row["label"] or row["task"] or ""
         episode = found.setdefault(key, Exported({}, task, row["split"] or "train", row["frames"]))
-        episode.clips[ONLY_CAMERA if alone else row["camera"]] = number
+        episode.clips[ONLY_CAMERA if alone else row["camera"].removeprefix(prefix)] = number
+    if not found:
+        raise UserError(f"{store.path}: no clip of {fps:g} frames a second, its clips have {listed}")
     cameras = {tuple(episode.clips) for episode in found.values()}
     if len(cameras) != 1:
-        listed = "; ".join(", ".join(each) for each in sorted(cameras)) or "none"
+        listed = "; ".join(", ".join(each) for each in sorted(cameras))
         raise UserError(
             f"{store.path}: episodes have different cameras ({listed}); --fps may choose among them"
         )
+    if odd := [camera for camera in next(iter(cameras)) if "/" in camera]:
+        raise UserError(f"{store.path}: a camera {shown(odd[0])}; a set's names have no slash, rename it")
     return sorted(found.values(), key=lambda episode: SPLITS.index(episode.split)), fps
+
+
+def _members(store: Store) -> Iterator[tuple[int, str]]:
+    """Of each clip, the member of a joined store that holds it, and what joining put before its camera."""
+    for number, member in enumerate(store.members or [Member("", store)]):
+        prefix = "" if member.weight is None else f"{member.name}/"
+        yield from itertools.repeat((number, prefix), member.store.num_clips)
 
 
 class _Writer:

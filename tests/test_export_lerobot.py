@@ -15,9 +15,11 @@ from flows import demos
 from prelar import export_lerobot
 from prelar.demos import lerobot
 from prelar.export_lerobot import number_stats, picture_stats, pooled_stats
-from prelar.store.store import Store
+from prelar.store.joined import join
+from prelar.store.store import Member, Store
 from prelar.store.writer import StoreWriter
 from prelar.utils.errors import UserError
+from prelar.utils.frames import SIZE
 from tests import frame_code
 from tests.conftest import ROOT
 from tests.fake_results import moving
@@ -161,8 +163,52 @@ def test_clips_of_a_store_of_videos_are_episodes_of_one_rate(tmp_path: Path) -> 
     episodes = [(told.task, told.length, told.split) for told in held.held.episodes()]
     assert episodes == [("Moving c", 6, "train"), ("Moving a", 6, "validation")]
     assert held.cameras == ("main",) and held.arrays == {}
+    told = r"no clip of 25 frames a second, its clips have 12 \(2 clips\), 30 \(1 clips\)"
+    with pytest.raises(UserError, match=told):
+        export_lerobot.run(tmp_path / "x.zarr", tmp_path / "other", fps=25.0)
     with pytest.raises(UserError, match="exists already"):
         export_lerobot.run(tmp_path / "x.zarr", tmp_path / "set", fps=12.0)
+
+
+@pytest.mark.parametrize("weight", [None, 0.5])
+def test_episodes_of_a_joined_store_s_members_stay_apart(weight: float | None, tmp_path: Path) -> None:
+    """In a union and in a mixture, though they have the same task, number and cameras."""
+    codes, members = [], []
+    for first, member in enumerate(("first", "second")):
+        part = make_demos(tmp_path / f"{member}.zarr", ["corner", "top"], [4 + first, 6 + first], 2 * first)
+        members.append(Member(member, part, weight))
+        codes += [frame_code.read(part.read(int(start), 1)[0]) for start in part.clip_start]
+    store = join(tmp_path / "both.zarr", members, ["first.zarr", "second.zarr"])
+    export_lerobot.run(Path(store.path), tmp_path / "set", codec="h264")
+    held = lerobot.open_folder(tmp_path / "set")
+    assert held.cameras == ("corner", "top")
+    assert [told.length for told in held.held.episodes()] == [4, 6, 5, 7]
+    read = [held.collect(job) for job in held.jobs()]
+    assert [episode.reason for episode in read] == [None] * 4
+    assert [frame_code.read(each.frames[name][0]) for each in read for name in held.cameras] == codes
+    held.close()
+
+
+def make_demos(path: Path, cameras: list[str], lengths: list[int], first: int = 0) -> Store:
+    """A store of one task's episodes; the codes of their frames count episodes from `first` on."""
+    with StoreWriter(path) as writer:
+        for episode, length in enumerate(lengths):
+            for number, camera in enumerate(cameras):
+                codes = [frame_code.code_of(first + episode, frame, number) for frame in range(length)]
+                row = {"id": f"{episode}-{camera}", "split": "train", "fps": 12.0, "label": "reach"}
+                row |= {"task": "reach", "variation": 0, "episode": episode, "camera": camera}
+                writer.append(np.stack([frame_code.render(code, SIZE, SIZE) for code in codes]), row)
+        return writer.finish({})
+
+
+@pytest.mark.parametrize("camera", ["/../../../outside", "../outside", "a/b"])
+def test_a_camera_s_name_leads_nowhere(camera: str, tmp_path: Path) -> None:
+    """Stores come from elsewhere too."""
+    make_demos(tmp_path / "store/x.zarr", [camera], [3])
+    before = set(tmp_path.rglob("*"))
+    with pytest.raises(UserError, match="a set's names have no slash"):
+        export_lerobot.run(tmp_path / "store/x.zarr", tmp_path / "sets/new", codec="h264")
+    assert set(tmp_path.rglob("*")) == before
 
 
 def test_an_ffmpeg_that_fails_leaves_no_set(store: Store, tmp_path: Path) -> None:
