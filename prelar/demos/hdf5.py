@@ -32,9 +32,8 @@ from prelar.utils.errors import UserError, one_line, printable
 from prelar.utils.frames import FRAME, Frames
 
 ENDINGS = (".hdf5", ".h5")
-DEMO = re.compile(r"demo_(\d{1,9})")
+DEMO = re.compile(r"demo_\d{1,9}")
 MAX_FRAMES, MAX_WIDTH, MAX_CHUNK, MAX_TEXT, MAX_TASK = 20_000, 1024, 256 << 20, 4 << 20, 200
-CACHE = 64 << 20
 FLIPPED = "opengl"
 
 
@@ -120,12 +119,12 @@ def _jobs(folder: Path) -> list[Job]:
         try:
             with _opened(path) as file:
                 data = _group(file, "data")
-                demos = sorted(int(match[1]) for key in data if (match := DEMO.fullmatch(key)))
+                demos = sorted(filter(DEMO.fullmatch, data), key=lambda demo: (int(demo[5:]), demo))
                 task = _task(data) or printable(path.stem, MAX_TASK)
         except Exception:  # the one episode that such a file stands for tells why
-            demos, task = [0], printable(path.stem, MAX_TASK)
-        for number in demos:
-            found.append(Job(task, 0, count[task], files=((f"demo_{number}", name),)))
+            demos, task = ["demo_0"], printable(path.stem, MAX_TASK)
+        for demo in demos:
+            found.append(Job(task, 0, count[task], files=((demo, name),)))
             count[task] += 1
     if not found:
         raise UserError(f"demos.path = {folder}: holds no .hdf5 file with data/demo_<i>; name another folder")
@@ -137,7 +136,7 @@ def _looks(path: Path) -> Iterator[tuple[list[str], int]]:
     try:
         with _opened(path) as file:
             data = _group(file, "data")
-            for demo in [key for key in data if DEMO.fullmatch(key)]:
+            for demo in filter(DEMO.fullmatch, data):
                 try:
                     group = _group(data, demo)
                     views, width = _group(group, "obs"), _array(group, "actions").shape[1]
@@ -161,10 +160,10 @@ def _holds_pictures(held: h5py.Dataset) -> bool:
 
 
 def _opened(path: Path) -> h5py.File:
-    """A file, opened for reading. Raises `ValueError` where it is none."""
+    """A file, opened for reading; each chunk is unpacked once. Raises `ValueError` where it is none."""
     if not path.is_file():
         raise ValueError("not a regular file")
-    return h5py.File(os.fspath(path), "r", locking=False, rdcc_nbytes=CACHE)
+    return h5py.File(os.fspath(path), "r", locking=False, rdcc_nbytes=MAX_CHUNK)
 
 
 def _item(group: h5py.Group, name: str) -> Any:

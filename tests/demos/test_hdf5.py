@@ -73,6 +73,27 @@ def test_robomimic_s_pictures_stay_as_they_are_and_tasks_are_environments(tmp_pa
     assert np.array_equal(source.collect(job).frames["agentview_rgb"], pictures)
 
 
+def test_demonstrations_of_any_numbering_are_read_by_their_own_names(tmp_path: Path) -> None:
+    """Some writers pad numbers with zeros, some leave gaps."""
+    names = ["demo_000", "demo_2", "demo_010", "demo_10"]
+    with h5py.File(write_hdf5(tmp_path / "x.hdf5", [5, 6, 7, 8], size=64), "a") as file:
+        for number, name in enumerate(names):
+            file["data"].move(f"demo_{number}", f"moved/{name}")
+        for name in names:
+            file["data"].move(f"moved/{name}", name)
+        expected = [file["data"][name]["actions"][:-1].astype(np.float32) for name in names]
+    source = hdf5.open_folder(tmp_path)
+    for job, actions in zip(source.jobs(), expected, strict=True):
+        episode = source.collect(job)
+        assert episode.reason is None and np.array_equal(episode.arrays["actions"][:-1], actions)
+
+
+def test_the_largest_chunk_that_is_read_fits_the_cache(tmp_path: Path) -> None:
+    """Else the library unpacks the whole chunk anew for each of its pictures."""
+    with hdf5._opened(write_hdf5(tmp_path / "x.hdf5", [5])) as file:
+        assert file.id.get_access_plist().get_cache()[2] >= hdf5.MAX_CHUNK
+
+
 Damage = Callable[[h5py.Group, Path], object]
 
 
