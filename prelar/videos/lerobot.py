@@ -31,7 +31,7 @@ import pyarrow.compute as pc
 
 from prelar.store.parquet import open_parquet
 from prelar.utils import files
-from prelar.utils.errors import UserError, printable, shown
+from prelar.utils.errors import UserError, one_line, printable, shown
 from prelar.videos.archive import Member
 from prelar.videos.labels import Label, Labels
 from prelar.videos.own_videos import hashed_splits
@@ -53,6 +53,8 @@ VIDEOS = {
 FIELD = re.compile(r"\{(\w+)(?::0?(\d{1,2})d)?\}")
 VALIDATION, TEST = ("val", "valid", "validation", "eval"), ("test",)
 IMAGE, VIDEO = "image", "video"
+ERRORS = (ValueError, OSError, pa.ArrowException)
+"""What reading a damaged table can raise: for a page that does not unpack, Arrow raises `OSError`."""
 Array = npt.NDArray[np.float32]
 
 
@@ -197,7 +199,7 @@ class LerobotSet:
             if len(order) != episode.length:
                 raise ValueError(f"{len(order)} rows of the episode, meta/episodes tells of {episode.length}")
             step = self._step(table["timestamp"][order, 0])
-        except ValueError as error:
+        except ERRORS as error:
             raise ValueError(f"{printable(episode.data, 100)}: {error}") from None
         return Rows(step, {key: np.ascontiguousarray(table[key][order], np.float32) for key in features})
 
@@ -239,7 +241,7 @@ class LerobotSet:
                         raise ValueError(f"the rows of its pictures are not in order at frame {number}")
                     yield content
                 count += mine.num_rows
-        except (ValueError, KeyError, pa.ArrowException) as error:
+        except (*ERRORS, KeyError) as error:
             raise ValueError(f"{printable(episode.data, 100)}: {error}") from None
 
 
@@ -352,8 +354,8 @@ def _episode_rows(held: LerobotSet) -> Iterator[dict[str, Any]]:
             table = file.read([name for name in names if name != "tasks"])
             tasks = _texts(file) if "tasks" in names else [None] * table.num_rows
             rows = table.to_pylist()
-        except (ValueError, pa.ArrowException) as error:
-            raise UserError(f"{path}: {error}; name the folder of a whole set") from None
+        except ERRORS as error:
+            raise UserError(f"{path}: {one_line(error)}; name the folder of a whole set") from None
         for row, texts in zip(rows, tasks, strict=True):
             yield {**row, "tasks": texts}
 

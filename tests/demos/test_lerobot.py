@@ -301,6 +301,25 @@ def demos_fault(source: Lerobot, number: int) -> str | None:
     return reasons.pop()
 
 
+@pytest.mark.filterwarnings("ignore:invalid value encountered in cast")
+@pytest.mark.parametrize("place", ["data/chunk-000/file-000.parquet", str(EPISODES)])
+def test_a_damaged_byte_of_a_table_is_a_reason_or_refused_in_a_line(place: str, tmp_path: Path) -> None:
+    path = write_image_set(tmp_path / "set", [5, 6]) / place
+    good, draw = path.read_bytes(), np.random.default_rng(0)
+    for _ in range(150):
+        content = bytearray(good)
+        for at in draw.integers(len(content), size=3):
+            content[at] ^= 1 << int(draw.integers(8))
+        path.write_bytes(content)
+        try:
+            source = lerobot.open_folder(tmp_path / "set")
+            episodes = [source.collect(job) for job in source.jobs()]
+        except UserError as error:
+            assert str(error).isprintable()
+        else:
+            assert all(each.reason is None or each.reason.isprintable() for each in episodes)
+
+
 PATHS = [
     "../{file_index:03d}.parquet",
     "/etc/{file_index}",
