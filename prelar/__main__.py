@@ -247,7 +247,10 @@ def run_record(config: Config, arguments: argparse.Namespace) -> None:
         raise UserError(f"--store {shown(arguments.store)}: use small letters, digits and underscores")
     if arguments.episodes < 1:
         raise UserError(f"--episodes {arguments.episodes}: record 1 or more")
-    with exclusive(arguments.folder or Path(f"data/{arguments.store}.zarr")):
+    store = Path(f"data/{arguments.store}.zarr") if arguments.store else None
+    with contextlib.ExitStack() as locks:
+        for place in filter(None, (arguments.folder, store)):
+            locks.enter_context(exclusive(place))
         record.run(
             config,
             arguments.checkpoint,
