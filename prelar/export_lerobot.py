@@ -53,7 +53,7 @@ Array = npt.NDArray[Any]
 
 
 @dataclasses.dataclass(frozen=True)
-class Exported:
+class Episode:
     """An episode: its clips in the store, by camera, its task, split and length."""
 
     clips: dict[str, int]
@@ -93,7 +93,7 @@ def run(
     print(f"export-lerobot: {summary} -> {folder}", flush=True)
 
 
-def chosen_episodes(store: Store, fps: float | None) -> tuple[list[Exported], float]:
+def chosen_episodes(store: Store, fps: float | None) -> tuple[list[Episode], float]:
     """The episodes of one rate, split after split, and the rate.
 
     Members of a joined store may have episodes of one task and number; these stay apart. Raises
@@ -108,14 +108,14 @@ def chosen_episodes(store: Store, fps: float | None) -> tuple[list[Exported], fl
         if len(rates) != 1:
             raise UserError(f"{store.path}: a set has one rate, its clips have {listed}; name one with --fps")
         (fps,) = rates
-    found: dict[Any, Exported] = {}
+    found: dict[Any, Episode] = {}
     for number, (row, (member, prefix)) in enumerate(zip(rows, _members(store), strict=True)):
         if row["fps"] and row["fps"] != fps:
             continue
         alone = row["camera"] is None or row["episode"] is None
         key = number if alone else (member, row["task"], row["variation"], row["episode"])
         task = row["label"] or row["task"] or ""
-        episode = found.setdefault(key, Exported({}, task, row["split"] or "train", row["frames"]))
+        episode = found.setdefault(key, Episode({}, task, row["split"] or "train", row["frames"]))
         episode.clips[ONLY_CAMERA if alone else row["camera"].removeprefix(prefix)] = number
     if not found:
         raise UserError(f"{store.path}: no clip of {fps:g} frames a second, its clips have {listed}")
@@ -143,7 +143,7 @@ class _Writer:
     def __init__(
         self,
         store: Store,
-        episodes: Sequence[Exported],
+        episodes: Sequence[Episode],
         fps: float,
         folder: Path,
         codec: str,
@@ -174,7 +174,7 @@ class _Writer:
         self._write_meta(total)
 
     def _write_videos(
-        self, group: Sequence[Exported], place: dict[str, int], bar: Any
+        self, group: Sequence[Episode], place: dict[str, int], bar: Any
     ) -> tuple[list[dict[str, Stats]], list[dict[str, Array]]]:
         """A video a camera; returns each episode's statistics of pictures and latent actions."""
         stats: list[dict[str, Stats]] = [{} for _ in group]
@@ -200,7 +200,7 @@ class _Writer:
 
     def _write_rows(
         self,
-        group: Sequence[Exported],
+        group: Sequence[Episode],
         first: int,
         index: int,
         place: dict[str, int],
@@ -237,7 +237,7 @@ class _Writer:
 
     def _note(
         self,
-        episode: Exported,
+        episode: Episode,
         number: int,
         index: int,
         before: int,
@@ -319,9 +319,9 @@ def _features(store: Store) -> dict[str, Array]:
     return {called.get(name, f"observation.{name}"): store.array(name) for name in names}
 
 
-def _files(episodes: Sequence[Exported]) -> Iterator[list[Exported]]:
+def _files(episodes: Sequence[Episode]) -> Iterator[list[Episode]]:
     """The episodes of each file: at most `FRAMES_OF_FILE` frames, unless one alone has more."""
-    held: list[Exported] = []
+    held: list[Episode] = []
     for episode in episodes:
         if held and sum(each.length for each in held) + episode.length > FRAMES_OF_FILE:
             yield held

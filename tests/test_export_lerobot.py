@@ -159,10 +159,10 @@ def test_clips_of_a_store_of_videos_are_episodes_of_one_rate(tmp_path: Path) -> 
     with pytest.raises(UserError, match=told):
         export_lerobot.run(tmp_path / "x.zarr", tmp_path / "set")
     export_lerobot.run(tmp_path / "x.zarr", tmp_path / "set", fps=12.0)
-    held = lerobot.open_folder(tmp_path / "set")
-    episodes = [(told.task, told.length, told.split) for told in held.held.episodes()]
+    source = lerobot.open_folder(tmp_path / "set")
+    episodes = [(told.task, told.length, told.split) for told in source.dataset.episodes()]
     assert episodes == [("Moving c", 6, "train"), ("Moving a", 6, "validation")]
-    assert held.cameras == ("main",) and held.arrays == {}
+    assert source.cameras == ("main",) and source.arrays == {}
     told = r"no clip of 25 frames a second, its clips have 12 \(2 clips\), 30 \(1 clips\)"
     with pytest.raises(UserError, match=told):
         export_lerobot.run(tmp_path / "x.zarr", tmp_path / "other", fps=25.0)
@@ -180,13 +180,13 @@ def test_episodes_of_a_joined_store_s_members_stay_apart(weight: float | None, t
         codes += [frame_code.read(part.read(int(start), 1)[0]) for start in part.clip_start]
     store = join(tmp_path / "both.zarr", members, ["first.zarr", "second.zarr"])
     export_lerobot.run(Path(store.path), tmp_path / "set", codec="h264")
-    held = lerobot.open_folder(tmp_path / "set")
-    assert held.cameras == ("corner", "top")
-    assert [told.length for told in held.held.episodes()] == [4, 6, 5, 7]
-    read = [held.collect(job) for job in held.jobs()]
+    source = lerobot.open_folder(tmp_path / "set")
+    assert source.cameras == ("corner", "top")
+    assert [told.length for told in source.dataset.episodes()] == [4, 6, 5, 7]
+    read = [source.collect(job) for job in source.jobs()]
     assert [episode.reason for episode in read] == [None] * 4
-    assert [frame_code.read(each.frames[name][0]) for each in read for name in held.cameras] == codes
-    held.close()
+    assert [frame_code.read(each.frames[name][0]) for each in read for name in source.cameras] == codes
+    source.close()
 
 
 def make_demos(path: Path, cameras: list[str], lengths: list[int], first: int = 0) -> Store:

@@ -12,9 +12,9 @@ import pytest
 
 from flows import demos
 from prelar import pretrain
-from prelar.demos.rlbench_folder import CAMERAS
 from prelar.demos.sources import open_source
 from prelar.envs import gl
+from prelar.envs.names import RLBENCH_CAMERAS
 from prelar.store.store import Store
 from prelar.store.writer import StoreWriter
 from prelar.train.checkpoint import load_parts
@@ -58,7 +58,7 @@ def apv_npz(tmp_path: Path, request: pytest.FixtureRequest) -> Settings:
     random = np.random.default_rng(0)
     for episode in range(EPISODES):
         action = random.normal(size=(LENGTH, 8)).astype(np.float32)
-        for camera in CAMERAS:
+        for camera in RLBENCH_CAMERAS:
             np.savez(
                 tmp_path / f"recorded/push_button-v0-e{episode}-{camera}-{LENGTH}.npz",
                 image=random.integers(0, 256, (LENGTH, 64, 64, 3), np.uint8),

@@ -36,10 +36,8 @@ from prelar.utils.frames import FRAME, SIZE, Frames
 RESIZE = f"brought to {SIZE}x{SIZE} by means of whole blocks of pixels, or else by Pillow's bicubic"
 ALIGNMENT = "actions[t] is taken after frame t and leads to frame t + 1; zero at the last frame of a clip"
 HELD_OUT, ENOUGH, TURN = 10, 4, 5
-TAIL = 10
 MOTION, STILL = 8, 1e-6
 MAX_PIXELS = 2048 * 2048
-FIRST_EPISODE = 1_000_000
 VERSIONS = ("numpy", "pillow")
 
 Array = npt.NDArray[np.float32]
@@ -47,7 +45,11 @@ Array = npt.NDArray[np.float32]
 
 @dataclasses.dataclass(frozen=True)
 class Job:
-    """One episode to collect; `files` are what a source that reads files takes it from, by camera."""
+    """One episode to collect.
+
+    files: what a source that reads files takes it from, pairs of a name that means something to the source,
+    such as a camera's, and a path.
+    """
 
     task: str
     variation: int

@@ -43,10 +43,11 @@ class LerobotJob(Job):
 class Lerobot:
     """Episodes of a set, of `tasks` or all.
 
-    views: camera to its feature. columns: array to its feature. ffmpeg: the version that decodes.
+    views: pairs of a camera and its feature. columns: pairs of a store's array and its feature. ffmpeg: the
+    version that decodes.
     """
 
-    held: LerobotSet
+    dataset: LerobotSet
     views: tuple[tuple[str, str], ...]
     columns: tuple[tuple[str, str], ...]
     tasks: tuple[str, ...] = ()
@@ -61,7 +62,7 @@ class Lerobot:
     @property
     def arrays(self) -> dict[str, int]:
         """Actions and state, where the set has them, and their widths."""
-        return {name: dict(self.held.widths)[feature] for name, feature in self.columns}
+        return {name: dict(self.dataset.widths)[feature] for name, feature in self.columns}
 
     @property
     def action_limit(self) -> float:
@@ -79,13 +80,13 @@ class Lerobot:
         return any(kind == VIDEO for _, kind in self._kinds())
 
     def _kinds(self) -> list[tuple[str, str]]:
-        return [(camera, dict(self.held.cameras)[feature]) for camera, feature in self.views]
+        return [(camera, dict(self.dataset.cameras)[feature]) for camera, feature in self.views]
 
     def jobs(self) -> list[Job]:
         """Episodes by number."""
         return [
             LerobotJob(meta.task, 0, meta.number, meta=meta)
-            for meta in self.held.episodes()
+            for meta in self.dataset.episodes()
             if not self.tasks or meta.task in self.tasks
         ]
 
@@ -96,7 +97,7 @@ class Lerobot:
         try:
             if meta.reason or meta.length > MAX_FRAMES:
                 raise ValueError(meta.reason or f"{meta.length} frames, more than {MAX_FRAMES}")
-            rows = self.held.rows(meta, [feature for _, feature in self.columns])
+            rows = self.dataset.rows(meta, [feature for _, feature in self.columns])
             arrays = {name: rows.values[feature] for name, feature in self.columns}
             for name, values in arrays.items():
                 if values.shape[1] != self.arrays[name]:
@@ -108,21 +109,23 @@ class Lerobot:
             frames = {camera: self._frames(meta, camera, kind, rows.step) for camera, kind in self._kinds()}
         except ValueError as error:
             return Episode(job, reason=one_line(error))
-        fps = self.held.fps if abs(rows.step * self.held.fps - 1) < sequential.STEADY else 1 / rows.step
+        fps = self.dataset.fps if abs(rows.step * self.dataset.fps - 1) < sequential.STEADY else 1 / rows.step
         return Episode(job, frames, arrays, fps=fps, split=meta.split)
 
     def _frames(self, meta: EpisodeMeta, camera: str, kind: str, step: float) -> Frames:
         """A camera's frames, uint8 (T, 64, 64, 3). Raises `ValueError` where they are not to be had."""
         feature = dict(self.views)[camera]
         if kind == VIDEO:
-            part = self.held.part(dict(meta.views)[feature], meta.length, step)
+            part = self.dataset.part(dict(meta.views)[feature], meta.length, step)
             clip = _decoder(camera, os.getpid()).decode_part(part)
             if clip.frames is None:
-                raise ValueError(f"camera {camera}: {part.path.relative_to(self.held.folder)}: {clip.reason}")
+                raise ValueError(
+                    f"camera {camera}: {part.path.relative_to(self.dataset.folder)}: {clip.reason}"
+                )
             return clip.frames
         frames = np.empty((meta.length, *FRAME), np.uint8)
         count = 0
-        for count, content in enumerate(self.held.pictures(meta, feature), 1):
+        for count, content in enumerate(self.dataset.pictures(meta, feature), 1):
             if count <= meta.length:
                 try:
                     frames[count - 1] = read_picture(content, FORMATS)
@@ -143,14 +146,16 @@ class Lerobot:
         assert isinstance(job, LerobotJob) and job.meta is not None
         meta = job.meta
         places = [lerobot.INFO, meta.data, *(view.path for _, view in meta.views)]
-        return [self.held.folder / place for place in places if place]
+        return [self.dataset.folder / place for place in places if place]
 
     def attributes(self) -> dict[str, Any]:
         """The source; the folder is the user's and stays unnamed."""
         kinds = {kind for _, kind in self._kinds()}
-        made = {"source": {"name": "lerobot", "version": self.held.version, "features": dict(self.columns)}}
+        made = {
+            "source": {"name": "lerobot", "version": self.dataset.version, "features": dict(self.columns)}
+        }
         resize = {"resize": SCALE, "ffmpeg": self.ffmpeg} if VIDEO in kinds else {"resize": RESIZE}
-        own = {"splits": "as the set names them"} if self.held.splits else {}
+        own = {"splits": "as the set names them"} if self.dataset.splits else {}
         return {**made, **resize, **own, "alignment": ALIGNMENT}
 
 
@@ -164,16 +169,18 @@ def open_folder(
     folder: Path, tasks: Sequence[str] | None = None, cameras: Sequence[str] | None = None
 ) -> Lerobot:
     """The source in a folder, of given tasks and cameras. Raises `UserError` where it lacks one."""
-    held = lerobot.open_set(folder)
-    named = {camera: key for key, camera in lerobot.short_names(key for key, _ in held.cameras).items()}
+    dataset = lerobot.open_set(folder)
+    named = {camera: key for key, camera in lerobot.short_names(key for key, _ in dataset.cameras).items()}
     if not named:
         raise UserError(f"demos.path = {folder}: no feature is a video or an image; name a set with a camera")
     wanted = among("demos.cameras", cameras, named)
-    widths = dict(held.widths)
+    widths = dict(dataset.widths)
     found = _columns(widths)
-    video = any(dict(held.cameras)[named[camera]] == VIDEO for camera in wanted)
+    video = any(dict(dataset.cameras)[named[camera]] == VIDEO for camera in wanted)
     version = _decoder(wanted[0], os.getpid()).version if video else ""
-    source = Lerobot(held, tuple((camera, named[camera]) for camera in wanted), tuple(found), ffmpeg=version)
+    source = Lerobot(
+        dataset, tuple((camera, named[camera]) for camera in wanted), tuple(found), ffmpeg=version
+    )
     among("demos.tasks", tasks, dict.fromkeys(job.task for job in source.jobs()) if tasks else ())
     return dataclasses.replace(source, tasks=tuple(tasks or ()))
 

@@ -12,13 +12,18 @@ import numpy as np
 import numpy.typing as npt
 
 from prelar.config import PLAIN, View
-from prelar.demos.episodes import ALIGNMENT, FIRST_EPISODE, TAIL, Array, Episode, Job
+from prelar.demos.episodes import ALIGNMENT, Array, Episode, Job
 from prelar.envs import distractions, gl, metaworld, painter, simulator
 from prelar.envs.metaworld import ACTION_DIM, GRIPPER_DIM, MAX_STEPS, Simulator
 from prelar.envs.names import check_camera, check_task
 from prelar.envs.painter import SUPERSAMPLING
 from prelar.utils.errors import UserError
 from prelar.utils.frames import FRAME, SIZE
+
+FIRST_EPISODE = 1_000_000
+"""The environment's episode that the first demonstration is: fine-tuning and evaluation come before it."""
+TAIL = 10
+"""Steps after its success until an episode ends."""
 
 
 @dataclasses.dataclass(frozen=True)

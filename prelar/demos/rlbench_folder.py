@@ -12,7 +12,8 @@ The pickles are anybody's: `prelar.utils.pickles` reads them, so far as such fil
 they need are inert stand-ins, and all others are refused. RLBench is not needed.
 
 Data sets are recorded with all five cameras or with some of them: those that any episode has are expected of
-every episode. Actions are those of `prelar.demos.rlbench_folder`.
+every episode. An action is what the next step's observation tells of the arm, as the action mode says
+(`MOTIONS`), and of the gripper: seven numbers and its opening.
 """
 
 from __future__ import annotations
@@ -34,16 +35,28 @@ from prelar.utils.errors import UserError, one_line, printable
 from prelar.utils.frames import SIZE, Frames
 
 WIDTH = 7
+"""Numbers of a pose or of the joints; the gripper's opening comes on top."""
 FPS = 20.0
 MOTIONS = {
     "joint_velocity": "joint_velocities",
     "joint_position": "joint_positions",
     "gripper_pose": "gripper_pose",
 }
+"""Action modes and the fields of RLBench's observations that tell their actions."""
 ALIGNMENT = (
     "actions[t] leads from frame t to frame t + 1, as the source tells with frame t + 1; zero at the last "
     "frame of a clip"
 )
+EPISODE = re.compile(
+    r"(?P<task>[^/]+)/(?:variation(?P<variation>\d+)|all_variations)/episodes/episode(?P<episode>\d+)"
+)
+TOGETHER = "all_variations"
+LOW_DIM, VARIATION = "low_dim_obs.pkl", "variation_number.pkl"
+PICTURE = re.compile(r"(?:rgb_)?(\d+)\.png")
+MAX_PICTURE, MAX_BYTES, MAX_VARIATION = 64 << 20, 256 << 20, 4 << 10
+MAX_STEPS = 20_000
+
+Numbers = npt.NDArray[np.float64]
 
 
 class RlbenchDemonstrations:
@@ -65,9 +78,7 @@ class RlbenchDemonstrations:
         return True
 
 
-def step_arrays(
-    motion: npt.NDArray[np.float64], pose: npt.NDArray[np.float64], opening: npt.NDArray[np.float64]
-) -> dict[str, npt.NDArray[np.float32]]:
+def step_arrays(motion: Numbers, pose: Numbers, opening: Numbers) -> dict[str, Array]:
     """`actions` and `gripper` of a demonstration, float32 (T, 8) each.
 
     motion: (T, 7), the field of `MOTIONS`. pose: (T, 7). opening: (T). The last action is zero.
@@ -78,7 +89,7 @@ def step_arrays(
     }
 
 
-def ahead(recorded: npt.NDArray[Any]) -> npt.NDArray[np.float32]:
+def ahead(recorded: npt.NDArray[Any]) -> Array:
     """Actions from what each frame's record says led to it, float32 (T, A); the last one is zero.
 
     recorded: (T, A), numbers.
@@ -88,27 +99,12 @@ def ahead(recorded: npt.NDArray[Any]) -> npt.NDArray[np.float32]:
     return actions
 
 
-CAMERAS = RLBENCH_CAMERAS
-MAX_PICTURE = 64 << 20
-MAX_BYTES = 256 << 20
-MAX_VARIATION = 4 << 10
-MAX_STEPS = 20_000
-EPISODE = re.compile(
-    r"(?P<task>[^/]+)/(?:variation(?P<variation>\d+)|all_variations)/episodes/episode(?P<episode>\d+)"
-)
-TOGETHER = "all_variations"
-LOW_DIM, VARIATION = "low_dim_obs.pkl", "variation_number.pkl"
-PICTURE = re.compile(r"(?:rgb_)?(\d+)\.png")
-
-Numbers = npt.NDArray[np.float64]
-
-
 @dataclasses.dataclass(frozen=True)
 class RlbenchFolder(RlbenchDemonstrations):
     """Episodes below a folder, of `tasks` or all, from `cameras`, which are found by `open_folder`."""
 
     folder: Path
-    cameras: tuple[str, ...] = CAMERAS
+    cameras: tuple[str, ...] = RLBENCH_CAMERAS
     action_mode: str = "joint_velocity"
     tasks: tuple[str, ...] = ()
 
@@ -176,8 +172,8 @@ def open_folder(
     jobs = source.jobs()
     wanted = among("demos.tasks", tasks, {job.task for job in jobs})
     episodes = [source.episode_folder(job) for job in jobs if job.task in wanted]
-    recorded = [name for name in CAMERAS if any((path / f"{name}_rgb").is_dir() for path in episodes)]
-    cameras = among("demos.cameras", cameras, recorded or CAMERAS)
+    recorded = [name for name in RLBENCH_CAMERAS if any((path / f"{name}_rgb").is_dir() for path in episodes)]
+    cameras = among("demos.cameras", cameras, recorded or RLBENCH_CAMERAS)
     return dataclasses.replace(source, tasks=tuple(tasks or ()), cameras=cameras)
 
 

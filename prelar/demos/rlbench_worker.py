@@ -22,7 +22,6 @@ A demo is an `.npz`: uint8 (T, size, size, 3) per camera, and `actions` and `gri
 from __future__ import annotations
 
 import contextlib
-import ctypes
 import faulthandler
 import json
 import logging
@@ -40,6 +39,7 @@ import numpy as np
 import numpy.typing as npt
 
 from prelar.demos.rlbench_folder import MOTIONS, step_arrays
+from prelar.utils.parents import end_with_parent
 
 ARRAYS = ("actions", "gripper")
 BAD_DEMO = "Bad demo. "
@@ -190,9 +190,7 @@ def main() -> None:
     """Serve requests until the standard input ends."""
     pipe, parent = int(sys.argv[1]), int(sys.argv[2])
     os.set_inheritable(pipe, False)
-    ctypes.CDLL(None, use_errno=True).prctl(1, signal.SIGKILL)
-    if os.getppid() != parent:
-        return
+    end_with_parent(parent, signal.SIGKILL)
     with os.fdopen(pipe, "w", encoding="utf-8") as out:
 
         def send(**answer: Any) -> None:

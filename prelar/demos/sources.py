@@ -7,9 +7,9 @@ something that is called with the group `demos` of params.yaml (`prelar.config.D
 from __future__ import annotations
 
 import dataclasses
+import functools
 import importlib.metadata
-from collections.abc import Callable, Sequence
-from pathlib import Path
+from collections.abc import Callable
 
 from prelar.config import OWN_SOURCES, Demos
 from prelar.demos import apv_npz, lerobot, rlbench_folder
@@ -61,26 +61,20 @@ def _rlbench(settings: Demos) -> Source:
     )
 
 
+def _in_folder(open_folder: Callable[..., Source], settings: Demos, **more: str) -> Source:
+    """A source of recorded episodes, of the folder, the tasks and the cameras that the settings name."""
+    folder = hub.data_set(str(settings.path))
+    return open_folder(folder, tasks=chosen(settings.tasks), cameras=chosen(settings.cameras), **more)
+
+
 def _rlbench_folder(settings: Demos) -> Source:
-    folder, tasks, cameras = (
-        hub.data_set(str(settings.path)),
-        chosen(settings.tasks),
-        chosen(settings.cameras),
-    )
-    return rlbench_folder.open_folder(folder, settings.action_mode, tasks, cameras)
+    return _in_folder(rlbench_folder.open_folder, settings, action_mode=settings.action_mode)
 
 
-def _hdf5(folder: Path, tasks: Sequence[str] | None, cameras: Sequence[str] | None) -> Source:
+def _hdf5(settings: Demos) -> Source:
     from prelar.demos import hdf5  # h5py is for those who read such files
 
-    return hdf5.open_folder(folder, tasks, cameras)
-
-
-def _in_folder(open_folder: Callable[..., Source]) -> Callable[[Demos], Source]:
-    """What opens a source by its folder, tasks and cameras."""
-    return lambda settings: open_folder(
-        hub.data_set(str(settings.path)), chosen(settings.tasks), chosen(settings.cameras)
-    )
+    return _in_folder(hdf5.open_folder, settings)
 
 
 KINDS = {
@@ -89,16 +83,24 @@ KINDS = {
     "apv_npz": Kind(
         "a folder of APV's .npz episodes",
         "actions, gripper, where the files hold them",
-        _in_folder(apv_npz.open_folder),
+        functools.partial(_in_folder, apv_npz.open_folder),
     ),
     "rlbench_folder": Kind("a folder of RLBench's generator", "actions, gripper", _rlbench_folder),
     "lerobot": Kind(
         "the folder of a LeRobotDataset, v2.0 to v3.0",
         "actions, state, where the set has them",
-        _in_folder(lerobot.open_folder),
+        functools.partial(_in_folder, lerobot.open_folder),
     ),
-    "hdf5": Kind("a folder of HDF5 files of robomimic's or LIBERO's layout", "actions", _in_folder(_hdf5)),
+    "hdf5": Kind("a folder of HDF5 files of robomimic's or LIBERO's layout", "actions", _hdf5),
 }
+
+
+VIDEOS = {
+    "Something-Something V2": "the archive's parts and labels, in a folder or as URLs",
+    "your own videos": "a folder of them",
+    "LeRobotDataset": "its folder; its videos alone are read",
+}
+"""What `ssv2.source` may lead to; it is known by its content."""
 
 
 def open_source(settings: Demos) -> Source:
@@ -119,11 +121,3 @@ def listing() -> str:
     for name, wants in VIDEOS.items():
         lines.append(f"ssv2.source: {name}\n  wants: {wants}\n  gives: frames without actions")
     return "\n".join(lines)
-
-
-VIDEOS = {
-    "Something-Something V2": "the archive's parts and labels, in a folder or as URLs",
-    "your own videos": "a folder of them",
-    "LeRobotDataset": "its folder; its videos alone are read",
-}
-"""What `ssv2.source` may lead to; it is known by its content."""

@@ -93,7 +93,7 @@ def test_pictures_are_brought_to_size_by_area(height: int, width: int) -> None:
 
 def test_frames_are_means_of_what_is_drawn_twice_as_large(episode: Episode) -> None:
     with Simulator(episode.job.task) as simulator:
-        simulator.reset(SOURCE.seed, episodes.FIRST_EPISODE + episode.job.episode)
+        simulator.reset(SOURCE.seed, metaworld.FIRST_EPISODE + episode.job.episode)
         for camera in SOURCE.cameras:
             drawn = simulator.draw(camera, 2 * SIZE, 2 * SIZE).astype(int)
             total = drawn.reshape(SIZE, 2, SIZE, 2, 3).sum((1, 3))
@@ -115,7 +115,7 @@ def test_episode_is_whole_and_sound(episode: Episode) -> None:
 def test_actions_stand_before_the_frame_they_lead_to(episode: Episode) -> None:
     actions, gripper = episode.arrays["actions"], episode.arrays["gripper"]
     with Simulator(episode.job.task) as simulator:
-        simulator.reset(SOURCE.seed, episodes.FIRST_EPISODE + episode.job.episode)
+        simulator.reset(SOURCE.seed, metaworld.FIRST_EPISODE + episode.job.episode)
         for moment, action in enumerate(actions):
             assert np.array_equal(simulator.render("corner", SIZE, SIZE), episode.frames["corner"][moment])
             assert np.array_equal(simulator.gripper, gripper[moment])
@@ -126,9 +126,9 @@ def test_actions_stand_before_the_frame_they_lead_to(episode: Episode) -> None:
 
 def test_episode_ends_some_steps_after_its_success(episode: Episode) -> None:
     with Simulator(episode.job.task) as simulator:
-        simulator.reset(SOURCE.seed, episodes.FIRST_EPISODE + episode.job.episode)
+        simulator.reset(SOURCE.seed, metaworld.FIRST_EPISODE + episode.job.episode)
         solved = [simulator.step(action).success for action in episode.arrays["actions"][:-1]]
-    assert solved.index(True) + 1 == len(solved) - episodes.TAIL
+    assert solved.index(True) + 1 == len(solved) - metaworld.TAIL
 
 
 def test_collecting_is_a_pure_function_of_the_job(episode: Episode) -> None:

@@ -17,7 +17,6 @@ from PIL import Image
 
 from prelar.demos.episodes import Splits, clips, fault
 from prelar.demos.rlbench_folder import (
-    CAMERAS,
     FPS,
     LOW_DIM,
     VARIATION,
@@ -27,6 +26,7 @@ from prelar.demos.rlbench_folder import (
     read_pictures,
     read_variation,
 )
+from prelar.envs.names import RLBENCH_CAMERAS
 from prelar.utils import pickles
 from prelar.utils.errors import UserError
 from tests.memory import growth
@@ -79,7 +79,7 @@ def demo(rlbench: types.SimpleNamespace, length: int = LENGTH, **changes: Any) -
 def write_episode(folder: Path, content: Any, length: int = LENGTH, size: int = 64) -> Path:
     """An episode's folder, with pictures of noise."""
     random = np.random.default_rng(3)
-    for camera in CAMERAS:
+    for camera in RLBENCH_CAMERAS:
         (folder / f"{camera}_rgb").mkdir(parents=True)
         for number in range(length):
             noise = random.integers(0, 256, (size, size, 3), np.uint8)

@@ -18,7 +18,7 @@ import pytest
 
 from flows import demos, staging
 from prelar.demos import rlbench_live
-from prelar.demos.rlbench_folder import CAMERAS
+from prelar.envs.names import RLBENCH_CAMERAS
 from prelar.store.store import Store
 from prelar.utils.errors import UserError
 from tests.conftest import Project
@@ -35,7 +35,13 @@ def project(
     use_standins(tmp_path / "standin", monkeypatch)
     project = make_project(tmp_path / "project")
     tasks = ["push_button", "weighing_scales", "reach_target"]
-    settings = {"source": "rlbench", "tasks": tasks, "cameras": list(CAMERAS), "episodes": 3, "variations": 2}
+    settings = {
+        "source": "rlbench",
+        "tasks": tasks,
+        "cameras": list(RLBENCH_CAMERAS),
+        "episodes": 3,
+        "variations": 2,
+    }
     project.edit(demos={**settings, "timeout": 5.0})
     return project
 
@@ -184,7 +190,7 @@ def test_three_tasks_live(tmp_path: Path, make_project: Callable[[Path], Project
     rlbench_live.check()
     project = make_project(tmp_path / "project")
     tasks = ["reach_target", "push_button", "open_drawer"]
-    project.edit(demos={"source": "rlbench", "tasks": tasks, "cameras": list(CAMERAS), "episodes": 2})
+    project.edit(demos={"source": "rlbench", "tasks": tasks, "cameras": list(RLBENCH_CAMERAS), "episodes": 2})
     project.run("python", "-m", "flows.demos", timeout=1800)
     store = Store.open(project.root / "data/demos.zarr")
     stored = Counter(row["task"] for row in store.clip_index.to_pylist())
