@@ -159,7 +159,7 @@ class _Writer:
         self._latent = {
             camera: f"latent_action.{camera}" if several else "latent_action" for camera in self.cameras
         }
-        self._rows: list[dict[str, Any]] = []
+        self._meta: list[pa.Table] = []
 
     def write(self) -> None:
         """All files of the set."""
@@ -207,11 +207,11 @@ class _Writer:
         stats: list[dict[str, Stats]],
         latents: list[dict[str, Array]],
     ) -> int:
-        """The rows of a data file, a row group an episode; notes the episodes, and returns the next index."""
+        """The rows of a data file, a row group an episode, and theirs of meta; returns the next index."""
         path = self._folder / DATA.format(**place)
         path.parent.mkdir(parents=True, exist_ok=True)
         schema = pa.schema([pa.field(name, _arrow(*about)) for name, about in self._columns().items()])
-        begins = index
+        begins, rows = index, []
         with pq.ParquetWriter(path, schema) as writer:
             for number, (episode, of_pictures, latent) in enumerate(
                 zip(group, stats, latents, strict=True), first
@@ -231,11 +231,12 @@ class _Writer:
                 columns = [_column(values[field.name], field.type) for field in schema]
                 writer.write_table(pa.Table.from_arrays(columns, schema=schema), row_group_size=length)
                 found = of_pictures | {name: number_stats(column) for name, column in values.items()}
-                self._note(episode, number, index, index - begins, place, found)
+                rows.append(self._described(episode, number, index, index - begins, place, found))
                 index += length
+        self._meta.append(pa.Table.from_pylist(rows))
         return index
 
-    def _note(
+    def _described(
         self,
         episode: Episode,
         number: int,
@@ -243,7 +244,7 @@ class _Writer:
         before: int,
         place: dict[str, int],
         stats: dict[str, Stats],
-    ) -> None:
+    ) -> dict[str, Any]:
         """A row of meta/episodes; `before` frames lie before the episode in its files."""
         row: dict[str, Any] = {"episode_index": number, "tasks": [episode.task], "length": episode.length}
         row |= {f"data/{name}": value for name, value in place.items()}
@@ -253,7 +254,7 @@ class _Writer:
             row |= {f"videos/{key}/{name}": value for name, value in {**place, **times}.items()}
         for key, about in stats.items():
             row |= {f"stats/{key}/{name}": value for name, value in about.items()}
-        self._rows.append({**row, "meta/episodes/chunk_index": 0, "meta/episodes/file_index": 0})
+        return {**row, "meta/episodes/chunk_index": 0, "meta/episodes/file_index": 0}
 
     def _columns(self) -> dict[str, tuple[str, int]]:
         """Columns of the data files: dtype and width."""
@@ -265,11 +266,12 @@ class _Writer:
     def _write_meta(self, total: int) -> None:
         folder = self._folder
         (folder / EPISODES).parent.mkdir(parents=True)
-        pq.write_table(pa.Table.from_pylist(self._rows), folder / EPISODES)
+        meta = pa.concat_tables(self._meta).combine_chunks()
+        pq.write_table(meta, folder / EPISODES)
         texts = pd.Index(list(self._tasks), dtype=object, name="task")
         pd.DataFrame({"task_index": range(len(texts))}, index=texts).to_parquet(folder / "meta/tasks.parquet")
         keys = [*self.cameras.values(), *self._columns()]
-        pooled = {key: pooled_stats([_of(row, key) for row in self._rows]) for key in keys}
+        pooled = {key: pooled_stats(_stats_of(meta, key)) for key in keys}
         files.write_text(folder / "meta/stats.json", json.dumps(pooled, indent=4))
         files.write_text(folder / lerobot.INFO, json.dumps(self._info(total), indent=4))
 
@@ -417,14 +419,17 @@ def picture_stats(frames: Frames) -> Stats:
     return {**listed, "count": [len(frames)]}
 
 
-def _of(row: dict[str, Any], key: str) -> Stats:
+def _stats_of(meta: pa.Table, key: str) -> dict[str, Array]:
+    """The statistics of a feature by name, a row an episode, of meta/episodes."""
     names = ("min", "max", "mean", "std", "count", *QUANTILES)
-    return {name: row[f"stats/{key}/{name}"] for name in names}
+    return {name: np.array(meta[f"stats/{key}/{name}"].to_pylist(), np.float64) for name in names}
 
 
-def pooled_stats(stats: Sequence[Stats]) -> Stats:
-    """Statistics over episodes: pooled mean and deviation; quantiles are weighted means, as in lerobot."""
-    held = {name: np.array([each[name] for each in stats], np.float64) for name in stats[0]}
+def pooled_stats(held: dict[str, Array]) -> Stats:
+    """Statistics over episodes: pooled mean and deviation; quantiles are weighted means, as in lerobot.
+
+    held: those of the episodes by name, float64 with a row an episode.
+    """
     counts = held["count"].reshape(-1, *[1] * (held["mean"].ndim - 1))
     share = counts / counts.sum()
     mean = (held["mean"] * share).sum(0)

@@ -224,7 +224,8 @@ def test_statistics_are_those_of_the_numbers() -> None:
     random = np.random.default_rng(0)
     parts = [random.normal(size=(length, 3)) for length in (4, 9)]
     whole = np.concatenate(parts)
-    pooled = pooled_stats([number_stats(part) for part in parts])
+    stats = [number_stats(part) for part in parts]
+    pooled = pooled_stats({name: np.array([each[name] for each in stats]) for name in stats[0]})
     assert np.allclose(pooled["mean"], whole.mean(0)) and np.allclose(pooled["std"], whole.std(0))
     assert np.array_equal(pooled["min"], whole.min(0)) and pooled["count"] == [13]
     frames = random.integers(0, 256, (5, 64, 64, 3), np.uint8)
