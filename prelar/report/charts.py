@@ -128,7 +128,7 @@ def number(value: float) -> str:
     if not math.isfinite(value):
         return str(value)
     size = abs(value)
-    if size >= 1000 or value == int(value):
+    if size >= 999.5 or value == int(value):
         text = f"{value:,.0f}"
     elif size >= 1:
         text = f"{value:.3g}"

@@ -9,7 +9,7 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 from prelar.report.catalog import CurveSpec
@@ -53,6 +53,19 @@ def drawn(series: list[Series], spec: CurveSpec = SPEC, behind: list[Series] | N
 )
 def test_numbers_as_a_reader_wants_them(value: float, text: str) -> None:
     assert number(value) == text
+
+
+@given(st.floats(1e-3, 1e9), st.sampled_from([1, -1]))
+def test_numbers_are_close_and_in_plain_digits(size: float, sign: int) -> None:
+    text = number(sign * size)
+    assert "e" not in text
+    assert float(text.replace(",", "").replace("−", "-")) == pytest.approx(sign * size, rel=0.006)
+
+
+@example(999.7)
+@given(st.floats(990, 1010))
+def test_thousands_are_grouped(value: float) -> None:
+    assert number(value) in ("1,000", f"{value:.0f}" if value < 999.5 else f"{value:,.0f}")
 
 
 def test_ticks_are_short() -> None:
