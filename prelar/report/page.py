@@ -18,14 +18,13 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from prelar.config import Config
 from prelar.report.catalog import EVALUATE, METHODS
 from prelar.report.charts import number
-from prelar.report.provenance import flatten
+from prelar.report.provenance import SAMPLE, flatten
 from prelar.report.runs import Files, read_workspace
 from prelar.report.sections import PAGE, SECTIONS
 from prelar.utils.files import write_text
 
 TEMPLATES = Path(__file__).parent / "templates"
 MEDIA_TYPES = {".png": "image/png", ".mp4": "video/mp4"}
-SAMPLE = Path("data/sample")
 
 
 def run(config: Config, root: Path = Path()) -> None:
@@ -96,7 +95,7 @@ def embed_media(files: Files, paths: Iterable[Path]) -> dict[str, str]:
 
 def stand_in(config: Config) -> str | None:
     """What the data are where they are not those that the data set's name promises."""
-    if config.dataset == "ssv2" and config.ssv2.source == str(SAMPLE):
+    if config.dataset == "ssv2" and config.ssv2.source == SAMPLE:
         return (
             "These are not clips of Something-Something V2, but the project’s own sample in the same shape: "
             "Meta-World’s scripted experts, rendered."

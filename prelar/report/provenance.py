@@ -15,6 +15,7 @@ from httpx import InvalidURL
 from prelar.videos.download import shown
 
 WRITTEN_BY_RUNS = ("dvc.lock", "metrics.json")
+SAMPLE = "data/sample"
 
 
 def redact(value: Any) -> Any:
@@ -57,8 +58,8 @@ def modified_files(root: Path, baseline: str, commit: str | None) -> tuple[str, 
 
     Those that every run writes are left out.
     """
-    listed = git(root, "diff", "--name-only", "--relative", baseline, *([commit] if commit else []))
-    return tuple(path for path in (listed or "").splitlines() if path not in WRITTEN_BY_RUNS)
+    listed = git(root, "diff", "--name-only", "-z", "--relative", baseline, *([commit] if commit else []))
+    return tuple(path for path in (listed or "").split("\0") if path and path not in WRITTEN_BY_RUNS)
 
 
 def flatten(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
@@ -70,6 +71,29 @@ def flatten(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
         else:
             flat[f"{prefix}{key}"] = value
     return flat
+
+
+def data_stages(params: Mapping[str, Any]) -> dict[str, tuple[str, ...]]:
+    """The stages of dvc.yaml that make a run's data set, each with the groups of params.yaml that it reads.
+
+    `params` are all of the run's, by dotted key. A mixture has those of its members too.
+    """
+    dataset = str(params.get("dataset"))
+    prefix = f"mixtures.{dataset}."
+    members = [key.removeprefix(prefix) for key in params if key.startswith(prefix)]
+    stages: dict[str, tuple[str, ...]] = {}
+    for name in members or [dataset]:
+        if f"unions.{name}" in params:
+            stages[f"union@{name}"] = (f"unions.{name}",)
+            continue
+        kind = params.get(f"sources.{name}.kind")
+        archive = params.get(f"sources.{name}.source", params.get("ssv2.source"))
+        if (kind or name) == "ssv2" and archive == SAMPLE:
+            stages["sample"] = ("sample",)
+        stages |= {f"source@{name}": (f"sources.{name}", str(kind))} if kind else {name: (name,)}
+    if members:
+        stages[f"mixture@{dataset}"] = (f"mixtures.{dataset}",)
+    return stages
 
 
 def parse_lock(

@@ -16,7 +16,7 @@ from fsspec.implementations.local import LocalFileSystem
 
 from prelar.config import parse_yaml
 from prelar.report.catalog import CURVES, EVALUATE, METRICS, Curve
-from prelar.report.provenance import commands, flatten, git, modified_files, parse_lock, redact
+from prelar.report.provenance import commands, data_stages, flatten, git, modified_files, parse_lock, redact
 from prelar.utils.errors import UserError
 from prelar.utils.files import parse_json
 from prelar.utils.tables import parse_tsv
@@ -137,7 +137,7 @@ class Run:
     @property
     def stages(self) -> tuple[str, ...]:
         """The stages before the evaluation."""
-        return ("sample", str(self.params.get("dataset")), "pretrain", "finetune")
+        return (*data_stages(self.params), "pretrain", "finetune")
 
     @property
     def inputs(self) -> dict[str, str]:

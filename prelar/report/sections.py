@@ -23,7 +23,7 @@ from prelar.report.catalog import (
     loss_curve,
 )
 from prelar.report.charts import Figure, Series, figure, interval_figure
-from prelar.report.provenance import flatten, redact
+from prelar.report.provenance import data_stages, flatten, redact
 from prelar.report.runs import Files, Run
 
 PAGE = Path("reports/index.html")
@@ -237,22 +237,20 @@ def params_groups(config: Config) -> dict[str, dict[str, str]]:
 
     What is private in them is left out.
     """
-    flat = {key: redact(value) for key, value in flatten(config.model_dump(mode="json")).items()}
+    flat = flatten(config.model_dump(mode="json"))
+    data = tuple(f"{group}." for read in data_stages(flat).values() for group in read)
     groups: dict[str, dict[str, str]] = {"Ablation": {}, "Data": {}}
     groups.update({f"scales.{config.scale}.{stage}": {} for stage in STAGES})
     for key, value in flat.items():
-        text = json.dumps(value, ensure_ascii=False) if not isinstance(value, str) else value
-        stores, _, rest = key.partition(".")
-        if stores in ("sources", "mixtures", "unions"):
-            if f"{rest}.".startswith(f"{config.dataset}."):
-                groups["Data"][key] = text
-        elif "." not in key:
-            groups["Ablation"][key] = text
-        elif key.startswith((f"{config.dataset}.", "sample.")):
+        shown = redact(value)
+        text = json.dumps(shown, ensure_ascii=False) if not isinstance(shown, str) else shown
+        if f"{key}.".startswith(data):
             groups["Data"][key] = text
         elif key.startswith(f"scales.{config.scale}."):
             group, _, name = key.rpartition(".")
             groups[group][name] = text
+        elif "." not in key and key not in ("sources", "mixtures", "unions"):
+            groups["Ablation"][key] = text
     return groups
 
 

@@ -11,14 +11,16 @@ from typing import Any
 import numpy as np
 
 from prelar.report.catalog import METHODS, Curve
-from prelar.report.provenance import redact
+from prelar.report.provenance import data_stages, redact
 from prelar.report.runs import Run
 from prelar.report.statistics import Estimate, estimate
 from prelar.utils.tables import evenly_spaced_indices
 
 WITHIN = ("task", "seed")
-MACHINE = ("device", "threads", "data_root", "ssv2.workers", "demos.workers", "ssv2.batch", "ssv2.ffmpeg")
-DATASETS = ("ssv2", "demos")
+MACHINE = ("device", "threads", "data_root")
+DATA = ("sample", "ssv2", "demos", "sources", "mixtures", "unions")
+DATA_MACHINE = ("workers", "batch", "ffmpeg")
+"""Settings of the machine in the groups `DATA`."""
 POINTS = 100
 
 
@@ -59,15 +61,15 @@ def essential(params: Mapping[str, Any]) -> dict[str, Any]:
     The chosen scale's presets lose their prefix, so that runs of two scales are compared key by key.
     """
     scale = f"scales.{params.get('scale')}."
-    others = tuple(f"{name}." for name in DATASETS if name != params.get("dataset"))
-    sampled = params.get("dataset") == "ssv2" and params.get("ssv2.source") == "data/sample"
+    groups = tuple(f"{group}." for read in data_stages(params).values() for group in read)
     found = {}
     for key, value in params.items():
-        if key in MACHINE or key.startswith(others) or (key.startswith("sample.") and not sampled):
-            continue
-        if key.startswith(scale):
+        if key.partition(".")[0] in DATA:
+            if f"{key}.".startswith(groups) and key.rpartition(".")[2] not in DATA_MACHINE:
+                found[key] = value
+        elif key.startswith(scale):
             found[key.removeprefix(scale)] = value
-        elif not key.startswith("scales."):
+        elif not key.startswith("scales.") and key not in MACHINE:
             found[key] = value
     return found
 

@@ -180,6 +180,17 @@ def test_a_page_of_bare_metrics(tmp_path: Path, config: Config, capsys: pytest.C
         assert sentence in text
 
 
+def test_the_data_of_a_mixture_are_those_of_its_members(config: Config) -> None:
+    mixed = Config.model_validate(
+        config.model_dump()
+        | {"sources": {"more": {"kind": "demos"}}, "mixtures": {"both": {"ssv2": 1, "more": 2}}}
+        | {"dataset": "both"}
+    )
+    shown = params_groups(mixed)["Data"]
+    assert {"mixtures.both.more", "ssv2.min_frames", "demos.episodes", "sources.more.kind"} <= shown.keys()
+    assert not [key for key in params_groups(config)["Data"] if not key.startswith(("ssv2.", "sample."))]
+
+
 def test_the_checks_of_the_store_are_shown(text: str, tmp_path: Path, config: Config) -> None:
     assert "The clips in the store: 1 of 2 checks passed on 77 rows" in text
     assert "<td>at most 1.00% of the clips are bad</td><td>passed</td>" in text

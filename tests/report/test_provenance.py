@@ -23,6 +23,10 @@ stages:
     outs: [{{path: data/ssv2.zarr, hash: md5, md5: aa.dir}}]
   demos:
     outs: [{{path: data/demos.zarr, hash: md5, md5: bb.dir}}]
+  source@more:
+    outs: [{{path: data/more.zarr, hash: md5, md5: dd.dir}}]
+  mixture@both:
+    outs: [{{path: data/both.zarr, hash: md5, md5: ee.dir}}]
   pretrain:
     params: {{params.yaml: {{beta_a: null, scales.smoke.pretrain: {{steps: {STEPS}}}}}}}
     outs: [{{path: data/pretrain, hash: md5, md5: cc.dir}}]
@@ -68,6 +72,14 @@ def test_a_clean_tree(project: Path) -> None:
     assert found.commands == [f"git checkout {found.baseline}", "make repro"]
 
 
+def test_the_stores_of_a_mixture_are_inputs(project: Path) -> None:
+    edit(project / "params.yaml", "sources: {}", "sources: {more: {kind: demos}}")
+    edit(project / "params.yaml", "mixtures: {}", "mixtures: {both: {ssv2: 1, more: 1}}")
+    edit(project / "params.yaml", "dataset: ssv2", "dataset: both")
+    paths = ["data/ssv2.zarr", "data/more.zarr", "data/both.zarr", "data/pretrain"]
+    assert list(read_project(project).inputs) == paths
+
+
 def test_changed_params_become_settings_and_stale_stages_are_named(project: Path) -> None:
     edit(project / "params.yaml", "beta_a: null ", "beta_a: 0.1 ")
     edit(project / "params.yaml", "tasks: null", "tasks: [reach]")
@@ -92,6 +104,15 @@ def test_changed_code_is_named(project: Path) -> None:
     edit(project / "code.py", "1", "2")
     found = read_project(project)
     assert found.modified == ("code.py",) and found.unrepeated
+
+
+def test_files_are_named_as_they_are(project: Path) -> None:
+    name = 'ein "Größen" vergleich.py'
+    (project / name).write_text("a = 1\n")
+    git(project, "add", ".")
+    git(project, "commit", "-q", "-m", "y")
+    edit(project / name, "1", "2")
+    assert read_project(project).modified == (name,)
 
 
 def test_outside_of_git_and_dvc(tmp_path: Path) -> None:

@@ -58,6 +58,44 @@ def test_what_a_run_does_not_depend_on_makes_no_setting(changed: dict[str, objec
     assert len(variants) == 1 and repeats == [(second, first)]
 
 
+MIXED = {
+    "sources__kitchen__kind": "ssv2",
+    "sources__kitchen__source": "/videos",
+    "sources__pusht__kind": "demos",
+    "sources__other__kind": "demos",
+    "mixtures__robots__kitchen": 1,
+    "mixtures__robots__all": 2,
+    "mixtures__spare__pusht": 1,
+    "unions__all": ["/parts/a.zarr"],
+    "unions__none": ["/parts/b.zarr"],
+}
+GROUPS = {"sample.clips", "ssv2.min_frames", "demos.episodes", "unions.all", "unions.none"}
+GROUPS |= {"sources.pusht.path", "sources.other.path", "mixtures.spare.pusht", "mixtures.robots.all"}
+
+
+@pytest.mark.parametrize(
+    ("dataset", "read"),
+    [
+        ("ssv2", {"ssv2.min_frames", "sample.clips"}),
+        ("demos", {"demos.episodes"}),
+        ("kitchen", {"ssv2.min_frames"}),
+        ("pusht", {"demos.episodes", "sources.pusht.path"}),
+        ("all", {"unions.all"}),
+        ("robots", {"ssv2.min_frames", "unions.all", "mixtures.robots.all"}),
+        ("spare", {"demos.episodes", "sources.pusht.path", "mixtures.spare.pusht"}),
+    ],
+)
+def test_what_the_data_set_is_made_from_makes_a_setting_and_no_other_store(
+    dataset: str, read: set[str]
+) -> None:
+    first = make_run("a", [0.5], dataset=dataset, **MIXED)
+    for key in GROUPS:
+        variants, _ = group(
+            [first, make_run("b", [0.5], dataset=dataset, **MIXED | {key.replace(".", "__"): [77]})]
+        )
+        assert len(variants) == 1 + (key in read), key
+
+
 def test_a_repeated_run_is_no_further_seed() -> None:
     first = make_run("a", [0.5])
     (variant,), repeats = group([first, make_run("again", [0.9]), make_run("b", [0.7], seed=1)])
