@@ -30,6 +30,7 @@ from prelar.report.results import Results
 from prelar.report.runs import Run, find_runs
 from prelar.report.statistics import RESAMPLES, Estimate, performance_profile, probability_of_improvement
 from prelar.report.variants import Variant, aggregate, at_step, differences, essential, group
+from prelar.utils.errors import UserError
 from prelar.utils.files import write_text
 from prelar.utils.tables import evenly_spaced_indices
 
@@ -55,8 +56,16 @@ class Row:
 def run(names: Sequence[str], output: Path = PAGE, root: Path = Path()) -> None:
     """Write the page that compares the runs of some revisions, and of tables of results, named NAME.csv.
 
-    Raises `UserError` where one lacks results.
+    The learning curves stand beside it, in a table of its name. Raises `UserError` where one lacks results,
+    and where the table would take the place of the page or of a table that is read.
     """
+    table = output.with_suffix(".csv")
+    if table == output or table.resolve() in {(root / name).resolve() for name in names}:
+        taken = "is the page" if table == output else "is read here"
+        raise UserError(
+            f"--output {output}: the curves are written beside the page, to {table}, which {taken}; "
+            "give another name, such as reports/compare.html"
+        )
     tables = {name: Results.read(root / name) for name in names if name.endswith(".csv")}
     runs = [run for results in tables.values() for run in results.runs.values()]
     runs += find_runs([name for name in names if name not in tables], root)
@@ -64,7 +73,6 @@ def run(names: Sequence[str], output: Path = PAGE, root: Path = Path()) -> None:
         for failed, error in results.failed.items():
             print(f"{name}: {failed} failed and is not shown: {error}", flush=True)
     write_text(output, render(runs))
-    table = output.with_suffix(".csv")
     write_text(table, export(runs))
     print(f"report: {len(runs)} run{'s' if len(runs) > 1 else ''} compared in {output}, {table}", flush=True)
 

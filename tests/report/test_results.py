@@ -64,6 +64,17 @@ def test_the_page_is_drawn_from_the_table_alone(tmp_path: Path, capsys: pytest.C
     assert "n = 2: 1 task, 2 seeds" in page and "Return during fine-tuning" in page
 
 
+@pytest.mark.parametrize("output", ["sweep.html", "sweep.csv", "page.csv", "./other/../sweep.html"])
+def test_no_page_takes_the_place_of_a_table(tmp_path: Path, output: str) -> None:
+    path = tmp_path / "sweep.csv"
+    (tmp_path / "other").mkdir()
+    results([[1.0, 2.0]], {"probe_r2": 0.5}).write(path)
+    before = path.read_bytes()
+    with pytest.raises(UserError, match="give another name"):
+        compare.run([str(path)], tmp_path / output)
+    assert path.read_bytes() == before and not list(tmp_path.glob("page*"))
+
+
 @pytest.mark.parametrize("broken", ["{}", "[]", '{"code": 1, "commit": "a", "params": []}'])
 def test_other_files_end_in_one_line(tmp_path: Path, broken: str) -> None:
     path = tmp_path / "sweep.csv"
