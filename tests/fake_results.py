@@ -148,6 +148,8 @@ def make_evaluation(folder: Path, *, pretrained: bool = True) -> None:
     if pretrained:
         summary["prediction"] = {**segments, "split": "validation", "latent": True}
         summary |= {"controllability": decided, "controllability_untrained": {**decided, "mean": 0.01}}
+        errors = {"weight": 0.5, "prediction_error": 0.004, "prediction_error_copy": 0.006}
+        summary["sources"] = [{"source": "ssv2", **errors}, {"source": "<it>", **errors, "probe_r2": 0.4}]
         names.append("prediction")
         make_probe(folder)
         make_offline(folder, "pretrained", 0.5)
