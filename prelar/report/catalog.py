@@ -146,7 +146,7 @@ _REWARD_ERROR = CurveSpec(
     "Reward error of the fitted world model on held-out episodes",
     UPDATES,
     "reward error, mean squared",
-    "Mean squared error of the rewards of held-out episodes, which lie between 0 and 10 a step.",
+    "Mean squared error of the rewards of held-out episodes.",
     log_from=1,
     reference=("offline_scratch_reward_error", "from scratch"),
 )

@@ -16,6 +16,7 @@ from pathlib import Path
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
 from prelar.config import Config
+from prelar.envs.names import suite_of
 from prelar.report.catalog import EVALUATE, METHODS
 from prelar.report.charts import number
 from prelar.report.provenance import SAMPLE, flatten
@@ -41,8 +42,10 @@ def render(config: Config, root: Path = Path()) -> str:
     """The page's text."""
     found = read_workspace(root, flatten(config.model_dump(mode="json")))
     method, account = METHODS[config.method]
+    suite = suite_of(config.task)
     common = {
         "config": config,
+        "suite": suite.title if suite else None,
         "method": method,
         "account": account,
         "pretrains": config.method != "dreamerv2" and config.pretrain.steps > 0,

@@ -48,7 +48,7 @@ def returns_figure(policies: Sequence[Mapping[str, Any]]) -> Figure | None:
         return None
     counts = ", ".join(f"{policy['episodes']} of {policy['name']}" for policy in policies)
     return interval_figure(
-        "Return of the agent beside random actions and the scripted expert",
+        "Return of each policy",
         "return, mean of the episodes",
         [(policy["name"], policy["return"], policy["low"], policy["high"]) for policy in policies],
         identifier="returns",
@@ -142,7 +142,12 @@ def offline(config: Config, run: Run) -> Values:
     }
     names = ("offline_pretrained_error", "offline_pretrained_reward_error") if tables else ()
     summary = run.files.load(EVALUATE / "summary.json") or {}
-    return {"charts": [_offline_figure(name, tables) for name in names], "fits": summary.get("offline")}
+    policies = summary.get("episodes", {}).get("policies", [])
+    return {
+        "charts": [_offline_figure(name, tables) for name in names],
+        "fits": summary.get("offline"),
+        "expert": any(policy["name"] == "scripted expert" for policy in policies),
+    }
 
 
 def _offline_figure(name: str, tables: Mapping[str, Mapping[str, list[float]]]) -> Figure:

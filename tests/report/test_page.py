@@ -191,6 +191,24 @@ def test_the_data_of_a_mixture_are_those_of_its_members(config: Config) -> None:
     assert not [key for key in params_groups(config)["Data"] if not key.startswith(("ssv2.", "sample."))]
 
 
+def test_each_task_is_told_to_be_of_its_own_suite(text: str, tmp_path: Path, config: Config) -> None:
+    assert "Meta-World’s <i>reach</i>" in text and "half of the scripted expert" in text
+    assert "which lie between 0 and 10" in text
+    make_results(tmp_path)
+    path = tmp_path / "reports/evaluate/summary.json"
+    summary = json.loads(path.read_text(encoding="utf-8"))
+    summary["episodes"]["policies"].pop()
+    path.write_text(json.dumps(summary), encoding="utf-8")
+    for task, shown in (
+        ("dmc/walker-walk", "DeepMind Control’s <i>dmc/walker-walk</i>"),
+        ("mine:Env", "on <i>mine:Env</i>"),
+    ):
+        own = config.model_copy(update={"task": task, "dataset": "demos"})
+        page = report.render(own, tmp_path).split('<section id="action"')[0]
+        assert shown in page and "Meta-World" not in page
+        assert "scripted expert" not in page and "between 0 and 10" not in page
+
+
 def test_the_checks_of_the_store_are_shown(text: str, tmp_path: Path, config: Config) -> None:
     assert "The clips in the store: 1 of 2 checks passed on 77 rows" in text
     assert "<td>at most 1.00% of the clips are bad</td><td>passed</td>" in text
