@@ -222,6 +222,39 @@ def test_a_rollout_is_rewound_followed_kept_and_shared(browser: Browser, file: P
         assert page.evaluate("[...simulator.steps[4].frame]") == last
 
 
+@pytest.mark.parametrize(("number", "frame"), [(0, 0), (0, 3), (1, 2), (1, 5)])
+def test_the_recording_drives_as_far_as_it_goes(
+    browser: Browser, file: Path, number: int, frame: int
+) -> None:
+    with opened(browser, file) as (page, _):
+        page.evaluate("([number, frame]) => choose(number, {frame})", [number, frame])
+        page.get_by_label("the recording’s actions").check()
+        page.locator("#speed").select_option("1000")
+        page.get_by_role("button", name="Run").click()
+        page.get_by_text("The recording has no further action").wait_for()
+        assert page.evaluate("[running, simulator.position, simulator.steps.length]") == [
+            False,
+            5 - frame,
+            6 - frame,
+        ]
+
+
+def test_a_replay_that_fails_says_so(browser: Browser, file: Path) -> None:
+    fail = """async ([steps, link]) => {
+      const {engine} = simulator, step = engine.step.bind(engine);
+      engine.step = (...given) => steps-- ? step(...given) : Promise.reject(new Error("out of memory"));
+      await replay(link);
+      return [simulator.position, at("told").textContent];
+    }"""
+    with opened(browser, file) as (page, _):
+        page.get_by_label("the learnt policy").check()
+        for number in (1, 2, 3):
+            page.get_by_role("button", name="One step").click()
+            page.locator(f"#step:text-is('{number}')").wait_for()
+        link = page.evaluate("link()")
+        assert page.evaluate(fail, [1, link]) == [1, "The step failed: out of memory"]
+
+
 def test_a_picture_of_ones_own_is_a_start(
     browser: Browser, file: Path, entries: dict[str, tuple[Entry, Path]], tmp_path: Path
 ) -> None:

@@ -77,6 +77,11 @@ function restart() {
 
 async function advance(record) {  // one step of imagination from where the rollout stands
   const {world, engine, steps, position, clip, seed, chance} = simulator;
+  if (record === null) {
+    setRunning(false);
+    tell("The recording has no further action.");
+    return;
+  }
   if (simulator.busy || position >= LONGEST) { setRunning(running && position < LONGEST); return; }
   simulator.busy = true;
   const began = performance.now();
@@ -118,11 +123,11 @@ function pushed() {  // what keys, buttons and the gamepad ask of three axes, ea
   return axes.map(value => Math.max(-1, Math.min(1, value)));
 }
 
-function nextRecord(axes) {
+function nextRecord(axes) {  // what moves the world next; null where the recording has no further action
   const {world, steps, position, clip, frame} = simulator;
   const driver = document.querySelector("[name=driver]:checked").value;
   const time = frame + position, recorded = driver === "record" && !isOwn() && time + 1 < world.frames;
-  if (driver === "record" && !recorded) { setRunning(false); }
+  if (driver === "record" && !recorded && !axes.some(Boolean)) { return null; }
   if (world.controls === "none") { return []; }
   if (world.controls === "latent") {
     if (recorded) { return [1, clip, time, time + 1, 0]; }
@@ -320,7 +325,10 @@ async function replay(text) {
     return;
   }
   await choose(found.model, found);
-  for (const record of found.records) { await advance(record); }
+  for (const [place, record] of found.records.entries()) {
+    await advance(record);
+    if (simulator.position !== place + 1) { return; }  // it failed, and said so
+  }
   const other = found.mark !== simulator.world.mark;
   tell(other ? "The link was made with another model, which imagines otherwise." : `Replayed ${found.records.length} steps of the link.`, other);
 }
