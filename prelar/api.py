@@ -105,13 +105,16 @@ class Loaded:
         """Go on from the last step under actions (H, A), or (B, H, A), without looking.
 
         A number H stands for so many actions of zeros: enough for models that are pre-trained without any
-        (APV, ContextWM). `sample` draws states from torch's global generator instead of taking modes.
+        (APV, ContextWM). `sample` draws states from torch's global generator instead of taking modes. Raises
+        `ValueError` where shapes do not fit, or there is no action.
         """
         batch = len(next(iter(seen._state.values())))
-        if isinstance(actions, int):
-            steps = torch.zeros(batch, actions, self.action_dim, device=self.device)
+        if isinstance(actions, int | np.integer):
+            steps = torch.zeros(batch, int(actions), self.action_dim, device=self.device)
         else:
             steps = self._actions(actions, batch, "")
+        if not steps.shape[1]:
+            raise ValueError("actions: none; give 1 or more to imagine")
         state, states = seen._state, []
         for action in steps.unbind(1):
             state = self.model.imagine_step(state, action, sample)
@@ -136,8 +139,14 @@ class Loaded:
 
         uint8 (T, 64, 64, 3) to (T - stride, A), or (0, A) for fewer frames. `spec.stride(fps)` tells the
         stride of pre-training in a video of so many frames a second. A long video is gone through in pieces.
-        Raises `UserError` where the model infers no actions.
+        Raises `UserError` where the model infers no actions, `ValueError` for several videos at once, frames
+        that are none and a stride below 1.
         """
+        if np.ndim(frames) != 4 or stride < 1:
+            raise ValueError(
+                f"frames: {np.shape(frames)}, stride = {stride}; give one video, uint8 (T, 64, 64, 3), and a "
+                "stride of 1 or more"
+            )
         found = np.empty((max(len(frames) - stride, 0), self.action_dim), np.float32)
         for offset in range(min(stride, max(len(found), 1))):
             found[offset::stride] = self._infer(frames[offset::stride])

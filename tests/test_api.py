@@ -126,6 +126,27 @@ def test_other_frames_are_refused(tmp_path: Path, frames: np.ndarray) -> None:
         prelar.load(tmp_path / "x").encode(frames)
 
 
+def test_one_video_is_inferred_at_a_time_with_a_stride(tmp_path: Path) -> None:
+    save_pretrained(tmp_path / "x")
+    model = prelar.load(tmp_path / "x")
+    for count, length in ((5, 2), (3, 3), (1, 7), (7, 1)):
+        with pytest.raises(ValueError, match="give one video"):
+            model.infer(np.stack([moving(7)[:length]] * count))
+    for stride in (0, -1):
+        with pytest.raises(ValueError, match="stride of 1 or more"):
+            model.infer(FRAMES, stride=stride)
+
+
+def test_imagination_takes_a_step_or_more(tmp_path: Path) -> None:
+    save_pretrained(tmp_path / "x", "apv")
+    model = prelar.load(tmp_path / "x")
+    seen = model.encode(FRAMES)
+    for none in (0, np.zeros((0, model.action_dim))):
+        with pytest.raises(ValueError, match="1 or more"):
+            model.imagine(seen, none)
+    assert (model.imagine(seen, np.int64(2)).features == model.imagine(seen, 2).features).all()
+
+
 def test_other_actions_are_refused(tmp_path: Path) -> None:
     save_pretrained(tmp_path / "x")
     model = prelar.load(tmp_path / "x")
