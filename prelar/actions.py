@@ -49,6 +49,11 @@ def run(
     stored = [path for path in sources if path.suffix == ".zarr"]
     if stored and len(sources) > 1:
         raise UserError(f"{stored[0]}: a store is read by itself; name no other source beside it")
+    for path in () if stored else sources:  # before any is decoded, which takes long
+        try:
+            path.open("rb").close()
+        except OSError as error:
+            raise UserError(f"{path}: {error.strerror}; name video files, or a store") from None
     model = api.load(checkpoint, device)
     if stored:
         store = Store.open(stored[0])
@@ -112,10 +117,6 @@ def read_videos(
     There are no actions of a video that fails.
     """
     for path in paths:
-        try:
-            path.open("rb").close()
-        except OSError as error:
-            raise UserError(f"{path}: {error.strerror}; name video files, or a store") from None
         stride, found = 1, [np.empty((0, model.action_dim), np.float32)]
         try:
             pieces = read_video(path, decoder)

@@ -172,12 +172,17 @@ def test_nothing_readable_leaves_no_file(checkpoint: Path, tmp_path: Path) -> No
     assert not list(tmp_path.glob("*.parquet*"))
 
 
-def test_sources_that_do_not_fit_end_in_one_line(store: Path, checkpoint: Path, tmp_path: Path) -> None:
+def test_sources_that_do_not_fit_end_in_one_line(
+    store: Path, checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     output = tmp_path / "out.parquet"
     with pytest.raises(UserError, match="a store is read by itself"):
         actions.run([store, store], output, checkpoint=checkpoint)
-    with pytest.raises(UserError, match="No such file"):
-        actions.run([tmp_path / "none.mp4"], output, checkpoint=checkpoint)
+    (tmp_path / "first.mp4").write_bytes(b"no video")
+    for later in (tmp_path / "none.mp4", tmp_path):
+        with monkeypatch.context() as patch, pytest.raises(UserError, match=r"No such file|Is a directory"):
+            patch.setattr(actions, "read_video", lambda *_: pytest.fail("decoded before all are looked at"))
+            actions.run([tmp_path / "first.mp4", later], output, checkpoint=checkpoint)
     save_pretrained(checkpoint, "apv")
     with pytest.raises(UserError, match="infers no actions"):
         actions.run([store], output, checkpoint=checkpoint)
