@@ -15,6 +15,7 @@ from prelar.report.catalog import (
     EVALUATE,
     LEARNING,
     METHODS,
+    OFFLINE,
     PRETRAINING,
     PRETRAINING_CURVES,
     VALIDATION,
@@ -140,11 +141,10 @@ def offline(config: Config, run: Run) -> Values:
         for label, start in starts.items()
         if (table := run.files.table(CURVES[f"{start}_error"].file))
     }
-    names = ("offline_pretrained_error", "offline_pretrained_reward_error") if tables else ()
     summary = run.files.load(EVALUATE / "summary.json") or {}
     policies = summary.get("episodes", {}).get("policies", [])
     return {
-        "charts": [_offline_figure(name, tables) for name in names],
+        "charts": [_offline_figure(name, tables) for name in OFFLINE if tables],
         "fits": summary.get("offline"),
         "expert": any(policy["name"] == "scripted expert" for policy in policies),
     }

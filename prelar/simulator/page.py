@@ -89,8 +89,8 @@ def find_world(config: Config, step: Step) -> World | None:
 def make_entry(folder: Path, start: Callable[[Step], World | None], root: Path) -> Entry:
     """What the page shows of a checkpoint."""
     step = load_step(folder)
-    size = weigh(imagining(step))
-    title, notes = describe(step, size, root)
+    size = weight_bytes(step_modules(step))
+    title, notes = describe(step, root)
     remedy = f"To play it: python -m prelar play {folder}"
     if size > LARGEST:
         return Entry(title, [*notes, f"That is too large for a page. {remedy}"])
@@ -101,17 +101,17 @@ def make_entry(folder: Path, start: Callable[[Step], World | None], root: Path) 
     if world is None:
         return Entry(title, [*notes, "The store holds out no clip of its length to start from."])
     context = world.context(0)
-    look = export_look(step, context) if size + weigh([step.model.encoder]) <= LARGEST else None
+    look = export_look(step, context) if size + weight_bytes([step.model.encoder]) <= LARGEST else None
     return Entry(title, notes, world, export(step, context), look, digest(step))
 
 
-def weigh(modules: Sequence[nn.Module]) -> int:
+def weight_bytes(modules: Sequence[nn.Module]) -> int:
     """Bytes of the weights of modules."""
     return sum(value.nbytes for module in modules for value in module.state_dict().values())
 
 
-def imagining(step: Step) -> list[nn.Module]:
-    """The modules of which a step consists."""
+def step_modules(step: Step) -> list[nn.Module]:
+    """The modules that a step of imagination runs."""
     model = step.model
     return [model.dynamics, model.decoder, model.heads, *filter(None, (step.actor, step.critic))]
 
@@ -124,13 +124,11 @@ def digest(step: Step) -> str:
     return found.hexdigest()[:8]
 
 
-def describe(step: Step, size: int, root: Path = Path()) -> tuple[str, list[str]]:
+def describe(step: Step, root: Path = Path()) -> tuple[str, list[str]]:
     """What model this is: a title, and sentences on its kind, its size, and how its error grows."""
     spec, described = step.spec, step.described
-    name, count = (
-        METHODS.get(spec.method, spec.method),
-        sum(p.numel() for part in imagining(step) for p in part.parameters()),
-    )
+    name, modules = METHODS.get(spec.method, spec.method), step_modules(step)
+    count, size = sum(p.numel() for part in modules for p in part.parameters()), weight_bytes(modules)
     if spec.stage == "finetune":
         title = f"{name}, fine-tuned on {described.get('task', 'a task')}"
         kind = "The robot’s actions drive it; it knows rewards, and a policy that it was learnt with."

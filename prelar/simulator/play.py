@@ -26,7 +26,7 @@ from starlette.routing import Route, WebSocketRoute
 from starlette.websockets import WebSocket, WebSocketDisconnect
 
 from prelar.config import PARAMS, Config
-from prelar.simulator.page import Entry, describe, digest, find_world, imagining, render, weigh
+from prelar.simulator.page import Entry, describe, digest, find_world, render
 from prelar.simulator.step import Look, Step, load_step
 from prelar.simulator.world import WORLD, World, read_world
 from prelar.train.loop import set_up
@@ -89,7 +89,7 @@ def serve(app: Starlette, listener: socket.socket) -> None:
 
 def application(step: Step, world: World, port: int, word: str) -> Starlette:
     """The page at `/<word>/`, and its steps over the WebSocket `/<word>/step`."""
-    title, notes = describe(step, weigh(imagining(step)))
+    title, notes = describe(step)
     page = render(
         [Entry(title, notes, world, mark=digest(step))], None, socket=f"ws://{HOST}:{port}/{word}/step"
     )
