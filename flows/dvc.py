@@ -17,6 +17,7 @@ from types import MappingProxyType
 from typing import Any
 
 from prelar.config import PARAMS, Config
+from prelar.report.provenance import override
 from prelar.stages import PIPELINE, Stages
 from prelar.utils.errors import UserError, printable
 from prelar.utils.parents import child
@@ -59,19 +60,7 @@ class Log:
 
 def overrides(changes: dict[str, Any]) -> list[str]:
     """Changes to params.yaml as words of `dvc exp run`; a key that the file lacks is added."""
-    return [word for key, value in changes.items() for word in ("-S", f"++{key}={_hydra(value)}")]
-
-
-def _hydra(value: Any) -> str:
-    """A value of params.yaml, none or a list of such, in the grammar of Hydra's overrides."""
-    from hydra.core.override_parser.types import Quote, QuotedString
-
-    if isinstance(value, list):
-        return f"[{','.join(map(_hydra, value))}]"
-    if isinstance(value, str):
-        literal = re.sub(r"(\\*)\$\{", r"\1\1\\${", value)  # no interpolation of OmegaConf's
-        return QuotedString(literal, Quote.single).with_quotes()
-    return "null" if value is None else str(value)
+    return [word for key, value in changes.items() for word in ("-S", f"++{key}={override(value)}")]
 
 
 def dvc(

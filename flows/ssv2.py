@@ -37,7 +37,10 @@ PARTS = f"{NAME}-parts-"
 def fetch(urls: list[str]) -> list[Path]:
     """Download the archive's parts, or find them downloaded."""
     folder = files.STAGING / f"{PARTS}{hashlib.sha256(chr(10).join(urls).encode()).hexdigest()[:16]}"
-    with tqdm(desc="download", unit="B", unit_scale=True, disable=None) as bar:
+    with (  # stores of the same URLs share the folder
+        files.exclusive(folder),
+        tqdm(desc="download", unit="B", unit_scale=True, disable=None) as bar,
+    ):
         headers = download.secrets(os.environ)
         return download.fetch(urls, folder / "parts", headers=headers, progress=bar.update)
 

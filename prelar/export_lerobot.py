@@ -14,6 +14,7 @@ import contextlib
 import dataclasses
 import itertools
 import json
+import math
 import os
 import subprocess
 import tempfile
@@ -77,6 +78,8 @@ def run(
     checkpoint: the model whose latent actions become a feature. fps: only clips of that rate, or of none that
     is known. Raises `UserError` where the folder is there, clips are of several rates, or ffmpeg fails.
     """
+    if fps is not None and not 0 < fps < math.inf:
+        raise UserError(f"--fps {fps:g}: not a rate; give frames a second, above 0")
     if folder.exists():
         raise UserError(f"{folder}: exists already; name another folder, or remove it")
     store = Store.open(path)

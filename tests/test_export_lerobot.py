@@ -156,6 +156,8 @@ def test_clips_of_a_store_of_videos_are_episodes_of_one_rate(tmp_path: Path) -> 
             writer.append(moving(6), {"id": name, "split": split, "fps": fps, "label": f"Moving {name}"})
         writer.finish({})
     told = r"its clips have 12 \(2 clips\), 30 \(1 clips\); name one with --fps"
+    with pytest.raises(UserError, match="--fps -1: not a rate"):
+        export_lerobot.run(tmp_path / "x.zarr", tmp_path / "set", fps=-1.0)
     with pytest.raises(UserError, match=told):
         export_lerobot.run(tmp_path / "x.zarr", tmp_path / "set")
     export_lerobot.run(tmp_path / "x.zarr", tmp_path / "set", fps=12.0)

@@ -38,6 +38,7 @@ if "locked" in sys.argv:
 TEXTS = st.text("aé日😀 '\"\\${},=[]()#*|~-.:\t\n", max_size=12).filter(lambda text: text != "???")
 """Any but what stands for a missing value in OmegaConf, which DVC reads params with."""
 WORDS = st.sampled_from(["null", "true", "1", "1e-05", "hub:org/name@rev", "/data/vidéos", "C:\\videos\\"])
+WORDS |= st.text("aNul/.@:-_1e", max_size=6) | st.sampled_from(["NULL", "nan", "inf", "-inf", "~", "on"])
 NUMBERS = st.integers() | st.floats(allow_nan=False)
 SINGLE = TEXTS | WORDS | NUMBERS | st.booleans() | st.none()
 

@@ -366,6 +366,13 @@ def test_a_disk_that_is_clearly_too_small_ends_it_before_anything_is_decoded(
     assert not Path("data/ssv2.zarr").exists()
 
 
+def test_stores_of_the_same_urls_do_not_download_at_once(here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    urls = ["http://127.0.0.1/part-00"]
+    monkeypatch.setattr(ssv2.download, "fetch", lambda *_, **__: ssv2.fetch.fn(urls))
+    with pytest.raises(UserError, match="is writing it"):
+        ssv2.fetch.fn(urls)
+
+
 def test_labels_and_parts_are_found(here: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(ssv2, "fetch", ssv2.fetch.fn)
     folder = Path("data/sample")
