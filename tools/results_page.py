@@ -13,6 +13,7 @@ import numpy as np
 import numpy.typing as npt
 from jinja2 import StrictUndefined, Template
 
+from prelar.evaluation.controllability import interval
 from prelar.report.catalog import CurveSpec
 from prelar.report.charts import Series, line_chart, number
 from prelar.report.results import Results
@@ -258,14 +259,21 @@ def returns(scores: Sequence[Scores], controls: Mapping[str, tuple[float, float]
 
 
 def ahead(scores: Sequence[Scores], tasks: Sequence[str]) -> str:
-    """In how many runs of a task the lower end of the agent's return lies above the upper end of random's."""
+    """Returns after training over seeds, and in how many runs the agent's interval lies above random's."""
     rows = []
     for one in scores:
         cells = []
         for runs in zip(*one.runs, strict=True):
+            found = np.array([run.metrics["return"] for run in runs])
             held = sum(run.metrics["return_low"] > run.metrics["return_random_high"] for run in runs)
-            cells.append(f"{held} of {len(runs)}")
+            told = between(float(found.mean()), *interval(found), len(found))
+            cells.append(f"{told}; {held} of {len(runs)}")
         rows.append((one.name, *cells))
+    every = [run for one in scores for row in one.runs for run in row]
+    ends = [
+        [run.metrics["return_random_high"] for run in every if run.params["task"] == task] for task in tasks
+    ]
+    rows.append(("random actions", *(f"at most {number(max(found))}" for found in ends)))
     return markdown(("", *tasks), rows)
 
 
