@@ -17,9 +17,9 @@ from types import MappingProxyType
 from typing import Any
 
 from prelar.config import PARAMS, Config
-from prelar.report.provenance import override
 from prelar.stages import PIPELINE, Stages
 from prelar.utils.errors import UserError, printable
+from prelar.utils.overrides import override
 from prelar.utils.parents import child
 
 GRACE = 20

@@ -32,6 +32,7 @@ FREE = {
     "prelar.envs.names",
     "prelar.utils.parents",
     "prelar.utils.disk",
+    "prelar.utils.overrides",
     "prelar.utils.own",
     "prelar.utils.urls",
     "flows",

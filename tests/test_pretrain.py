@@ -311,6 +311,7 @@ def test_a_run_is_not_continued_on_other_frames(tmp_path: Path, monkeypatch: pyt
     )
     job = source.jobs()[0]
     arrays = {name: np.zeros((9, width), np.float32) for name, width in source.arrays.items()}
+    arrays["actions"][0] = 1
 
     def key(name: str, number: int, place: int, sha256: str | None = None) -> str:
         frames = disc(7, 9)

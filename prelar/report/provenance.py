@@ -11,13 +11,11 @@ from typing import Any
 
 from httpx import InvalidURL
 
+from prelar.utils.overrides import override
 from prelar.videos.download import shown
 
 WRITTEN_BY_RUNS = ("dvc.lock", "metrics.json")
 SAMPLE = "data/sample"
-
-_PLAIN = re.compile(r"(?!(?i:null|true|false|nan|inf)\Z)[A-Za-z/][A-Za-z0-9_./@:-]*")
-"""Texts that Hydra reads as they are."""
 
 
 def redact(value: Any) -> Any:
@@ -123,16 +121,3 @@ def commands(commit: str | None, changed: Mapping[str, Any]) -> list[str]:
     return lines + (
         ["make setup", ".venv/bin/dvc exp run " + " ".join(settings)] if settings else ["make repro"]
     )
-
-
-def override(value: Any) -> str:
-    """A value of params.yaml, none or a list of such, as `dvc exp run -S` reads it (Hydra's grammar)."""
-    if isinstance(value, list):
-        return f"[{','.join(map(override, value))}]"
-    if not isinstance(value, str):
-        return "null" if value is None else str(value)
-    if _PLAIN.fullmatch(value):
-        return value
-    literal = re.sub(r"(\\*)\$\{", r"\1\1\\${", value)  # no interpolation of OmegaConf's
-    quoted = re.sub(r"(\\*)('|\Z)", lambda found: 2 * found[1] + found[2].replace("'", "\\'"), literal)
-    return f"'{quoted}'"
