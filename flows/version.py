@@ -46,7 +46,9 @@ class Version:
         try:
             wanted = f"{revision or 'HEAD'}^{{commit}}"
             commit = git("rev-parse", "--verify", "--end-of-options", wanted).strip()
-            return cls(commit, commit if revision else git("stash", "create").strip() or commit)
+            if revision or not git("status", "--porcelain", "--untracked-files=no"):
+                return cls(commit, commit)
+            return cls(commit, git("stash", "create").strip())
         except UserError as error:
             if revision:
                 raise UserError(

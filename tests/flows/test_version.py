@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import shutil
 from pathlib import Path
 
 import pytest
@@ -62,6 +64,18 @@ def test_a_copy_has_the_files_and_leaves_the_workspace_alone(toy: Toy, tmp_path:
     assert Path("params.yaml").read_text(encoding="utf-8") == "later"
     assert toy.command("git", "status", "--porcelain").stdout == status
     assert toy.command("git", "stash", "list").stdout == ""
+
+
+def test_a_project_that_was_copied_is_as_it_was_committed(
+    toy: Toy, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Git's index knows other inodes and times there."""
+    shutil.copytree(toy.root, tmp_path / "copied")
+    monkeypatch.chdir(tmp_path / "copied")
+    for path in Path().glob("*.*"):
+        os.utime(path, (1, 1))
+    version = Version.named(None)
+    assert version.files == version.commit == toy.command("git", "rev-parse", "main").stdout.strip()
 
 
 def test_a_copy_is_made_of_a_shallow_clone_too(
