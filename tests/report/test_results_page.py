@@ -28,8 +28,8 @@ def results(monkeypatch: pytest.MonkeyPatch, seeds: int, best: str, preset: str 
             if run.params["seed"] < seeds:
                 top = 800.0 if setting == best else 200.0 + run.params["seed"]
                 made = make_run(run.name, [])
-                metrics = {"return_random": 100.0, "return_expert": 800.0, "return_low": top}
-                metrics["return_random_high"] = 201.0
+                metrics = {"return": top, "return_low": top, "return_expert": 800.0}
+                metrics |= {"return_random": 100.0, "return_random_high": 201.0}
                 found.add(replace(made, metrics=metrics, curves={"return": (STEPS, (100.0, top, top, top))}))
                 found.cpu_seconds[run.name] = 60.0
     return found
@@ -45,7 +45,9 @@ def test_the_better_setting_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
     assert "| APV | 0.750 (0.750 to 0.750) | 1 (1 to 1) |" in text
     beaten = re.findall(r"\| (.*?) \| (.*?) \| ([01]) \(\3 to \3\) \| (first|second) \|", text)
     assert len(beaten) == 6 and all((row[0] == "APV") == (row[3] == "first") for row in beaten)
-    assert "| APV | 2 of 2 | 2 of 2 | 2 of 2 |" in text and "| PreLAR | 0 of 2 | 0 of 2 | 0 of 2 |" in text
+    assert f"| APV |{' 800 (800 to 800); 2 of 2 |' * 3}" in text
+    assert f"| PreLAR |{' 200 (200 to 201); 0 of 2 |' * 3}" in text
+    assert f"| random actions |{' at most 201 |' * 3}" in text
     assert "| random actions | 100 | 100 | 100 |" in text and "800, 800" in text
     assert f"- `{name}`: ended with status 1" in text
     assert all(svg.startswith('<svg xmlns="http') and "APV" in svg for svg in list(figures.values())[:1])
