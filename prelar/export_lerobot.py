@@ -136,8 +136,7 @@ def chosen_episodes(store: Store, fps: float | None) -> tuple[list[Episode], flo
 def _members(store: Store) -> Iterator[tuple[int, str]]:
     """Of each clip, the member of a joined store that holds it, and what joining put before its camera."""
     for number, member in enumerate(store.members or [Member("", store)]):
-        prefix = "" if member.weight is None else f"{member.name}/"
-        yield from itertools.repeat((number, prefix), member.store.num_clips)
+        yield from itertools.repeat((number, member.prefix), member.store.num_clips)
 
 
 class _Writer:

@@ -45,12 +45,12 @@ def _rows(members: Sequence[Member]) -> Iterator[dict[str, Any]]:
     """The rows of the joined index: starts count on; a mixture's ids and cameras begin with the member."""
     begin = 0
     for member in members:
-        named = ("id", "camera") if member.weight is not None else ()
         for batch in member.store.index.to_batches(max_chunksize=ROWS):
             for row in batch.to_pylist():
                 if row["start"] is not None:
                     row["start"] += begin
-                yield row | {key: f"{member.name}/{row[key]}" for key in named if row[key] is not None}
+                named = {key: row[key] for key in ("id", "camera") if row[key] is not None}
+                yield row | {key: f"{member.prefix}{value}" for key, value in named.items()}
         begin += member.store.num_frames
 
 

@@ -215,6 +215,11 @@ class Member:
     store: Store
     weight: float | None = None
 
+    @property
+    def prefix(self) -> str:
+        """What stands before its clips' ids and cameras in the joined index, empty in a union."""
+        return "" if self.weight is None else f"{self.name}/"
+
 
 class Store:
     """A finished store. Reading holds no lock and no open file, and is safe from threads and after a fork.

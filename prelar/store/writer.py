@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -291,8 +290,7 @@ def write_index(path: Path, rows: Iterable[Row], batch: int = 10_000) -> str:
                     held = []
             if held:
                 writer.write_table(pa.Table.from_pylist(held, schema=INDEX_SCHEMA))
-        with partial.open("rb") as handle:
-            return hashlib.file_digest(handle, "sha256").hexdigest()
+        return files.digest(partial)
 
 
 def _checked_row(row: Row) -> dict[str, Any]:
