@@ -96,6 +96,11 @@ def data_stages(params: Mapping[str, Any]) -> dict[str, tuple[str, ...]]:
     return stages
 
 
+def data_prefixes(params: Mapping[str, Any]) -> tuple[str, ...]:
+    """What the dotted keys begin with that decide a run's data set, a dot at the end of each key included."""
+    return tuple(f"{group}." for groups in data_stages(params).values() for group in groups)
+
+
 def parse_lock(
     lock: Mapping[str, Any], params: Mapping[str, Any]
 ) -> tuple[dict[str, dict[str, str]], tuple[str, ...]]:

@@ -24,7 +24,7 @@ from prelar.report.catalog import (
     loss_curve,
 )
 from prelar.report.charts import Figure, Series, figure, interval_figure
-from prelar.report.provenance import data_stages, flatten, redact
+from prelar.report.provenance import data_prefixes, flatten, redact
 from prelar.report.runs import Files, Run
 
 PAGE = Path("reports/index.html")
@@ -243,7 +243,7 @@ def params_groups(config: Config) -> dict[str, dict[str, str]]:
     What is private in them is left out.
     """
     flat = flatten(config.model_dump(mode="json"))
-    data = tuple(f"{group}." for read in data_stages(flat).values() for group in read)
+    data = data_prefixes(flat)
     groups: dict[str, dict[str, str]] = {"Ablation": {}, "Data": {}}
     groups.update({f"scales.{config.scale}.{stage}": {} for stage in STAGES})
     for key, value in flat.items():

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from prelar.report.catalog import METHODS, Curve
-from prelar.report.provenance import data_stages, redact
+from prelar.report.provenance import data_prefixes, redact
 from prelar.report.runs import Run
 from prelar.report.statistics import Estimate, estimate
 from prelar.utils.tables import evenly_spaced_indices
@@ -61,11 +61,11 @@ def essential(params: Mapping[str, Any]) -> dict[str, Any]:
     The chosen scale's presets lose their prefix, so that runs of two scales are compared key by key.
     """
     scale = f"scales.{params.get('scale')}."
-    groups = tuple(f"{group}." for read in data_stages(params).values() for group in read)
+    data = data_prefixes(params)
     found = {}
     for key, value in params.items():
         if key.partition(".")[0] in DATA:
-            if f"{key}.".startswith(groups) and key.rpartition(".")[2] not in DATA_MACHINE:
+            if f"{key}.".startswith(data) and key.rpartition(".")[2] not in DATA_MACHINE:
                 found[key] = value
         elif key.startswith(scale):
             found[key.removeprefix(scale)] = value
