@@ -80,7 +80,7 @@ def experiments(
         files.remove(COPIES)
         version = Version.named(code)
         wanted = plan(grids(preset, grid.model_dump(), more), version)  # type: ignore[attr-defined]
-        table = ResultsTable(Path(results), wanted, version, code) if results and code else None
+        table = ResultsTable(Path(results), wanted, version) if results and code else None
         if place == "pool":
             return Sweep(wanted, Pool(version, whole=code is not None), table).run(POOL_RUNS)
         return Sweep(wanted, version, table).run(workers)
@@ -101,18 +101,19 @@ def run_step(step: Step, sweep: Sweep) -> None:
 class ResultsTable:
     """The results of a sweep over the code of a tag or commit, in a table that grows as runs end."""
 
-    def __init__(self, path: Path, wanted: list[Experiment], version: Version, code: str) -> None:
+    def __init__(self, path: Path, wanted: list[Experiment], version: Version) -> None:
         """Go on with the table at `path`. Raises `UserError` where it is of other code."""
         self.path = path
         if path.exists():
             self.results = Results.read(path)
         else:
             params = flatten(parse_yaml(dvc.git("show", f"{version.commit}:./{PARAMS}")))
-            self.results = Results(code=code, commit=version.commit, params=params)
-        if self.results.commit != version.commit:
+            self.results = Results(commit=version.commit, params=params)
+        kept, named = self.results.commit, version.commit
+        if kept != named:
             raise UserError(
-                f"{path}: has results of {self.results.code}, not of {code}; go on with `--code "
-                f"{self.results.code}`, or name another table"
+                f"{path}: has results of {kept[:10]}, not of {named[:10]}; go on with "
+                f"`--code {kept[:10]}`, or name another table"
             )
         self.results.changes |= {one.name: one.changes for one in wanted}
 

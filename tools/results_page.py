@@ -157,7 +157,6 @@ def describe(
         "preset": one.preset,
         "charts": {name: title for name, (title, _) in one.charts.items()},
         "tasks": tasks,
-        "code": results.code,
         "commit": results.commit[:10],
         "seeds": len(seeds),
         "done": done,

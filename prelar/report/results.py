@@ -56,7 +56,7 @@ class Results:
     """The results of a sweep.
 
     Attributes:
-        code: the tag or commit whose code made them, as the user named it, and its full hash `commit`.
+        commit: the hash of the commit whose code made them; a tag's name another clone need not have.
         params: the values of its params.yaml, by dotted key.
         changes: run → the keys that it changes. Runs that are planned and neither done nor failed count too.
         runs: those that are done, by name.
@@ -64,7 +64,6 @@ class Results:
         cpu_seconds: run, or stages that several runs share → what its processes took.
     """
 
-    code: str
     commit: str
     params: Mapping[str, Any]
     changes: dict[str, Mapping[str, Any]] = field(default_factory=dict)
@@ -117,7 +116,6 @@ class Results:
                 table.writerows(_rows(self.runs[name], labels.get(name, "a repetition")))
         write_text(path, text.getvalue())
         described = {
-            "code": self.code,
             "commit": self.commit,
             "cpu_seconds": self.cpu_seconds,
             "failed": self.failed,
@@ -145,7 +143,6 @@ class Results:
         try:
             held = parse_json(described.read_bytes())
             found = cls(
-                code=str(held["code"]),
                 commit=str(held["commit"]),
                 params=dict(held["params"]),
                 changes={name: dict(run["changes"]) for name, run in held["runs"].items()},

@@ -143,10 +143,11 @@ def test_the_code_of_a_tag_runs_whatever_the_workspace_holds(tmp_path: Path, api
     assert toy.sweep("beta_a=0.1", check=False, **api).returncode == 2, (
         "it is another experiment, which fails"
     )
+    commit = toy.command("git", "rev-parse", "v1").stdout.strip()
     words = ("--code", "v1", "--results", "kept.csv", "beta_a=0.1", "task=reach,dial-turn")
     toy.sweep(*words, **api)
     kept = Results.read(toy.root / "kept.csv")
-    assert len(kept.runs) == 2 and kept.code == "v1" and not kept.failed
+    assert len(kept.runs) == 2 and kept.commit == commit and not kept.failed
     assert all(run.metrics["success_rate"] == 0.5 for run in kept.runs.values())
     for name in finished(toy):
         toy.command("dvc", "exp", "remove", name)
@@ -158,7 +159,7 @@ def test_the_code_of_a_tag_runs_whatever_the_workspace_holds(tmp_path: Path, api
     assert len(more.runs) == 3 and more.cpu_seconds, "what is new joins the table"
     toy.command("git", "tag", "v2")
     refused = toy.sweep("--code", "v2", *words[2:], check=False, **api)
-    assert refused.returncode == 2 and "go on with `--code v1`" in refused.stderr
+    assert refused.returncode == 2 and f"go on with `--code {commit[:10]}`" in refused.stderr
 
 
 def test_a_bad_sweep_ends_before_anything_starts(

@@ -19,7 +19,7 @@ CURVES = st.lists(NUMBERS, min_size=1, max_size=4)
 
 
 def results(values: list[list[float]], figures: dict[str, float]) -> Results:
-    found = Results("v1", "0" * 40, PARAMS)
+    found = Results("0" * 40, PARAMS)
     for seed, curve in enumerate(values):
         name = f"run-{seed}"
         found.changes[name] = {"seed": seed, "beta_a": 0.1}
@@ -43,7 +43,7 @@ def test_what_is_written_reads_back(
     made = results(values, figures)
     made.write(path)
     read = Results.read(path)
-    assert (read.code, read.commit, read.params, read.changes) == ("v1", "0" * 40, PARAMS, made.changes)
+    assert (read.commit, read.params, read.changes) == ("0" * 40, PARAMS, made.changes)
     assert (read.failed, read.cpu_seconds) == (made.failed, made.cpu_seconds)
     assert {name: (dict(run.metrics), dict(run.curves)) for name, run in read.runs.items()} == {
         name: (dict(run.metrics), dict(run.curves)) for name, run in made.runs.items()
@@ -75,7 +75,7 @@ def test_no_page_takes_the_place_of_a_table(tmp_path: Path, output: str) -> None
     assert path.read_bytes() == before and not list(tmp_path.glob("page*"))
 
 
-@pytest.mark.parametrize("broken", ["{}", "[]", '{"code": 1, "commit": "a", "params": []}'])
+@pytest.mark.parametrize("broken", ["{}", "[]", '{"commit": "a", "params": []}'])
 def test_other_files_end_in_one_line(tmp_path: Path, broken: str) -> None:
     path = tmp_path / "sweep.csv"
     with pytest.raises(UserError, match="missing; it belongs to the results"):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import subprocess
 from dataclasses import replace
 
 import pytest
@@ -20,7 +21,7 @@ STEPS = (800.0, 1600.0, 2400.0, 3200.0)
 def results(monkeypatch: pytest.MonkeyPatch, seeds: int, best: str, preset: str = FIRST) -> Results:
     """Results of some seeds, in which runs of the setting `best` alone reach what the expert does."""
     monkeypatch.chdir(ROOT)
-    found = Results("v1", "c" * 40, PARAMS)
+    found = Results("c" * 40, PARAMS)
     for one in plan_in(ROOT, PRESETS[preset][1], "code"):
         found.changes[one.name] = one.changes
     for setting, runs in results_page.runs_of(found).items():
@@ -86,7 +87,7 @@ def test_a_later_sweep_is_compared_with_settings_of_the_first(
     told = text.split("\n## ")
     assert told[1] == alone.split("\n## ")[1] and drawn.items() < figures.items()
     assert set(figures) - set(drawn) == {f"{name}.svg" for name in {*charts, f"probe-{preset}"}}
-    assert f"{done} runs are done" in told[2] and f"{preset} --code v1" in told[2]
+    assert f"{done} runs are done" in told[2] and f"{preset} --code cccccccccc\n" in told[2]
     areas = dict(re.findall(r"^\| (.*?) \| ([\d.]+) \(.*?\) \| [\d.]+ \(", told[2], re.M))
     own = set(results_page.runs_of(later))
     assert len(areas) == 7 and own < set(areas)
@@ -101,3 +102,12 @@ def test_the_committed_page_is_that_of_the_committed_table() -> None:
     assert (ROOT / results_page.PAGE).read_text(encoding="utf-8") == text
     committed = {path.name: path.read_text("utf-8") for path in (ROOT / results_page.FIGURES).glob("*.svg")}
     assert committed == figures
+
+
+def test_a_clone_can_go_on_with_every_table() -> None:
+    for path in sorted((ROOT / "results").glob("*.csv")):
+        commit = Results.read(path).commit
+        known = subprocess.run(["git", "merge-base", "--is-ancestor", commit, "HEAD"], cwd=ROOT, check=False)
+        assert known.returncode == 0, (
+            f"{path.name}: {commit} is not in this history, so `--code` cannot name it"
+        )
