@@ -140,11 +140,11 @@ def words_to_grid(words: Iterable[str]) -> dict[str, list[Any]]:
 def read_grids(path: Path) -> list[dict[str, list[Any]]]:
     """The grids of a YAML or JSON file: a mapping from keys to values, or a list of such mappings.
 
-    Raises `UserError` where it holds none, or a key without values.
+    Raises `UserError` where it holds none.
     """
     held = read_yaml(path)
     grids = held if isinstance(held, list) else [held]
-    if not grids or not all(isinstance(grid, dict) and [] not in grid.values() for grid in grids):
+    if not grids or not all(isinstance(grid, dict) for grid in grids):
         raise UserError(f"{path}: holds no sweep; write keys with lists of values, such as seed: [0, 1, 2]")
     return [
         {str(key): value if isinstance(value, list) else [value] for key, value in grid.items()}
@@ -153,8 +153,11 @@ def read_grids(path: Path) -> list[dict[str, list[Any]]]:
 
 
 def points(grids: Iterable[Grid]) -> Iterator[Values]:
-    """Every combination of each grid."""
+    """Every combination of each grid. Raises `UserError` where a key has no values."""
     for grid in grids:
+        for key, values in grid.items():
+            if not values:
+                raise UserError(f"{key}: has no values; write it like seed: [0, 1, 2]")
         for values in itertools.product(*grid.values()):
             yield dict(zip(grid, values, strict=True))
 

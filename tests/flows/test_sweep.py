@@ -10,7 +10,7 @@ from typing import Any, get_args
 import pytest
 
 from flows import sweep
-from flows.sweep import Experiment, Part, Step, changed, plan_in, read_grids, steps, words_to_grid
+from flows.sweep import Experiment, Part, Step, changed, grids, plan_in, read_grids, steps, words_to_grid
 from prelar.config import read_yaml
 from prelar.report.results import Results
 from prelar.stages import Stages
@@ -108,10 +108,15 @@ def test_files_hold_one_grid_or_several(tmp_path: Path) -> None:
     several.write_text(json.dumps([{"seed": [0]}, {"beta_a": 0.1}]), encoding="utf-8")
     assert read_grids(one) == [{"seed": [0, 1], "task": ["reach"]}]
     assert read_grids(several) == [{"seed": [0]}, {"beta_a": [0.1]}]
-    for empty in ("seed\n", "[]", "seed: []", "[{seed: [0]}, {task: []}]"):
+    for empty in ("seed\n", "[]", "[seed]"):
         one.write_text(empty, encoding="utf-8")
         with pytest.raises(UserError, match="holds no sweep"):
             read_grids(one)
+
+
+def test_a_key_without_values_is_refused_wherever_it_is_written() -> None:
+    with pytest.raises(UserError, match=r"^task: has no values; write it like"):
+        plan_in(ROOT, grids(None, {}, [{"seed": [0]}, {"seed": [1], "task": []}]), "state")
 
 
 def test_all_of_a_seed_comes_before_the_next() -> None:
