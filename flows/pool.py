@@ -11,18 +11,21 @@ import os
 import signal
 import sys
 import threading
+import time
 from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any, cast
+from uuid import UUID
 
 from prefect import flow, get_client, get_run_logger
 from prefect.client.schemas.actions import WorkPoolCreate
 from prefect.client.schemas.objects import FlowRun
 from prefect.deployments import run_deployment
 from prefect.deployments.runner import EntrypointType
+from prefect.events.filters import EventFilter, EventNameFilter, EventResourceFilter
 from prefect.exceptions import ObjectAlreadyExists
-from prefect.states import Cancelling
+from prefect.states import Cancelling, Crashed
 
 from flows import runtime
 from flows.dvc import EXPERIMENTS, dvc, git, overrides, results
@@ -34,6 +37,8 @@ POOL = "prelar"
 CLONE = "PRELAR_CLONE"
 DEPLOYMENT = "worker"
 PACE = 3.0
+SILENCE = 600.0
+"""Seconds after which a run that gives no sign of life is lost; Prefect gives one each 180."""
 
 
 @flow(name="experiment")
@@ -97,7 +102,8 @@ class Pool:
     def run(self, step: Step, on_line: Callable[[str], None], stop: threading.Event) -> float | None:
         """Let the next worker that is free run a step, and wait for it; `stop` cancels it.
 
-        What it took of the worker's machine is not known, None.
+        What it took of the worker's machine is not known, None. Raises `UserError` where the run fails, or
+        gives no sign of life any more, as after its machine was switched off.
         """
         given = asdict(step) | {"revision": self._version.commit}
         del given["needs"]
@@ -105,12 +111,25 @@ class Pool:
             FlowRun,
             run_deployment(f"experiment/{DEPLOYMENT}", parameters=given, flow_run_name=step.name, timeout=0),
         )
-        on_line(f"flow run {run.id}")
+        on_line(f"flow run {run.id}, for the next free worker (python -m flows.pool)")
+        heartbeat = EventNameFilter(name=["prefect.flow-run.heartbeat"])
+        resource = EventResourceFilter(id=[f"prefect.flow-run.{run.id}"])
+        last: list[UUID] = []
+        seen = time.monotonic()
         with get_client(sync_client=True) as client:
             while not ((state := client.read_flow_run(run.id).state) and state.is_final()):
                 if stop.wait(PACE):
                     client.set_flow_run_state(run.id, Cancelling())
                     raise UserError(f"{step.name} was interrupted")
+                if time.monotonic() < seen + SILENCE:
+                    continue
+                until_now = EventFilter(event=heartbeat, resource=resource)
+                latest = [event.id for event in client.read_events(until_now, limit=1).events]
+                if latest and latest == last:
+                    lost = f"its worker has been silent for {SILENCE:.0f} s; start the sweep again"
+                    client.set_flow_run_state(run.id, Crashed(message=lost), force=True)
+                    raise UserError(f"flow run {run.id}: {lost}")
+                last, seen = latest, time.monotonic()
         if not state.is_completed():
             raise UserError(f"its flow run {run.id} is {state.name}: {state.message}")
         if self._origin and not step.shared:

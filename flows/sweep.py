@@ -155,8 +155,8 @@ def read_grids(path: Path) -> list[dict[str, list[Any]]]:
 def points(grids: Iterable[Grid]) -> Iterator[Values]:
     """Every combination of each grid. Raises `UserError` where a key has no values."""
     for grid in grids:
-        for key, values in grid.items():
-            if not values:
+        for key in grid:
+            if not grid[key]:
                 raise UserError(f"{key}: has no values; write it like seed: [0, 1, 2]")
         for values in itertools.product(*grid.values()):
             yield dict(zip(grid, values, strict=True))

@@ -2,20 +2,23 @@
 
 from __future__ import annotations
 
+import contextlib
 import signal
 import subprocess
 import sys
+import threading
 from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
 
+import psutil
 import pytest
 
 from flows.dvc import git, results
 from flows.pool import fetch_results
 from tests.flows.test_experiments import SWEEP, finished
 from tests.flows.toy_pipeline import Toy, make_toy
-from tests.serving import serving, split
+from tests.serving import serving, split, until
 
 
 def clone(toy: Toy, folder: Path) -> Toy:
@@ -100,3 +103,36 @@ def test_a_worker_says_what_it_lacks(tmp_path: Path) -> None:
     (toy.root / "stage.py").write_text("print('changed')\n", encoding="utf-8")
     refused = toy.sweep("--pool", "seed=1", check=False)
     assert refused.returncode == 2 and "not committed" in refused.stderr
+
+
+@pytest.mark.long
+def test_a_worker_whose_machine_dies_is_not_waited_for(tmp_path: Path) -> None:
+    toy = make_toy(tmp_path)
+    place = clone(toy, tmp_path / "one")
+    for one in (toy, place):
+        one.command("dvc", "remote", "add", "--local", "-d", "shared", str(tmp_path / "remote"))
+    quick = "from flows import experiments, pool, runtime; pool.SILENCE = 5; runtime.run(experiments.main)"
+    sweep = (sys.executable, "-c", quick, "--pool", "seed=0")
+    with serving(toy.root, toy.environment()) as given:
+        url, auth = split(given)
+        words = [sys.executable, "-m", "flows.pool", "--name", "one"]
+        environment = place.environment(PREFECT_API_URL=url, PREFECT_API_AUTH_STRING=auth)
+        with subprocess.Popen(words, cwd=place.root, env=environment | {"TOY_SECONDS": "600"}) as worker:
+            dies = threading.Thread(target=lambda: (until(lambda: toy.ran("ssv2"), "a stage"), die(worker)))
+            dies.start()
+            lost = toy.command(*sweep, check=False, PREFECT_API_URL=url)
+            dies.join()
+        assert lost.returncode == 2 and "its worker has been silent for 5 s" in lost.stdout + lost.stderr
+        with subprocess.Popen(words, cwd=place.root, env=environment) as worker:
+            again = toy.command(*sweep, check=False, PREFECT_API_URL=url)
+            worker.terminate()
+        assert again.returncode == 0, again.stdout + again.stderr
+    assert len(finished(toy)) == 1
+
+
+def die(worker: subprocess.Popen[bytes]) -> None:
+    """End a worker and all that it started, as switching off its machine does."""
+    parent = psutil.Process(worker.pid)
+    for process in (parent, *parent.children(recursive=True)):
+        with contextlib.suppress(psutil.NoSuchProcess):
+            process.kill()
