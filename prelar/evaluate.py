@@ -519,7 +519,12 @@ def evaluate_offline(config: Config, repeat: int, folder: Path) -> EvalResult:
     settings, fabric = config.evaluate, fabric_of(config)
     seed = episode_seed(RngStream.OFFLINE_EPISODES, config.seed)
     with make_env(config.task, action_repeat=repeat, view=config.view) as simulator:
-        learnt, episodes = offline.collect(simulator, episodes=settings.offline_episodes, seed=seed)
+        learnt, episodes = offline.collect(
+            simulator,
+            episodes=settings.offline_episodes,
+            seed=seed,
+            steps=max(offline.STEPS, settings.length - 1),
+        )
     cut = offline.segments(episodes, settings.length)
     parts, _ = load_parts(PRETRAIN)
     spec = ModelSpec.read(load_config(FINETUNE)["model"], stage="finetune", source=str(FINETUNE))

@@ -69,7 +69,6 @@ def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """An empty project folder as the working directory; the probe's episodes are short."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(evaluate, "collect", functools.partial(evaluate.collect, steps=6))
-    monkeypatch.setattr(offline, "collect", functools.partial(offline.collect, steps=8))
     shutil.copy(ROOT / "params.yaml", tmp_path)
     return tmp_path
 
@@ -262,6 +261,26 @@ def test_the_figures_of_given_episodes() -> None:
     assert (ended["return_min"], ended["return_max"], ended["successes"]) == (1, 6, 1)
     alone = evaluate.summarise_episodes(played(1), played(2), played(3), time_limit=2)
     assert alone.metrics == {"success_rate": 0, "return": 1} and not alone.summary["episodes"]["policies"]
+
+
+def test_episodes_to_fit_are_as_long_as_a_segment(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def collect(simulator: Any, *, episodes: int, seed: int, steps: int = 10) -> Any:
+        numbers = np.zeros((2, steps + 1), np.float32)
+        image = np.zeros((*numbers.shape, 64, 64, 3), np.uint8)
+        return (offline.Experience(image, np.zeros((*numbers.shape, 4), np.float32), numbers),) * 2
+
+    monkeypatch.setattr(offline, "collect", collect)
+    monkeypatch.setattr(offline, "STEPS", 10)
+    make_checkpoints("prelar", "reach")
+    config = configure(method="prelar")
+    for length, steps in ((14, 13), (6, 10)):
+        smoke = config.preset.model_copy(
+            update={"evaluate": config.evaluate.model_copy(update={"length": length, "offline_updates": 1})}
+        )
+        scales = config.scales.model_copy(update={"smoke": smoke})
+        found = evaluate.evaluate_offline(config.model_copy(update={"scales": scales}), 1, place)
+        assert found.summary["offline"]["steps"] == steps
+        assert found.summary["offline"]["ahead"] == length - 2
 
 
 def test_held_out_segments_lie_in_validation_clips(tmp_path: Path) -> None:
