@@ -110,7 +110,7 @@ class Loaded:
         """
         batch = len(next(iter(seen._state.values())))
         if isinstance(actions, int | np.integer):
-            steps = torch.zeros(batch, int(actions), self.action_dim, device=self.device)
+            steps = torch.zeros(batch, max(int(actions), 0), self.action_dim, device=self.device)
         else:
             steps = self._actions(actions, batch, "")
         if not steps.shape[1]:
@@ -137,10 +137,10 @@ class Loaded:
     def infer(self, frames: Frames, *, stride: int = 1) -> Floats:
         """The latent action between each frame of a video and the one `stride` later.
 
-        uint8 (T, 64, 64, 3) to (T - stride, A), or (0, A) for fewer frames. `spec.stride(fps)` tells the
-        stride of pre-training in a video of so many frames a second. A long video is gone through in pieces.
-        Raises `UserError` where the model infers no actions, `ValueError` for several videos at once, frames
-        that are none and a stride below 1.
+        uint8 (T, 64, 64, 3) to (T - stride, A), or (0, A) for `stride` frames or fewer. `spec.stride(fps)`
+        tells the stride of pre-training in a video of so many frames a second. A long video is gone through
+        in pieces. Raises `UserError` where the model infers no actions, `ValueError` for several videos at
+        once, frames that are none and a stride below 1.
         """
         if np.ndim(frames) != 4 or stride < 1:
             raise ValueError(
@@ -184,18 +184,19 @@ class Loaded:
 
     def _images(self, frames: Frames) -> tuple[Tensor, bool]:
         array = np.asarray(frames)
-        if array.dtype != np.uint8 or array.ndim not in (4, 5) or array.shape[-3:] != FRAME:
+        if array.dtype != np.uint8 or array.ndim not in (4, 5) or array.shape[-3:] != FRAME or not array.size:
             raise ValueError(
-                f"frames: {array.dtype} {array.shape}; give uint8 (T, 64, 64, 3) or (B, T, 64, 64, 3)"
+                f"frames: {array.dtype} {array.shape}; give uint8 (T, 64, 64, 3) or (B, T, 64, 64, 3), "
+                "of one frame or more"
             )
         single = array.ndim == 4
-        batch = torch.from_numpy(np.ascontiguousarray(array[None] if single else array))
+        batch = torch.from_numpy(np.require(array[None] if single else array, requirements=["C", "W"]))
         return normalise(batch.to(self.device)), single
 
     def _actions(self, actions: npt.ArrayLike | None, batch: int, remedy: str) -> Tensor:
         if actions is None:
             raise ValueError(f"actions: none; {remedy}")
-        given = torch.as_tensor(np.asarray(actions, dtype=np.float32), device=self.device)
+        given = torch.as_tensor(np.require(actions, np.float32, "W"), device=self.device)
         given = given[None] if given.ndim == 2 else given
         if given.ndim != 3 or given.shape[-1] != self.action_dim or len(given) not in (1, batch):
             raise ValueError(

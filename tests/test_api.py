@@ -118,12 +118,37 @@ def test_methods_without_latent_actions_say_so(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    "frames", [FRAMES.astype(np.float32), FRAMES[0], FRAMES[:, :32], np.zeros((2, 3, 64, 64), np.uint8)]
+    "frames",
+    [
+        FRAMES.astype(np.float32),
+        FRAMES[0],
+        FRAMES[:, :32],
+        np.zeros((2, 3, 64, 64), np.uint8),
+        FRAMES[:0],
+        FRAMES[None, :0],
+        FRAMES[None][:0],
+    ],
 )
 def test_other_frames_are_refused(tmp_path: Path, frames: np.ndarray) -> None:
     save_pretrained(tmp_path / "x")
+    model = prelar.load(tmp_path / "x")
     with pytest.raises(ValueError, match="give uint8"):
-        prelar.load(tmp_path / "x").encode(frames)
+        model.encode(frames)
+    if frames.ndim == 4:
+        with pytest.raises(ValueError, match="give uint8"):
+            model.infer(frames, stride=2)
+
+
+@pytest.mark.filterwarnings("error")
+def test_arrays_that_cannot_be_written_to_are_read(tmp_path: Path) -> None:
+    save_pretrained(tmp_path / "x")
+    model = prelar.load(tmp_path / "x")
+    frames, actions = FRAMES.copy(), np.ones((2, 8), np.float32)
+    frames.flags.writeable = actions.flags.writeable = False
+    seen = model.encode(frames)
+    assert (seen.features == model.encode(FRAMES).features).all()
+    assert (model.infer(frames) == model.infer(FRAMES)).all()
+    assert np.isfinite(model.imagine(seen, actions).features).all()
 
 
 def test_one_video_is_inferred_at_a_time_with_a_stride(tmp_path: Path) -> None:
@@ -141,7 +166,7 @@ def test_imagination_takes_a_step_or_more(tmp_path: Path) -> None:
     save_pretrained(tmp_path / "x", "apv")
     model = prelar.load(tmp_path / "x")
     seen = model.encode(FRAMES)
-    for none in (0, np.zeros((0, model.action_dim))):
+    for none in (0, -1, np.zeros((0, model.action_dim))):
         with pytest.raises(ValueError, match="1 or more"):
             model.imagine(seen, none)
     assert (model.imagine(seen, np.int64(2)).features == model.imagine(seen, 2).features).all()
