@@ -84,7 +84,8 @@ class Dream:
             )
         if starts is None and not isinstance(model, api.Loaded):
             starts = _beside(Path(model))
-        self._draw = _opened(starts, self.robot, observed, self.spec.frame_gap)
+        robot_dim = loaded.action_dim if self.robot else None
+        self._draw = _opened(starts, robot_dim, observed, self.spec.frame_gap)
         width = self.spec.feature_dim
         self.observation_space: Box = (
             Box(0, 255, FRAME, np.uint8) if self.looks else Box(-1.0, 1.0, (width,), np.float32)
@@ -240,9 +241,10 @@ def _beside(folder: Path) -> tuple[Array, Array] | Array:
 
 
 def _opened(
-    starts: Starts, robot: bool, observed: int, gap: float | None
+    starts: Starts, robot_dim: int | None, observed: int, gap: float | None
 ) -> Callable[[np.random.Generator], Start]:
-    """What draws a start from `starts`."""
+    """What draws a start from `starts`, with actions of `robot_dim` numbers, None: without actions."""
+    robot = robot_dim is not None
     if starts is None:
         raise ValueError("starts: none; give frames, or a store")
     if isinstance(starts, str | Path | Store):
@@ -258,6 +260,8 @@ def _opened(
         actions = np.asarray(actions, dtype=np.float32)
         if actions.shape[:-1] != (*frames.shape[:-4], frames.shape[-4] - 1):
             raise ValueError(f"starts: actions {actions.shape} of frames {frames.shape}; give (…, T-1, A)")
+        if robot and actions.shape[-1] != robot_dim:
+            raise ValueError(f"starts: actions {actions.shape}; this model's have {robot_dim} numbers each")
     if frames.ndim == 4:
         frames, actions = frames[None], None if actions is None else actions[None]
     length = min(1 if robot and actions is None else observed, frames.shape[1])

@@ -178,7 +178,8 @@ def test_what_cannot_be_dreamt_in_says_so(tmp_path: Path, models: dict[str, Any]
     with pytest.raises(UserError, match=r"has no world\.safetensors to start from; give frames or a store"):
         save_finetuned(tmp_path / "robot", "prelar")
         DreamEnv(tmp_path / "robot")
-    for starts in (None, FRAMES.astype(np.float32), FRAMES[:, :, :32], (FRAMES, ACTIONS[:, 1:])):
+    narrow, single = (FRAMES, ACTIONS[..., :3]), (FRAMES, ACTIONS[..., :1])
+    for starts in (None, FRAMES.astype(np.float32), FRAMES[:, :, :32], (FRAMES, ACTIONS[:, 1:]), narrow, single):
         with pytest.raises(ValueError, match="starts: "):
             DreamEnv(models["robot"], starts)
     for options in ({"horizon": 1}, {"observed": 0}, {"observation": "pixels"}):
