@@ -73,12 +73,17 @@ def run_main(main: Callable[[], None]) -> None:
     except UserError as error:
         _end(str(error))
     except OSError as error:
-        told = error.strerror if error.filename is None else f"{error.filename}: {error.strerror}"
+        place = error.filename2 or error.filename
+        told = error.strerror if place is None else f"{place}: {error.strerror}"
         if error.errno in (errno.ENOSPC, errno.EDQUOT):
             _end(f"{told}; make room and run again")
-        if error.errno not in (errno.EROFS, errno.EACCES) or error.filename is None:
+        if place is None:
             raise
-        _end(f"{told}; let this user read and write there, or work in a copy of the project")
+        if error.errno in (errno.EROFS, errno.EACCES):
+            _end(f"{told}; let this user read and write there, or work in a copy of the project")
+        if error.errno in (errno.EEXIST, errno.ENOTDIR, errno.EISDIR):
+            _end(f"{told}; name another place, or move what is there")
+        raise
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         sys.exit(130)

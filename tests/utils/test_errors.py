@@ -47,6 +47,21 @@ def test_error_becomes_one_line(error: Exception, line: str) -> None:
             2,
             "error: data/x: Disk quota exceeded; make room and run again\n",
         ),
+        (
+            FileExistsError(errno.EEXIST, "File exists", "notes.txt"),
+            2,
+            "error: notes.txt: File exists; name another place, or move what is there\n",
+        ),
+        (
+            NotADirectoryError(errno.ENOTDIR, "Not a directory", "notes.txt/set"),
+            2,
+            "error: notes.txt/set: Not a directory; name another place, or move what is there\n",
+        ),
+        (
+            IsADirectoryError(errno.EISDIR, "Is a directory", ".x.partial", None, "x"),
+            2,
+            "error: x: Is a directory; name another place, or move what is there\n",
+        ),
         (KeyboardInterrupt(), 130, None),
     ],
 )
