@@ -122,7 +122,7 @@ def chosen_episodes(store: Store, fps: float | None) -> tuple[list[Episode], flo
         episode.clips[ONLY_CAMERA if alone else row["camera"].removeprefix(prefix)] = number
     if not found:
         raise UserError(f"{store.path}: no clip of {fps:g} frames a second, its clips have {listed}")
-    cameras = {tuple(episode.clips) for episode in found.values()}
+    cameras = {tuple(sorted(episode.clips)) for episode in found.values()}
     if len(cameras) != 1:
         listed = "; ".join(", ".join(each) for each in sorted(cameras))
         raise UserError(

@@ -191,6 +191,22 @@ def test_episodes_of_a_joined_store_s_members_stay_apart(weight: float | None, t
     source.close()
 
 
+def test_a_union_s_members_may_have_their_cameras_in_another_order(tmp_path: Path) -> None:
+    first = make_demos(tmp_path / "first.zarr", ["top", "corner"], [4])
+    second = make_demos(tmp_path / "second.zarr", ["corner", "top"], [5], 1)
+    members = [Member("first", first), Member("second", second)]
+    store = join(tmp_path / "both.zarr", members, ["first.zarr", "second.zarr"])
+    export_lerobot.run(Path(store.path), tmp_path / "set", codec="h264")
+    source = lerobot.open_folder(tmp_path / "set")
+    read = [source.collect(job) for job in source.jobs()]
+    source.close()
+    codes = {name: [frame_code.read(each.frames[name][0]) for each in read] for name in ("top", "corner")}
+    starts = [
+        [frame_code.read(part.read(int(at), 1)[0]) for at in part.clip_start] for part in (first, second)
+    ]
+    assert codes == {"top": [starts[0][0], starts[1][1]], "corner": [starts[0][1], starts[1][0]]}
+
+
 def make_demos(path: Path, cameras: list[str], lengths: list[int], first: int = 0) -> Store:
     """A store of one task's episodes; the codes of their frames count episodes from `first` on."""
     with StoreWriter(path) as writer:
