@@ -182,9 +182,11 @@ def run(cfg: Config, file: Path, *, method: str, part: str | None = None, output
     `part`, a key of `PARTS`, says which part a file of one part holds. Parts that `output` already has for
     the same method and sizes are then kept, so that a model can be put together from its files; every other
     part that is not in the file starts from the seed of the params. Raises `UserError` for a file that is
-    unreadable, holds anything but tensors, or no weight of `method`.
+    unreadable, holds anything but tensors, or no weight of `method`, and where `output` holds anything but a
+    checkpoint, which would be lost.
     """
     find_method(method)
+    _check_replaceable(output)
     weights = read_weights(file)
     name = None if part is None else PARTS[part]
     kept, candidates, imported = _present(output, method) if name else ({}, [], {})
@@ -410,6 +412,19 @@ def _action_family(state: Mapping[str, Tensor], spec: Spec) -> Spec:
 
 
 # --- The checkpoint ---------------------------------------------------------------------------------------
+
+
+def _check_replaceable(output: Path) -> None:
+    """Raise `UserError` where something lies at `output` that is neither a checkpoint nor an empty folder."""
+    if not output.exists() or (output.is_dir() and not any(output.iterdir())):
+        return
+    try:
+        config = load_config(output)
+    except UserError:
+        config = {"parts": []}
+    known = {"config.json", *(f"{part}.safetensors" for part in config["parts"])}
+    if not output.is_dir() or not {path.name for path in output.iterdir()} <= known:
+        raise UserError(f"{output}: holds something that is no checkpoint; name another folder, or remove it")
 
 
 def _present(output: Path, method: str) -> tuple[Parts, list[Spec], dict[str, str]]:

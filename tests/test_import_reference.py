@@ -367,6 +367,22 @@ def test_a_refused_file_leaves_the_checkpoint_that_was_there() -> None:
     assert {path.name: path.read_bytes() for path in OUTPUT.iterdir()} == before
 
 
+def test_what_is_no_checkpoint_is_not_replaced() -> None:
+    good = saved(published("apv"))
+    run(config(), good, method="apv", output=Path("mine/apv"))
+    Path("notes.txt").write_text("mine")
+    Path("empty").mkdir()
+    for output in ("mine", "notes.txt", "."):
+        with pytest.raises(UserError, match="holds something that is no checkpoint; name another folder"):
+            run(config(), good, method="apv", output=Path(output))
+    Path("mine/apv/notes.txt").write_text("mine")
+    with pytest.raises(UserError, match="holds something that is no checkpoint"):
+        run(config(), good, method="apv", output=Path("mine/apv"))
+    assert Path("notes.txt").read_text() == Path("mine/apv/notes.txt").read_text() == "mine"
+    run(config(), good, method="apv", output=Path("empty"))
+    assert load_parts(Path("empty"))[1]["model"]["method"] == "apv"
+
+
 def command(monkeypatch: pytest.MonkeyPatch, *words: str) -> int:
     monkeypatch.setattr(sys, "argv", ["prelar", "import-reference", *words])
     try:
