@@ -47,6 +47,7 @@ OWN = re.compile(r"[A-Za-z_][\w.]*:[A-Za-z_]\w*")  # module:Class
 EPISODE = 500  # steps of Meta-World's episodes
 CLASSES = 8  # of a group of a discrete latent action, as in prelar.model.actions
 MOST = 10**9  # of what a run counts
+SSV2_CLIPS = 220_847  # of Something-Something V2
 WIDEST = 2**16  # of what lies in memory at once: a layer's units, a batch, a segment
 PARALLEL = 1024  # of processes and threads
 KINDS = ("ssv2", "demos")
@@ -100,7 +101,7 @@ class _Frozen(BaseModel):
 class Sample(_Frozen):
     """Size and scenes of the embedded stand-in archive."""
 
-    clips: int = Field(ge=8, le=MOST, description="clips of the archive")
+    clips: int = Field(ge=8, le=SSV2_CLIPS, description="clips of the archive")
     longest: int = Field(ge=25, le=500, description="frames of the longest clip; the shortest has 8")
     tasks: Annotated[list[Text], Field(min_length=1)] | None = Field(
         description="Meta-World tasks to show, [reach, …]; null: all twenty-one"

@@ -16,7 +16,7 @@ import torch
 from packaging.requirements import Requirement
 
 from prelar import pretrain
-from prelar.config import Config, load_config
+from prelar.config import SSV2_CLIPS, Config, load_config
 from prelar.envs import gl
 from prelar.report.provenance import WRITTEN_BY_RUNS, redact
 from prelar.utils import disk
@@ -65,8 +65,6 @@ State = Literal["ok", "note", "MISSING"]
 PYTHON = ((3, 11), (3, 14))
 LOCK = Path("requirements.lock")
 SERVER = "http://127.0.0.1:4200/api"
-CLIPS = 220_847
-"""Clips of Something-Something V2."""
 SHOWN = 4
 TIMEOUT = 60
 
@@ -200,7 +198,7 @@ def disk_space(config: Config) -> Finding:
     detail = (
         f"{disk.format_bytes(free)} free; pretrain and finetune at scale {config.scale} take about "
         f"{disk.format_bytes(needed)}, Something-Something V2 whole "
-        f"{disk.format_bytes(disk.archive_bytes(CLIPS, None))}"
+        f"{disk.format_bytes(disk.archive_bytes(SSV2_CLIPS, None))}"
     )
     if free < needed:
         return Finding("disk", "MISSING", f"{detail}; free space, or put the project on a larger disk")

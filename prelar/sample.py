@@ -32,7 +32,7 @@ import numpy as np
 import numpy.typing as npt
 from tqdm import tqdm
 
-from prelar.config import Config, Sample
+from prelar.config import SSV2_CLIPS, Config, Sample
 from prelar.envs import gl
 from prelar.envs.metaworld import ACTION_DIM, MAX_STEPS, Simulator
 from prelar.envs.names import check_camera
@@ -55,7 +55,6 @@ NOISE = 0.15
 TAIL = 12
 PACE, HELD = 4, 8
 ATTEMPTS = 20
-IDS = 220_847
 
 # Meta-World task: SSv2-like template and what stands in its brackets.
 SCENES: dict[str, tuple[str, tuple[str, ...]]] = {
@@ -145,7 +144,7 @@ def plan(sizes: Sample) -> list[ClipPlan]:
     test, validation = max(1, clips // 10), max(1, clips // 6)
     splits = ["test"] * test + ["validation"] * validation + ["train"] * (clips - test - validation)
     order = random.permutation(clips)
-    ids = random.choice(np.arange(1, IDS + 1), size=clips, replace=False)
+    ids = random.choice(np.arange(1, SSV2_CLIPS + 1), size=clips, replace=False)
     free = random.permutation(clips) < round(clips * sizes.free)
     return [
         ClipPlan(
@@ -170,7 +169,7 @@ def play(simulator: Simulator, clip: ClipPlan) -> tuple[int, list[npt.NDArray[np
     They end shortly after the success, or later where the clip has more frames. Raises `RuntimeError` if the
     expert fails in every attempt.
     """
-    for episode in itertools.islice(itertools.count(clip.episode, IDS), ATTEMPTS):
+    for episode in itertools.islice(itertools.count(clip.episode, SSV2_CLIPS), ATTEMPTS):
         random = np.random.Generator(np.random.PCG64([clip.seed, episode]))
         noise = random.normal(scale=NOISE, size=(MAX_STEPS, ACTION_DIM))
         simulator.reset(clip.seed, episode)

@@ -178,6 +178,7 @@ def test_a_preset_belongs_to_one_stage_and_one_scale() -> None:
         ("unions: {}", "unions: {a: []}", ["unions.a", "at least 1 item"]),
         ("method: prelar", "method: [prelar", ["not YAML"]),
         ("steps: 320", f"steps: {'9' * 30}", ["scales.smoke.pretrain.steps = 99", "less than or equal to"]),
+        ("clips: 200", "clips: 220848", ["sample.clips = 220848", "less than or equal to 220847"]),
         ("seed: 0", f"seed: {2**63}", ["seed = 9223372036854775808", "less than or equal to"]),
         ("beta: null", f"beta: 1{'0' * 400}", ["beta = 1000"]),
         ("deter: 128", "deter: 100000", ["scales.smoke.pretrain.deter = 100000", "65536"]),
