@@ -209,10 +209,12 @@ class DreamVectorEnv(VectorEnv[Array, Array, Array]):
     def reset(
         self, *, seed: int | Sequence[int] | None = None, options: dict[str, Any] | None = None
     ) -> tuple[Array, dict[str, Any]]:
-        """Begin an episode in each rollout, from a seed for all or one for each."""
+        """Begin an episode in each rollout, from a seed for all or one for each, else `ValueError`."""
         if seed is not None:
-            super().reset(seed=seed if isinstance(seed, int) else seed[0])
             seeds = [seed + i for i in range(self.num_envs)] if isinstance(seed, int) else seed
+            if len(seeds) != self.num_envs:
+                raise ValueError(f"seed: {len(seeds)} of them; give one, or {self.num_envs}")
+            super().reset(seed=seeds[0])
             self._generators = [seeding.np_random(one)[0] for one in seeds]
         return self.dream.reset(self._generators), {}
 

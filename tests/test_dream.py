@@ -76,6 +76,9 @@ def test_a_rollout_is_a_function_of_its_seed(models: dict[str, Any], name: str) 
 def test_rollouts_of_a_batch_are_those_of_their_seeds(models: dict[str, Any], name: str) -> None:
     single = make(models[name], observation="features", horizon=3)
     many = DreamVectorEnv(models[name], (FRAMES, ACTIONS), num_envs=3, observation="features", horizon=3)
+    with pytest.raises(ValueError, match="seed: 2 of them; give one, or 3"):
+        many.reset(seed=[7, 8])
+    assert np.array_equal(many.reset(seed=[7, 8, 9])[0], many.reset(seed=7)[0])
     many.action_space.seed(0)
     actions = [many.action_space.sample() for _ in range(5)]
     found = [many.reset(seed=7)[0]]
@@ -179,7 +182,14 @@ def test_what_cannot_be_dreamt_in_says_so(tmp_path: Path, models: dict[str, Any]
         save_finetuned(tmp_path / "robot", "prelar")
         DreamEnv(tmp_path / "robot")
     narrow, single = (FRAMES, ACTIONS[..., :3]), (FRAMES, ACTIONS[..., :1])
-    for starts in (None, FRAMES.astype(np.float32), FRAMES[:, :, :32], (FRAMES, ACTIONS[:, 1:]), narrow, single):
+    for starts in (
+        None,
+        FRAMES.astype(np.float32),
+        FRAMES[:, :, :32],
+        (FRAMES, ACTIONS[:, 1:]),
+        narrow,
+        single,
+    ):
         with pytest.raises(ValueError, match="starts: "):
             DreamEnv(models["robot"], starts)
     for options in ({"horizon": 1}, {"observed": 0}, {"observation": "pixels"}):
