@@ -88,9 +88,12 @@ def run(
     staged = folder.with_name(f".{folder.name}.partial")
     files.remove(staged)
     writer = _Writer(store, episodes, rate, staged, codec, model, ffmpeg or ffmpeg_binary())
-    writer.write()
-    files.sync(staged)
-    staged.rename(folder)
+    try:
+        writer.write()
+        files.sync(staged)
+        staged.rename(folder)
+    finally:
+        files.remove(staged)
     clips = len(episodes) * len(writer.cameras)
     summary = f"{len(episodes)} episodes, {clips} of {store.num_clips} clips, {rate:g} frames a second"
     print(f"export-lerobot: {summary} -> {folder}", flush=True)

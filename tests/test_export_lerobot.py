@@ -233,9 +233,10 @@ def test_an_ffmpeg_that_fails_leaves_no_set(store: Store, tmp_path: Path) -> Non
     failing = tmp_path / "ffmpeg"
     failing.write_text("#!/bin/sh\necho no such encoder >&2\nexit 3\n")
     failing.chmod(0o755)
+    before = {path.name for path in tmp_path.iterdir()}
     with pytest.raises(UserError, match=r"ffmpeg failed .no such encoder.; free space, try --codec h264"):
         export_lerobot.run(Path(store.path), tmp_path / "set", ffmpeg=str(failing))
-    assert not (tmp_path / "set").exists()
+    assert {path.name for path in tmp_path.iterdir()} == before
 
 
 def test_statistics_are_those_of_the_numbers() -> None:
