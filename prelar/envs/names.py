@@ -49,15 +49,26 @@ class EnvSpec(NamedTuple):
 
 @dataclass(frozen=True, eq=False)
 class Suite:
-    """Tasks of one simulator: their names, without `prefix`, with what each one's environment is."""
+    """Tasks of one simulator: their names, without `prefix`, with what each one's environment is.
+
+    suffix: what a name in params.yaml may end with.
+    """
 
     title: str
     prefix: str
     tasks: Mapping[str, EnvSpec]
+    suffix: str = ""
+
+    def __contains__(self, task: str) -> bool:
+        """Whether a task, named as in params.yaml, is of this suite."""
+        return task.startswith(self.prefix) and self._name(task) in self.tasks
 
     def spec(self, task: str) -> EnvSpec:
         """What a task's environment is, the task named as in params.yaml."""
-        return self.tasks[task.removeprefix(self.prefix).removesuffix(VERSION)]
+        return self.tasks[self._name(task)]
+
+    def _name(self, task: str) -> str:
+        return task.removeprefix(self.prefix).removesuffix(self.suffix)
 
 
 def _dmc(actions: int, *tasks: str) -> dict[str, EnvSpec]:
@@ -65,11 +76,7 @@ def _dmc(actions: int, *tasks: str) -> dict[str, EnvSpec]:
 
 
 METAWORLD_SPEC = EnvSpec(action_dim=4, time_limit=500, action_repeat=1, succeeds=True)
-METAWORLD = Suite(
-    "Meta-World",
-    "",
-    dict.fromkeys(TASKS, METAWORLD_SPEC),
-)
+METAWORLD = Suite("Meta-World", "", dict.fromkeys(TASKS, METAWORLD_SPEC), suffix=VERSION)
 DMC = Suite(
     "DeepMind Control",
     "dmc/",
@@ -138,10 +145,7 @@ def suite_of(task: str) -> Suite | None:
     Raises `UserError` with the nearest names where the task, or what stands before its slash, is unknown.
     """
     for suite in SUITES:
-        if (
-            task.startswith(suite.prefix)
-            and task.removeprefix(suite.prefix).removesuffix(VERSION) in suite.tasks
-        ):
+        if task in suite:
             return suite
     own = importlib.metadata.entry_points(group=OWN_ENVS).names
     if OWN.fullmatch(task) or task in own:

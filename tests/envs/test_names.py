@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from prelar.config import Config, load_config
-from prelar.envs.names import among, check_names
+from prelar.envs.names import DMC, METAWORLD, among, check_names, suite_of
 from prelar.utils.errors import UserError
 
 ROOT = Path(__file__).parents[2]
@@ -30,6 +30,15 @@ def test_names_belong_to_the_simulator_that_is_asked() -> None:
         check_names(changed(cameras=["wrist"]))
     with pytest.raises(UserError, match=r"camera = 'frnt': RLBench has none .* did you mean front"):
         check_names(changed(source="rlbench", cameras=["frnt"]))
+
+
+def test_a_version_belongs_to_the_suite_that_has_it() -> None:
+    assert suite_of("reach") is suite_of("reach-v3") is METAWORLD and suite_of("dmc/walker-walk") is DMC
+    assert METAWORLD.spec("reach-v3") is METAWORLD.spec("reach")
+    with pytest.raises(
+        UserError, match=r"DeepMind Control has none of this name; did you mean dmc/walker-walk"
+    ):
+        suite_of("dmc/walker-walk-v3")
 
 
 def test_recorded_names_are_chosen_from() -> None:
