@@ -96,7 +96,7 @@ class Simulator(Base):
                 f"task = {self.task}: renders {found.dtype} {found.shape}; make it uint8 (H, W, 3)"
             )
         size = (width or self.width, height or self.height)
-        return np.asarray(Picture.fromarray(found).resize(size, Picture.Resampling.BOX))
+        return np.array(Picture.fromarray(found).resize(size, Picture.Resampling.BOX))
 
     def close(self) -> None:
         """Close the environment."""

@@ -28,6 +28,18 @@ class Buttons(Blind):
     action_space = Discrete(3)
 def number():
     return 3
+class Seen(gymnasium.Env):
+    action_space = Box(-1, 1, (1,), np.float64)
+    observation_space = Box(0, 255, (64, 64, 3), np.uint8)
+    time_limit, truncates, reward = 4, 4, 1.0
+    def seen(self):
+        return np.full((64, 64, 3), 7, np.uint8)
+    def reset(self, *, seed=None, options=None):
+        self.steps = 0
+        return self.seen(), {}
+    def step(self, action):
+        self.steps, self.action = self.steps + 1, action
+        return self.seen(), self.reward, False, self.steps >= self.truncates, {}
 """
 
 
@@ -73,6 +85,13 @@ def test_what_cannot_be_played_is_told_in_one_line(task: str, told: str) -> None
     with pytest.raises(UserError, match=told) as failure:
         make_env(task)
     assert "\n" not in str(failure.value)
+
+
+def test_its_pictures_can_be_written_to() -> None:
+    """As torch takes them without a copy, and without a warning."""
+    for task in ("faulty_envs:Seen", "maze:Maze"):
+        image, _ = PixelEnv(make_env(task), seed=0).reset()
+        assert image.flags.writeable
 
 
 @pytest.mark.filterwarnings("ignore")
