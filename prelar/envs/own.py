@@ -7,6 +7,7 @@ group `prelar.envs`. It is called with `render_mode="rgb_array"` where it takes 
 from __future__ import annotations
 
 import inspect
+import math
 from typing import Any
 
 import gymnasium
@@ -28,14 +29,16 @@ class Simulator(Base):
     """An environment of gymnasium as every `prelar.envs.simulator.Simulator`.
 
     Its pictures are its observations, where these are uint8 (H, W, 3), or else what it renders, brought to
-    the size that is asked. Actions in [-1, 1] are stretched to its own bounds. Attributes of the environment
-    tell what travels with it, as far as it has them: `action_repeat`, else 1; `time_limit`, else its spec's
-    `max_episode_steps`, else 1,000; and what is rendered, `metadata["render_fps"]`. It tells success where
-    `info` has "success" from the reset on. After it terminates its last state stays, without reward, to the
-    time limit.
+    the size that is asked. Its states are its observations in a row, of a `Dict` or `Tuple` one part after
+    another. Actions in [-1, 1] are stretched to its own bounds, and rounded where it takes integers.
+    Attributes of the environment tell what travels with it, as far as it has them: `action_repeat`, else 1;
+    `time_limit`, else its spec's `max_episode_steps`, else 1,000; and what is rendered,
+    `metadata["render_fps"]`. It tells success where `info` has "success" from the reset on. After it
+    terminates its last state stays, without reward, to the time limit.
 
     The same seed and actions have to give the same episode. Raises `UserError` where it cannot be imported,
-    has no pixels or no bounded actions in a row, or where a view is asked for, of which it knows nothing.
+    has no pixels or no bounded actions in a row, or where a view is asked for, of which it knows nothing; and
+    where it truncates an episode before the time limit, or a reward is not finite.
     """
 
     def __init__(
@@ -73,14 +76,32 @@ class Simulator(Base):
     def _start(self, seed: int, episode: int) -> Doubles:
         self._observation, _ = self._env.reset(seed=episode_entropy(seed, episode))
         self._ended = False
-        return np.ravel(self._observation).astype(np.float64)
+        return self._row()
 
     def _advance(self, action: Doubles) -> tuple[Doubles, float, bool]:
         reward: Any = 0.0
         if not self._ended:
-            wide = stretch(action, self._low, self._high).astype(self._env.action_space.dtype)
-            self._observation, reward, self._ended, _, self._info = self._env.step(wide)
-        return np.ravel(self._observation).astype(np.float64), float(reward), bool(self._info.get("success"))
+            wide, kind = stretch(action, self._low, self._high), self._env.action_space.dtype
+            taken = (np.rint(wide) if np.issubdtype(kind, np.integer) else wide).astype(kind)
+            self._observation, reward, self._ended, truncated, self._info = self._env.step(taken)
+            done = self.steps + 1
+            if not math.isfinite(reward):
+                raise UserError(
+                    f"task = {self.task}: reward {reward} at step {done}; make it a finite number"
+                )
+            if truncated and not self._ended and done < self.time_limit:
+                raise UserError(
+                    f"task = {self.task}: truncates an episode after {done} steps of {self.time_limit}; "
+                    f"set time_limit to {done} at most, or let it terminate"
+                )
+        return self._row(), float(reward), bool(self._info.get("success"))
+
+    def _row(self) -> Doubles:
+        """The present observation as one row."""
+        space, flat = self._env.observation_space, self._observation
+        if isinstance(space, gymnasium.spaces.Dict | gymnasium.spaces.Tuple):
+            flat = gymnasium.spaces.flatten(space, flat)
+        return np.ravel(flat).astype(np.float64)
 
     @property
     def fps(self) -> float:

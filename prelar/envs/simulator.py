@@ -140,8 +140,8 @@ class Simulator(abc.ABC):
 
 
 def stretch(action: Doubles, low: Doubles, high: Doubles) -> Doubles:
-    """An action in [-1, 1] brought to bounds of its own."""
-    return low + (action + 1) / 2 * (high - low)
+    """An action in [-1, 1] brought to bounds of its own, which rounding does not let it pass."""
+    return np.clip(low + (action + 1) / 2 * (high - low), low, high)
 
 
 def episode_entropy(seed: int, episode: int) -> int:

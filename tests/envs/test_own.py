@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import gymnasium
 import numpy as np
@@ -13,11 +14,12 @@ from gymnasium.utils.env_checker import check_env
 
 from prelar.envs import describe, make_env, registration
 from prelar.envs.pixels import PixelEnv
+from prelar.envs.simulator import stretch
 from prelar.utils.errors import UserError
 from tests.conftest import ROOT
 
 OTHERS = """
-from gymnasium.spaces import Box, Discrete
+from gymnasium.spaces import Box, Dict, Discrete
 import gymnasium, numpy as np
 class Blind(gymnasium.Env):
     action_space = Box(-1, 1, (1,), np.float32)
@@ -40,6 +42,19 @@ class Seen(gymnasium.Env):
     def step(self, action):
         self.steps, self.action = self.steps + 1, action
         return self.seen(), self.reward, False, self.steps >= self.truncates, {}
+class Short(Seen):
+    truncates = 3
+class Wrong(Seen):
+    reward = float("nan")
+class Ternary(Seen):
+    action_space = Box(-1, 1, (1,), np.int64)
+class Goal(Seen):
+    observation_space = Dict(goal=Box(0, 1, (2,), np.float64), place=Box(0, 1, (1,), np.float32))
+    render_mode = "rgb_array"
+    def seen(self):
+        return {"goal": np.array([0.25, 0.5]), "place": np.array([0.75], np.float32)}
+    def render(self):
+        return np.full((64, 64, 3), 9, np.uint8)
 """
 
 
@@ -92,6 +107,53 @@ def test_its_pictures_can_be_written_to() -> None:
     for task in ("faulty_envs:Seen", "maze:Maze"):
         image, _ = PixelEnv(make_env(task), seed=0).reset()
         assert image.flags.writeable
+
+
+def test_observations_of_several_parts_are_one_row() -> None:
+    simulator = make_env("faulty_envs:Goal")
+    assert simulator.reset(0, 0).observation.tolist() == [0.25, 0.5, 0.75]
+    assert simulator.step([0.0]).observation.dtype == np.float64 and (simulator.render() == 9).all()
+
+
+def test_no_action_passes_its_bounds_by_rounding() -> None:
+    random = np.random.default_rng(0)
+    low, high = random.uniform(-3, 0, 1000).round(2), random.uniform(0, 3, 1000).round(2)
+    for action in (-1.0, 1.0, np.nextafter(1, 0)):
+        stretched = stretch(np.full(1000, action), low, high)
+        assert (low <= stretched).all() and (stretched <= high).all()
+    np.testing.assert_allclose(stretch(np.zeros(1000), low, high), (low + high) / 2, atol=1e-12)
+
+
+def test_actions_in_integers_are_the_nearest() -> None:
+    simulator: Any = make_env("faulty_envs:Ternary")
+    simulator.reset(0, 0)
+    told = []
+    for action in (-0.9, -0.4, 0.4, 0.6):
+        simulator.step([action])
+        told.append(int(simulator._env.action[0]))
+    assert told == [-1, 0, 0, 1]
+
+
+@pytest.mark.parametrize(
+    ("task", "told"),
+    [
+        ("faulty_envs:Short", "truncates an episode after 3 steps of 4; set time_limit to 3 at most"),
+        ("faulty_envs:Wrong", "reward nan at step 1; make it a finite number"),
+    ],
+)
+def test_what_goes_wrong_in_an_episode_is_told_in_one_line(task: str, told: str) -> None:
+    simulator = make_env(task)
+    simulator.reset(0, 0)
+    with pytest.raises(UserError, match=told):
+        for _ in range(4):
+            simulator.step([0.0])
+
+
+def test_an_environment_may_truncate_at_the_time_limit() -> None:
+    for task, limit in (("faulty_envs:Seen", 4), ("faulty_envs:Short", 3)):
+        simulator = make_env(task, time_limit=limit)
+        simulator.reset(0, 0)
+        assert [simulator.step([0.0]).done for _ in range(limit)] == [False] * (limit - 1) + [True]
 
 
 @pytest.mark.filterwarnings("ignore")
