@@ -26,12 +26,14 @@ from prelar.control.exploration import Bonus
 from prelar.control.learner import Learner
 from prelar.control.replay import Replay
 from prelar.control.rollout import RandomPolicy, play_episodes, summarise
-from prelar.envs import describe, gl, make_env, settled
+from prelar.envs import describe, gl, make_env, own, settled
+from prelar.envs.names import suite_of
 from prelar.envs.pixels import Envs, PixelEnv, Simulator
 from prelar.methods import build_model, load_pretrained, loads, restore
 from prelar.model.spec import ModelSpec
 from prelar.model.world_model import WorldModel
 from prelar.stages import stage_fingerprint
+from prelar.store.store import Store
 from prelar.train.checkpoint import Snapshots, load_parts, resume_key, save_parts
 from prelar.train.loop import Hook, Scalars, compiles, fabric_of, summary, train
 from prelar.train.prefetch import BatchPrefetcher
@@ -52,8 +54,7 @@ def run(cfg: Config) -> None:
     model = load_model(cfg)
     if compiles(cfg.compile, fabric):
         model.compile_training(dynamic=False)
-    fingerprint = stage_fingerprint("finetune", cfg.model_dump(mode="json"))
-    snapshots = Snapshots(resume_key("finetune", fingerprint, known={}, inputs=[PRETRAINED]))
+    snapshots = Snapshots(run_key(cfg))
     actor_critic = learn(
         fabric,
         model,
@@ -87,6 +88,17 @@ def run(cfg: Config) -> None:
     snapshots.remove()
     print(summary(LOGS), end="")
     print(f"finetune: {cfg.method}, {preset.env_steps} steps of {cfg.task} -> {OUTPUT}, {LOGS}", flush=True)
+
+
+def run_key(cfg: Config) -> str:
+    """The resume key: params, code, the pre-trained model, a user's own environment, a background's clips."""
+    known: dict[str, Any] = {}
+    if suite_of(cfg.task) is None:
+        known["env"] = own.code_digests(cfg.task)
+    if cfg.view.distract == "background":
+        known["clips"] = Store.open(Path(str(cfg.view.distract_store))).digest()
+    fingerprint = stage_fingerprint("finetune", cfg.model_dump(mode="json"))
+    return resume_key("finetune", fingerprint, known=known, inputs=[PRETRAINED])
 
 
 def load_model(cfg: Config) -> WorldModel:

@@ -26,13 +26,16 @@ from prelar.envs.pixels import PixelEnv
 from prelar.envs.simulator import Step
 from prelar.methods import METHODS, build_model
 from prelar.model.spec import ModelSpec
+from prelar.store.writer import StoreWriter
 from prelar.train.checkpoint import load_config as load_description
 from prelar.train.checkpoint import load_parts, save_parts
 from prelar.utils.errors import UserError
+from prelar.utils.files import remove
 from prelar.utils.seeds import RngStream, episode_seed
 from tests.conftest import Spy
 from tests.control.toy import ACTIONS, TASK, DotWorld
 from tests.control.toy_run import TINY, run
+from tests.fake_results import moving
 
 ROOT = Path(__file__).parents[1]
 PROCESSES = multiprocessing.get_context("forkserver")
@@ -171,6 +174,31 @@ def test_it_learns_in_mixed_precision_with_a_bonus() -> None:
     assert column(finetune.LOGS / "plots/metrics/bonus/mean.tsv")[-1] > 0
     parts, _ = load_parts(finetune.OUTPUT)
     assert {value.dtype for part in parts.values() for value in part.values()} <= {torch.float32, torch.int64}
+
+
+def test_a_run_goes_on_in_the_very_environment_that_it_began_in(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """A change of the module of one's own environment, or of a background's clips, starts it anew."""
+    source = "from tests.control.toy import DotEnv\nclass Mine(DotEnv): time_limit = {}\n"
+    monkeypatch.syspath_prepend(".")
+    cfg = config(task="changing_env:Mine")
+    Path("changing_env.py").write_text(source.format(100))
+    first = finetune.run_key(cfg)
+    assert finetune.run_key(cfg) == first
+    Path("changing_env.py").write_text(source.format(200))
+    assert finetune.run_key(cfg) != first
+    keys = []
+    for frames in (moving(9), moving(9)[::-1].copy()):
+        with StoreWriter(Path("clips.zarr")) as writer:
+            writer.append(frames, {"id": "0", "split": "train", "label": "x", "fps": 12.0})
+            writer.finish({"source": "test"})
+        keys.append(
+            finetune.run_key(config(task="reach", distract="background", distract_store="clips.zarr"))
+        )
+        for path in Path().glob("clips.*"):
+            remove(path)
+    assert keys[0] != keys[1]
 
 
 def test_the_stage_loads_what_was_pretrained() -> None:

@@ -18,6 +18,7 @@ from prelar.config import PLAIN, View
 from prelar.envs.names import OWN_ENVS, EnvSpec
 from prelar.envs.simulator import Doubles, Image, episode_entropy, stretch
 from prelar.envs.simulator import Simulator as Base
+from prelar.utils import files
 from prelar.utils.errors import UserError
 from prelar.utils.own import load_own
 
@@ -122,6 +123,11 @@ class Simulator(Base):
     def close(self) -> None:
         """Close the environment."""
         self._env.close()
+
+
+def code_digests(task: str) -> dict[str, str]:
+    """sha256 of the source of the module that a task comes from, by its name."""
+    return files.code_digests(load_own("task", task, OWN_ENVS).__module__)
 
 
 def _make(task: str) -> gymnasium.Env[Any, Any]:
