@@ -165,7 +165,7 @@ def learn(
         replay = Replay(
             snapshots.folder / "replay.bin",
             capacity=preset.replay // watched.action_repeat,
-            margin=3 * preset.checkpoint_every + 3 * (preset.episode + 1) * preset.envs,
+            margin=replay_margin(preset, watched.action_repeat),
             action_dim=model.spec.robot_action_dim,
         )
         stack.callback(replay.close)
@@ -236,6 +236,16 @@ def make_bonus(model: WorldModel, *, seed: int, device: torch.device) -> Bonus |
     return (
         Bonus(model.bonus_dim, weight=model.spec.bonus, seed=seed, device=device) if model.bonus_dim else None
     )
+
+
+def replay_margin(preset: Finetune, action_repeat: int) -> int:
+    """Steps that the replay may gain before it overwrites one that a run can still resume to read.
+
+    The snapshot may be three intervals old, and hold sequences that were chosen an update before it.
+    """
+    env_steps = 3 * preset.checkpoint_every + preset.train_every
+    ended = env_steps // (preset.episode * preset.envs) + 2  # times that all environments' episodes end
+    return ended * preset.envs * (preset.actions(action_repeat) + 1)
 
 
 def updates_after(env_steps: int, preset: Finetune) -> int:

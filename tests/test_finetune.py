@@ -91,6 +91,24 @@ def test_updates_follow_the_environment_steps() -> None:
     assert [finetune.updates_after(n, preset) for n in (0, 13, 14, 17, 18, 25, 26)] == [0, 0, 3, 3, 4, 5, 6]
 
 
+@pytest.mark.parametrize("repeat", [1, 3])
+@pytest.mark.parametrize("envs", [1, 2])
+@pytest.mark.parametrize(("train_every", "checkpoint_every"), [(6, 9), (60, 2), (300, 1), (6, 500)])
+def test_the_margin_holds_what_comes_after_the_choice_of_an_old_snapshot(
+    repeat: int, envs: int, train_every: int, checkpoint_every: int
+) -> None:
+    """However rare updates are: what one reads is chosen an update before, and may be read after a resume."""
+    changes = {"train_every": train_every, "checkpoint_every": checkpoint_every, "envs": envs, "length": 6}
+    preset = Finetune(**(TINY | changes | {"time_limit": 20, "prefill": 40, "action_repeat": repeat}))
+    step, episode = repeat * envs, preset.actions(repeat) + 1
+    added = np.zeros(2000, int)
+    for end in range(20 * envs, 1900, 20 * envs):
+        added[end + step] += episode * envs  # an answer is taken in before the next action, at the latest
+    window = train_every + 3 * checkpoint_every
+    gained = np.convolve(added, np.ones(min(window, 2000), int)).max()
+    assert gained <= finetune.replay_margin(preset, repeat) <= gained + 3 * episode * envs
+
+
 @pytest.mark.parametrize("method", METHODS)
 def test_the_stage_leaves_an_agent_that_acts(method: str) -> None:
     pretrained(method)
