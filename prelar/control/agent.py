@@ -52,14 +52,20 @@ class Agent:
     def act(
         self, memory: Memory | None, images: Image, is_first: npt.NDArray[np.bool_]
     ) -> tuple[Actions, Memory]:
-        """Actions (N, A) for images uint8 (N, 64, 64, 3); see `rollout.Policy`."""
+        """Actions (N, A) for images uint8 (N, 64, 64, 3); see `rollout.Policy`.
+
+        Raises `UserError` where one is not finite, which a GPU's log may tell only later.
+        """
         seen = normalise(torch.from_numpy(images).to(self.device))
         starts = torch.from_numpy(is_first).to(self.device)
         state, action = self._recall(memory, len(images))
         state = self.model.act_state(state, seen, action, starts)
         policy = self.actor(self.model.feature(state))
         action = getattr(policy, self.choose)()
-        return action.cpu().numpy(), Memory(state=state, action=action)
+        chosen: Actions = action.cpu().numpy()
+        if not np.isfinite(chosen).all():
+            raise UserError("agent: its action is not finite; lower the learning rates")
+        return chosen, Memory(state=state, action=action)
 
     def _recall(self, memory: Memory | None, count: int) -> tuple[State | None, Tensor]:
         """State and last action on the agent's device; None and zeros where there is no memory."""
