@@ -160,6 +160,27 @@ def test_an_agent_chooses_as_it_was_evaluated(evaluated: Path, given: str | None
             assert not (action == policy.mode().detach().numpy()).any()
 
 
+@pytest.mark.parametrize(
+    ("changes", "told"),
+    [
+        ({"task": None}, "task = None: "),
+        ({"action_repeat": 0}, "action_repeat = 0: "),
+        ({"view": 3}, "view = 3: needs renderer, distract, distract_strength, distract_store"),
+        ({"view": {"colour": "red"}}, "view = .*colour.*: needs renderer"),
+        ({"view": {"distract_strength": 2.0}}, "distract_strength = 2.0: "),
+    ],
+)
+def test_a_checkpoint_that_cannot_say_where_it_acts_is_refused(
+    evaluated: Path, changes: dict[str, Any], told: str
+) -> None:
+    shutil.copytree(evaluated, finetune.OUTPUT)
+    path = finetune.OUTPUT / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+    with pytest.raises(UserError, match=told) as failure:
+        load_agent(finetune.OUTPUT, device=torch.device("cpu"))
+    assert "\n" not in str(failure.value)
+
+
 def test_the_stage_reads_the_params_that_its_key_and_dvc_track(capsys: pytest.CaptureFixture[str]) -> None:
     pretrained("prelar")
     spy = Spy(config())

@@ -10,6 +10,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
+from prelar.config import View, misfits
 from prelar.control.actor_critic import Actor
 from prelar.envs.pixels import Actions, Image
 from prelar.methods import build_model, restore
@@ -83,6 +84,12 @@ def load_agent(folder: Path, *, device: torch.device) -> tuple[Agent, dict[str, 
     parts, config = load_parts(folder)
     if "model" not in config or "actor" not in parts:
         raise UserError(f"{folder}: no checkpoint of an agent; run `dvc repro {folder.name}`")
+    view = config.get("view", {})
+    if not isinstance(view, dict) or not view.keys() <= set(View._fields):
+        raise UserError(f"{folder}/config.json: view = {shown(view)}: needs {', '.join(View._fields)}")
+    acts = {"task": config.get("task"), "action_repeat": config.get("action_repeat", 1)}
+    if problem := misfits(acts | view):
+        raise UserError(f"{folder}/config.json: {problem}; run `dvc repro {folder.name}`")
     spec = ModelSpec.read(config["model"], stage="finetune", source=str(folder))
     model = restore(lambda: build_model(spec), lambda made: made.load_state(parts))
     source = f"{folder}/actor.safetensors"
