@@ -191,7 +191,7 @@ class Envs:
         def maker(index: int) -> Callable[[], PixelEnv]:
             def make() -> PixelEnv:
                 if os.getpid() != home:
-                    follow_parent(signal.SIGTERM)
+                    follow_parent(signal.SIGTERM, signal.SIGUSR1)
                 return PixelEnv(make_simulator(), seed=seed, first=index, stride=count)
 
             return make

@@ -114,7 +114,7 @@ def test_processes_leave_signals_to_the_parent() -> None:
     envs = vector(processes=True)
     envs.reset()
     for process in multiprocessing.active_children():
-        for number in (signal.SIGTERM, signal.SIGINT):
+        for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1):
             os.kill(int(process.pid or 0), number)
     assert len(answered(envs, np.zeros((2, ACTIONS), np.float32)).images) == 2
     envs.close()
