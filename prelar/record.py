@@ -52,7 +52,7 @@ def run(
     jobs = [Job(name, 0, number) for number in range(episodes)]
     splits = Splits(jobs, [])
     with contextlib.ExitStack() as contexts:
-        simulator = contexts.enter_context(make_env_of(described, time_limit=config.evaluate.time_limit))
+        simulator = contexts.enter_context(make_env_of(described, config))
         writer = None
         if target is not None:
             staged = target.with_name(f".{target.stem}.recording") / target.name

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from prelar.config import PLAIN, Config, View, refilled
 from prelar.envs.names import DMC, METAWORLD, EnvSpec, suite_of
+from prelar.utils.errors import UserError
 
 if TYPE_CHECKING:
     from prelar.envs.simulator import Simulator
@@ -38,11 +39,21 @@ def make_env(
     return own.Simulator(task, **settings)
 
 
-def make_env_of(described: Mapping[str, Any], *, time_limit: int | None = None) -> Simulator:
-    """The simulator that a fine-tuning checkpoint acts in: task, pace and view are as its config says."""
+def make_env_of(described: Mapping[str, Any], config: Config) -> Simulator:
+    """The simulator that a fine-tuning checkpoint acts in, to the time limit of evaluations.
+
+    Task, pace and view are as the checkpoint's config `described` says. It may come from a stranger: raises
+    `UserError` where its task is an environment of one's own, which is code, and params.yaml names another.
+    """
+    task = described["task"]
+    if suite_of(task) is None and task != config.task:
+        raise UserError(
+            f"task = {task}, says the checkpoint: an environment of one's own, which is code; where you "
+            f"trust it, set task: {task} in params.yaml"
+        )
     repeat = described.get("action_repeat", 1)  # not said by checkpoints of before
     view = View(**described.get("view", {}))
-    return make_env(described["task"], time_limit=time_limit, action_repeat=repeat, view=view)
+    return make_env(task, time_limit=config.evaluate.time_limit, action_repeat=repeat, view=view)
 
 
 def describe(task: str) -> EnvSpec:

@@ -35,7 +35,7 @@ def pack(config: Config, target: Path = DEMO) -> None:
     made = {"seed": config.seed, "commit": commit.stdout.strip(), "params": read_yaml(PARAMS)}
     save_parts(target, half, about | {"made_by": made})
     step = load_step(target)
-    world = episodes_world(step, seed=config.seed, time_limit=config.evaluate.time_limit, episodes=EPISODES)
+    world = episodes_world(step, config, episodes=EPISODES)
     (target / WORLD).write_bytes(world.content())
     size = sum(path.stat().st_size for path in target.iterdir()) / 1e6
     print(f"demo-model: {config.method} on {config.task}, seed {config.seed} -> {target}, {size:.1f} MB")

@@ -80,10 +80,9 @@ def entry_of(config: Config, root: Path, folder: Path) -> Entry:
 
 def find_world(config: Config, step: Step) -> World | None:
     """What a model starts from in a project: episodes of its agent, else held-out clips; None without any."""
-    settings = config.evaluate
     if step.actor is None:
-        return clips_world(step, Store.open(config.store), settings.length)
-    return episodes_world(step, seed=config.seed, time_limit=settings.time_limit)
+        return clips_world(step, Store.open(config.store), config.evaluate.length)
+    return episodes_world(step, config)
 
 
 def make_entry(folder: Path, start: Callable[[Step], World | None], root: Path) -> Entry:

@@ -16,6 +16,7 @@ import torch
 from safetensors import safe_open
 from safetensors.numpy import save
 
+from prelar.config import Config
 from prelar.control.rollout import play
 from prelar.envs import gl, make_env_of
 from prelar.envs.pixels import PixelEnv
@@ -114,11 +115,12 @@ def describe(step: Step, controls: str, labels: list[str]) -> dict[str, Any]:
     return sizes | {"controls": controls, "discrete": False, "labels": labels}
 
 
-def episodes_world(step: Step, *, seed: int, time_limit: int | None, episodes: int = EPISODES) -> World:
+def episodes_world(step: Step, config: Config, *, episodes: int = EPISODES) -> World:
     """Episodes of the agent, the first of its evaluation, for a fine-tuned model."""
     gl.ensure()
     assert step.agent is not None
-    with make_env_of(step.described, time_limit=time_limit) as simulator:
+    seed = config.seed
+    with make_env_of(step.described, config) as simulator:
         env = PixelEnv(simulator, seed=episode_seed(RngStream.EVALUATION_EPISODES, seed))
         played = [play(env, step.agent, episode=n, seed=seed, keep_frames=True) for n in range(episodes)]
     length = min(LONGEST, *(len(episode.actions) + 1 for episode in played))

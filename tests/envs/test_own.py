@@ -12,7 +12,8 @@ import numpy as np
 import pytest
 from gymnasium.utils.env_checker import check_env
 
-from prelar.envs import describe, make_env, registration
+from prelar.config import parse_config, read_yaml
+from prelar.envs import describe, make_env, make_env_of, registration
 from prelar.envs.pixels import PixelEnv
 from prelar.envs.simulator import stretch
 from prelar.utils.errors import UserError
@@ -100,6 +101,17 @@ def test_what_cannot_be_played_is_told_in_one_line(task: str, told: str) -> None
     with pytest.raises(UserError, match=told) as failure:
         make_env(task)
     assert "\n" not in str(failure.value)
+
+
+def test_a_checkpoint_names_no_code_that_params_do_not_name() -> None:
+    """Of a stranger's, not even the module is imported."""
+    Path("trap.py").write_text("raise SystemExit('the trap was imported')\n", encoding="utf-8")
+    values = read_yaml(ROOT / "params.yaml")
+    values["scales"]["smoke"]["evaluate"]["time_limit"] = 40
+    with pytest.raises(UserError, match=r"^task = trap:Trap, says the checkpoint: .* set task: trap:Trap in"):
+        make_env_of({"task": "trap:Trap"}, parse_config(values))
+    with make_env_of({"task": "maze:Maze"}, parse_config(values | {"task": "maze:Maze"})) as simulator:
+        assert simulator.time_limit == 40
 
 
 def test_its_pictures_can_be_written_to() -> None:
