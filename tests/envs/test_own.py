@@ -107,7 +107,7 @@ def test_a_checkpoint_names_no_code_that_params_do_not_name() -> None:
     """Of a stranger's, not even the module is imported."""
     Path("trap.py").write_text("raise SystemExit('the trap was imported')\n", encoding="utf-8")
     values = read_yaml(ROOT / "params.yaml")
-    values["scales"]["smoke"]["evaluate"]["time_limit"] = 40
+    values["scales"]["smoke"]["evaluate"] |= {"time_limit": 40, "length": 10}
     with pytest.raises(UserError, match=r"^task = trap:Trap, says the checkpoint: .* set task: trap:Trap in"):
         make_env_of({"task": "trap:Trap"}, parse_config(values))
     with make_env_of({"task": "maze:Maze"}, parse_config(values | {"task": "maze:Maze"})) as simulator:
