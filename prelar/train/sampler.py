@@ -67,7 +67,6 @@ class SegmentSampler:
         self._batch = batch
         self._seed = seed
         self._rows = range(rank * batch // world, (rank + 1) * batch // world)
-        self._actions = store.array("actions") if store.has("actions") else None
         self._announced = -1
         self._epochs: list[dict[int, tuple[Numbers, Numbers]]] = [{} for _ in parts]
 
@@ -91,24 +90,19 @@ class SegmentSampler:
         """The batch of `step`, of B = batch / world segments of T = length frames, on the CPU.
 
         image uint8 (B, T, 64, 64, 3); is_first bool (B, T), true at every segment's first frame; clip and
-        start int64 (B,), the clip's number and the first frame within it; actions float32 (B, T, A) where the
-        store has them, row t as stored with frame t: with a gap, the first of the actions that lead on.
+        start int64 (B,), the clip's number and the first frame within it.
         """
         clips, starts = self.segments(step)
         begins, strides = self._store.clip_start[clips] + starts, self._strides[clips]
         self._announce(step)
         first = np.zeros((len(clips), self._length), dtype=np.bool_)
         first[:, 0] = True
-        batch = {
+        return {
             "image": torch.from_numpy(self._store.read_many(begins, self._length, strides=strides)),
             "is_first": torch.from_numpy(first),
             "clip": torch.from_numpy(clips),
             "start": torch.from_numpy(starts),
         }
-        if self._actions is not None:
-            rows = begins[:, None] + strides[:, None] * np.arange(self._length)
-            batch["actions"] = torch.from_numpy(self._actions[rows])
-        return batch
 
     def _announce(self, step: int) -> None:
         """Let a remote store begin to fetch what the next steps read."""
@@ -136,9 +130,9 @@ class SegmentSampler:
 class Shares:
     """Which of several sources each row of a run is of: a pure function of weights, batch, seed and row.
 
-    Rows come in blocks of whole batches, so many that the least weight has a row in each. Of every so many
-    blocks from the first on, each source has its share of rows by weight, rounded down or up; within a block
-    they lie in an order drawn by (seed, block).
+    Rows come in blocks of whole batches, so many that the least weight has a row or more in the mean of them.
+    Of all rows up to the end of any block, each source has its share by weight, rounded down or up; within a
+    block they lie in an order drawn by (seed, block).
     """
 
     def __init__(self, weights: Sequence[float], batch: int, seed: int) -> None:
