@@ -23,6 +23,7 @@ from prelar.model.losses import categorical_entropy, image_loss, squared_error
 from prelar.model.rssm import RSSM, StackedRSSM, State, feature
 from prelar.model.spec import ModelSpec
 from prelar.model.vision import Context
+from prelar.utils.distributed import all_gather_rows
 from prelar.utils.errors import UserError
 
 Losses = dict[str, Tensor]
@@ -197,7 +198,7 @@ class WorldModel(nn.Module):
             "posterior_entropy": categorical_entropy(seen.post["logit"].detach()).mean(),
             "prior_entropy": categorical_entropy(seen.prior["logit"].detach()).mean(),
             "kl_per_step": kl.mean(),
-            "action_size": seen.action.detach().square().mean().sqrt(),
+            "action_size": all_gather_rows(seen.action.detach().square().mean()[None]).mean().sqrt(),
         }
         post = {key: value.detach() for key, value in seen.post.items()}
         outputs = {

@@ -28,16 +28,17 @@ CASES: dict[str, dict[str, Any]] = {
 
 
 def results(case: dict[str, Any]) -> dict[str, Tensor]:
-    """Losses, gradients and buffers after one pass, of the whole batch, in double precision."""
+    """Losses, metrics, gradients and buffers after one pass, of the whole batch, in double precision."""
     torch.manual_seed(1)
     model = build_model(ModelSpec(**SIZES, **case)).double().train()
     images = local_rows(torch.rand(BATCH, TIME, 3, 64, 64, dtype=torch.float64) - 0.5)
     is_first = torch.zeros(BATCH, TIME, dtype=torch.bool)
     is_first[:, 0] = is_first[1, 3] = is_first[3, 2] = is_first[3, 4] = True
     torch.manual_seed(2)
-    losses, _ = model.pretrain_losses(images, local_rows(is_first))
+    losses, outputs = model.pretrain_losses(images, local_rows(is_first))
     model.total(losses).backward()
     found = {f"loss {name}": value.detach() for name, value in losses.items()}
+    found |= {f"metric {name}": value for name, value in outputs["metrics"].items()}
     found |= {f"gradient {name}": p.grad for name, p in model.named_parameters() if p.grad is not None}
     for value in found.values():
         if world() > 1:
