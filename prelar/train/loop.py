@@ -276,12 +276,12 @@ class Averages:
 class GracefulShutdown:
     """While entered, SIGTERM, SIGUSR1 and Ctrl-C only leave a note, so that the step under way can end.
 
-    A second signal ends the process at once, as it would have without this; Ctrl-C says so. `name` is the
-    run's.
+    A second signal ends the process at once, as it would have without this; Ctrl-C says so where `tells`.
+    `name` is the run's.
     """
 
-    def __init__(self, name: str) -> None:
-        self.name = name
+    def __init__(self, name: str, *, tells: bool = True) -> None:
+        self.name, self.tells = name, tells
         self.received: int | None = None
         self._before: dict[int, Any] = {}
 
@@ -304,7 +304,7 @@ class GracefulShutdown:
             signal.signal(number, signal.SIG_DFL)
             os.kill(os.getpid(), number)
         self.received = number
-        if number == signal.SIGINT:
+        if number == signal.SIGINT and self.tells:
             message = f"\n{self.name}: finishing the step under way to keep it; Ctrl-C again stops at once\n"
             os.write(STDERR, message.encode())  # print is not safe within a signal handler
 
@@ -352,7 +352,7 @@ def train(
     on_cpu = fabric is None or fabric.device.type == "cpu"
     try:
         start = run.resume()
-        with GracefulShutdown(name) as interrupts, run.progress(start):
+        with GracefulShutdown(name, tells=run.processes.first) as interrupts, run.progress(start):
             for done in range(start + 1, steps + 1):
                 seed_step(seed, done - 1)
                 run.averages.add(done, step(done - 1))

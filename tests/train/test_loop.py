@@ -126,6 +126,9 @@ def test_ctrl_c_says_what_happens_once(capfd: pytest.CaptureFixture[str]) -> Non
     assert told.strip() == "toy: finishing the step under way to keep it; Ctrl-C again stops at once"
     with GracefulShutdown("toy"):
         signal.raise_signal(signal.SIGTERM)
+    with GracefulShutdown("toy", tells=False) as interrupts:
+        signal.raise_signal(signal.SIGINT)
+    assert interrupts.received == signal.SIGINT
     assert capfd.readouterr().err == ""
 
 
