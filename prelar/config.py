@@ -623,6 +623,18 @@ class Config(_Frozen):
                     )
         return unions
 
+    @field_validator("scales")
+    @classmethod
+    def _shared(cls, scales: Scales, given: ValidationInfo) -> Scales:
+        scale, devices = given.data.get("scale"), given.data.get("devices", 1)
+        batch = getattr(scales, scale).pretrain.batch if scale else 0
+        if batch % devices:
+            raise ValueError(
+                f"{scale}.pretrain.batch is {batch}, which {devices} devices cannot share evenly; "
+                "make it a multiple of devices"
+            )
+        return scales
+
     @model_validator(mode="after")
     def _named(self) -> Config:
         further = [*self.sources, *self.mixtures, *self.unions]
@@ -686,9 +698,9 @@ def _check_named(key: str, name: str, known: Sequence[str]) -> None:
 
 SIZES: dict[str, Any] = {
     name: Annotated[field.annotation, field]
-    for group in (Finetune, Pretrain, Config)
+    for group in (Config, Finetune, Pretrain)  # a key of Config may be null, of a scale not
     for name, field in group.model_fields.items()
-} | {"robot_action_dim": Width}
+} | {"action_dim": Width, "robot_action_dim": Width}
 """What builds a model, by name: types and bounds as params.yaml has them, and of what it leaves out."""
 
 

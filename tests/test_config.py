@@ -236,6 +236,11 @@ def test_places_that_stay_where_they_are_are_taken(tmp_path: Path, params: str, 
             "naive: true does not fit method dreamerv2, which is not pre-trained; set it to false",
         ),
         (
+            {"devices: 1": "devices: 3"},
+            "scales: smoke.pretrain.batch is 16, which 3 devices cannot share evenly; "
+            "make it a multiple of devices",
+        ),
+        (
             {"action_dim: null": "action_dim: 60", "action_kind: gaussian": "action_kind: discrete"},
             "action_kind: discrete needs an action_dim that is a multiple of 8; it is 60",
         ),

@@ -137,6 +137,10 @@ def test_a_damaged_checkpoint_is_refused_in_one_line(saved: Path, what: str, mes
         {"model": {"method": ["prelar"]}},
         {"model": {"action_kind": "x"}},
         {"model": {"beta": [[]] * 10**5}},
+        {"model": {"beta": None}},
+        {"model": {"beta_a": None}},
+        {"model": {"action_dim": None}},
+        {"model": {"bonus": None}},
         {"model": {"layers": 10**6}},
         {"model": {"robot_action_dim": -1}},
         {"imported": 3},
@@ -150,6 +154,13 @@ def test_a_description_that_lies_is_refused_in_one_line(saved: Path, change: dic
     assert "\n" not in str(caught.value) and len(str(caught.value)) < 500
 
 
+def test_a_description_may_hold_what_params_yaml_may(saved: Path) -> None:
+    held = json.loads((saved / "config.json").read_text())
+    model = {"action_dim": 50, "beta": 0.0, "bonus": 0.0, "frame_gap": None}
+    (saved / "config.json").write_text(json.dumps(held | {"model": model}))
+    assert load_config(saved)["model"] == model
+
+
 @pytest.mark.parametrize(
     "content", [b"[" * 100_000, b"\xff", b"9" * 5000, b" " * (2 << 20), b'{"schema": 1, "schema": 1}']
 )
@@ -160,9 +171,10 @@ def test_a_description_that_is_none_is_refused_in_one_line(saved: Path, content:
     assert "\n" not in str(caught.value)
 
 
-@pytest.mark.parametrize("number", [float("nan"), float("inf")])
+@pytest.mark.parametrize("number", [float("nan"), float("inf"), 1e39])
 def test_weights_that_are_not_finite_are_refused(saved: Path, number: float) -> None:
-    weights = net().state_dict() | {"0.bias": torch.tensor([1.0, number, 0.0])}
+    """Nor those that only float64 has as finite: models are of float32."""
+    weights = net().state_dict() | {"0.bias": torch.tensor([1.0, number, 0.0], dtype=torch.float64)}
     save_parts(saved, {"encoder": weights}, {})
     with pytest.raises(UserError, match=r"encoder\.safetensors: .*0\.bias has numbers that are not finite"):
         load_parts(saved)
