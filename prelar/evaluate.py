@@ -37,7 +37,7 @@ from prelar.store.store import Store
 from prelar.train.checkpoint import load_config, load_parts
 from prelar.train.loggers import open_loggers
 from prelar.train.loop import fabric_of
-from prelar.utils.errors import UserError
+from prelar.utils.errors import UserError, remake
 from prelar.utils.files import publish, remove, write_text
 from prelar.utils.frames import SIZE, Frames
 from prelar.utils.processes import worker_pool
@@ -165,7 +165,7 @@ def check_origin(folder: Path, described: Mapping[str, Any], **expected: str | f
         if described.get(key) != value:
             raise UserError(
                 f"{folder}: made with {key} = {described.get(key)}, params.yaml says {value}; "
-                f"run `dvc repro {folder.name}`"
+                f"{remake(folder)}"
             )
 
 

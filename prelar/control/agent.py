@@ -19,7 +19,7 @@ from prelar.model.layers import load_weights
 from prelar.model.spec import ModelSpec
 from prelar.model.world_model import WorldModel
 from prelar.train.checkpoint import load_parts
-from prelar.utils.errors import UserError, shown
+from prelar.utils.errors import UserError, remake, shown
 
 State = dict[str, Tensor]
 
@@ -83,13 +83,13 @@ def load_agent(folder: Path, *, device: torch.device) -> tuple[Agent, dict[str, 
     """
     parts, config = load_parts(folder)
     if "model" not in config or "actor" not in parts:
-        raise UserError(f"{folder}: no checkpoint of an agent; run `dvc repro {folder.name}`")
+        raise UserError(f"{folder}: no checkpoint of an agent; {remake(folder)}")
     view = config.get("view", {})
     if not isinstance(view, dict) or not view.keys() <= set(View._fields):
         raise UserError(f"{folder}/config.json: view = {shown(view)}: needs {', '.join(View._fields)}")
     acts = {"task": config.get("task"), "action_repeat": config.get("action_repeat", 1)}
     if problem := misfits(acts | view):
-        raise UserError(f"{folder}/config.json: {problem}; run `dvc repro {folder.name}`")
+        raise UserError(f"{folder}/config.json: {problem}; {remake(folder)}")
     spec = ModelSpec.read(config["model"], stage="finetune", source=str(folder))
     model = restore(lambda: build_model(spec), lambda made: made.load_state(parts))
     source = f"{folder}/actor.safetensors"

@@ -28,7 +28,7 @@ from prelar.store.parquet import read_parquet
 from prelar.store.remote import Published, open_pointer
 from prelar.store.schema import INDEX_SCHEMA, SCHEMA, Layout, index_path, pair_index
 from prelar.utils import files
-from prelar.utils.errors import UserError, printable, shown
+from prelar.utils.errors import UserError, printable, remake, shown
 from prelar.utils.frames import FRAME, Frames
 
 JSON_BYTES, INDEX_BYTES = 4 << 20, 1 << 30
@@ -77,7 +77,7 @@ class _Folder:
 
     def __init__(self, path: Path) -> None:
         if not path.is_dir():
-            raise UserError(f"{path}: no such store; run `dvc repro {path.stem}`")
+            raise UserError(f"{path}: no such store; {remake(path)}")
         self._path = path
 
     def __str__(self) -> str:

@@ -28,7 +28,7 @@ from safetensors.torch import load_file, save
 from torch import Tensor
 
 from prelar.config import misfits
-from prelar.utils.errors import UserError, one_line, shown
+from prelar.utils.errors import UserError, one_line, remake, shown
 from prelar.utils.files import RESUME, RESUME_FOLDER, atomic_file, parse_json, publish, read_bytes, remove
 
 SCHEMA = 1
@@ -73,23 +73,23 @@ def load_config(folder: Path) -> dict[str, Any]:
     """
     path = folder / "config.json"
     if not path.exists():
-        raise UserError(f"{folder}: no checkpoint; run `dvc repro {folder.name}`")
+        raise UserError(f"{folder}: no checkpoint; {remake(folder)}")
     try:
         config = parse_json(read_bytes(path, CONFIG_BYTES))
     except ValueError as error:
-        raise UserError(f"{path}: unreadable ({error}); run `dvc repro -f {folder.name}`") from None
+        raise UserError(f"{path}: unreadable ({error}); {remake(folder, anew=True)}") from None
     schema = config.get("schema") if isinstance(config, dict) else None
     if type(schema) is not int or not _are_names(config.get("parts")):
-        raise UserError(f"{path}: not a checkpoint's description; run `dvc repro -f {folder.name}`")
+        raise UserError(f"{path}: not a checkpoint's description; {remake(folder, anew=True)}")
     if schema > SCHEMA:
         raise UserError(
             f"{path}: schema {shown(schema)} is newer than {SCHEMA}, the newest known here; update prelar"
         )
     for name, kind in KINDS.items():
         if not isinstance(config.get(name, kind()), kind):
-            raise UserError(f"{path}: {name} = {shown(config[name])} is none; run `dvc repro {folder.name}`")
+            raise UserError(f"{path}: {name} = {shown(config[name])} is none; {remake(folder)}")
     if problem := misfits(config.get("model", {})):
-        raise UserError(f"{path}: model.{problem}; run `dvc repro {folder.name}`")
+        raise UserError(f"{path}: model.{problem}; {remake(folder)}")
     return config
 
 
@@ -112,18 +112,14 @@ def load_parts(folder: Path, names: Iterable[str] | None = None) -> tuple[dict[s
         path = folder / f"{name}.safetensors"
         if not path.exists():
             present = ", ".join(config["parts"]) or "none"
-            raise UserError(
-                f"{folder}: part {name} is missing (it lists: {present}); run `dvc repro {folder.name}`"
-            )
+            raise UserError(f"{folder}: part {name} is missing (it lists: {present}); {remake(folder)}")
         try:
             if not path.is_file():
                 raise ValueError("not a regular file")
             parts[name] = load_file(path)
             check_finite(parts[name])
         except Exception as error:  # safetensors raises many kinds for a damaged file
-            raise UserError(
-                f"{path}: unreadable ({_brief(error)}); run `dvc repro -f {folder.name}`"
-            ) from None
+            raise UserError(f"{path}: unreadable ({_brief(error)}); {remake(folder, anew=True)}") from None
     return parts, config
 
 

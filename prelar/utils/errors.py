@@ -12,6 +12,7 @@ import re
 import reprlib
 import sys
 from collections.abc import Callable, Iterable, Iterator
+from pathlib import Path
 from typing import Any, NoReturn
 
 LONGEST = 2_000
@@ -59,6 +60,16 @@ def shown(value: object) -> str:
         return printable(short.repr(value), 120)
     except ValueError:  # an integer of thousands of digits
         return f"a huge {type(value).__name__}"
+
+
+def remake(place: Path, *, anew: bool = False) -> str:
+    """The remedy for a checkpoint or store that is missing or wrong: its stage, where it lies in data/.
+
+    anew: whether DVC has to be made to, since it takes what is there for whole.
+    """
+    if place.parent.name != "data":
+        return "name another"
+    return f"run `dvc repro {'-f ' if anew else ''}{place.stem}`"
 
 
 def run_main(main: Callable[[], None]) -> None:

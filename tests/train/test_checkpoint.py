@@ -24,7 +24,7 @@ def net(width: int = 3) -> nn.Module:
 
 @pytest.fixture
 def saved(tmp_path: Path) -> Path:
-    folder = tmp_path / "pretrain"
+    folder = tmp_path / "data/pretrain"
     save_parts(
         folder, {"encoder": net().state_dict(), "decoder": net(4).state_dict()}, {"method": "apv", "step": 7}
     )
@@ -45,7 +45,7 @@ def test_parts_come_back_as_they_were(saved: Path) -> None:
     assert set(load_parts(saved, ["encoder"])[0]) == {"encoder"}
 
 
-def test_the_same_weights_give_the_same_bytes_and_replace_the_old_ones(saved: Path, tmp_path: Path) -> None:
+def test_the_same_weights_give_the_same_bytes_and_replace_the_old_ones(saved: Path) -> None:
     before = contents(saved)
     apart = {
         name: tensor.clone(memory_format=torch.preserve_format) for name, tensor in net().state_dict().items()
@@ -55,7 +55,7 @@ def test_the_same_weights_give_the_same_bytes_and_replace_the_old_ones(saved: Pa
     assert contents(saved) == before
     save_parts(saved, {"encoder": net(5).state_dict()}, {"step": 8})
     assert set(contents(saved)) == {"encoder.safetensors", "config.json"}
-    assert [path.name for path in tmp_path.iterdir()] == ["pretrain"]
+    assert [path.name for path in saved.parent.iterdir()] == ["pretrain"]
 
 
 def test_weights_laid_out_channels_last_are_saved_alike(tmp_path: Path) -> None:
@@ -182,7 +182,9 @@ def test_weights_that_are_not_finite_are_refused(saved: Path, number: float) -> 
 
 def test_an_absent_checkpoint_and_an_unknown_part_are_named(saved: Path, tmp_path: Path) -> None:
     with pytest.raises(UserError, match="finetune: no checkpoint; run `dvc repro finetune`"):
-        load_config(tmp_path / "finetune")
+        load_config(tmp_path / "data/finetune")
+    with pytest.raises(UserError, match=r"mine: no checkpoint; name another$"):
+        load_config(tmp_path / "mine")
     with pytest.raises(UserError, match="part heads is missing"):
         load_parts(saved, ["heads"])
 
