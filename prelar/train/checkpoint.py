@@ -79,7 +79,7 @@ def load_config(folder: Path) -> dict[str, Any]:
     except ValueError as error:
         raise UserError(f"{path}: unreadable ({error}); {remake(folder, anew=True)}") from None
     schema = config.get("schema") if isinstance(config, dict) else None
-    if type(schema) is not int or not _are_names(config.get("parts")):
+    if type(schema) is not int or schema < 1 or not _are_names(config.get("parts")):
         raise UserError(f"{path}: not a checkpoint's description; {remake(folder, anew=True)}")
     if schema > SCHEMA:
         raise UserError(

@@ -128,6 +128,7 @@ def test_a_damaged_checkpoint_is_refused_in_one_line(saved: Path, what: str, mes
         {"parts": ["encoder", "encoder"]},
         {"parts": "encoder"},
         {"schema": True},
+        {"schema": 0},
         {"stage": []},
         {"model": []},
         {"model": {"deter": 100_000}},
