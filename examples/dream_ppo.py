@@ -1,9 +1,9 @@
-"""Learn to reach in a dream: PPO of stable-baselines3 in the small trained model that the package ships.
+"""Train a policy in imagination: PPO of stable-baselines3 in the small trained model that the package ships.
 
     pip install 'prelar[sim]' stable-baselines3
     python examples/dream_ppo.py
 
-No simulator runs: pictures, rewards and what actions lead to are imagined, 64 episodes at once as one batch.
+No simulator runs: images, rewards and transitions are imagined, 64 episodes in parallel as one batch.
 """
 
 from __future__ import annotations
@@ -72,7 +72,7 @@ def imagined_return(env: prelar.DreamVectorEnv, policy: Callable[[Any], Any], se
 
 
 def main() -> tuple[float, float]:
-    """Train, and print the imagined return of random actions and of what was learnt."""
+    """Train, and print the imagined return of random actions and of the trained policy."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--checkpoint", default=DEMO, help="a fine-tuned model with frames to start from")
     parser.add_argument("--steps", type=int, default=60_000, help="imagined steps; default: 60000")
