@@ -94,7 +94,7 @@ def test_a_later_sweep_is_compared_with_settings_of_the_first(
     assert {name for name, area in areas.items() if area == "0.750"} == {best} | ({"APV"} - own)
     hypotheses = "**PreLAR, held**, whose"
     assert alone.count(hypotheses) == text.count(hypotheses) == 1
-    assert ("None of these runs has been made" in text) == (preset != "small-causes")
+    assert ("None of these runs is done" in text) == (preset != "small-causes")
 
 
 def test_the_committed_page_is_that_of_the_committed_table() -> None:
