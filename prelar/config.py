@@ -99,26 +99,29 @@ class _Frozen(BaseModel):
 
 
 class Sample(_Frozen):
-    """Size and scenes of the embedded stand-in archive."""
+    """Size and scenes of the rendered sample archive."""
 
-    clips: int = Field(ge=8, le=SSV2_CLIPS, description="clips of the archive")
-    longest: int = Field(ge=25, le=500, description="frames of the longest clip; the shortest has 8")
+    clips: int = Field(ge=8, le=SSV2_CLIPS, description="clips in the archive")
+    longest: int = Field(ge=25, le=500, description="frames in the longest clip; the shortest has 8")
     tasks: Annotated[list[Text], Field(min_length=1)] | None = Field(
-        description="Meta-World tasks to show, [reach, …]; null: all twenty-one"
+        description="Meta-World tasks shown, [reach, …]; null: all twenty-one"
     )
     cameras: Annotated[list[Text], Field(min_length=1)] | None = Field(
-        description="Meta-World cameras, [corner, …]; null: all five"
+        description="Meta-World cameras used, [corner, …]; null: all five"
     )
     width: int | None = Field(
-        ge=64, le=427, multiple_of=2, description="pixels of a clip's width; null: several, as in SSv2"
+        ge=64,
+        le=427,
+        multiple_of=2,
+        description="width of the clips in pixels; null: several widths, as in SSv2",
     )
     pace: Annotated[int, Field(ge=1, le=MOST)] | None = Field(
-        description="simulator steps from frame to frame; null: an expert's whole episode in each clip"
+        description="simulator steps between frames; null: each expert clip spans a whole episode"
     )
     free: Share = Field(
         description="share of clips in which the arm moves at random; the others show experts"
     )
-    parts: int = Field(ge=1, le=99, description="parts that the archive is split into")
+    parts: int = Field(ge=1, le=99, description="number of parts of the archive")
     seed: Seed = Field(description="seed of the scenes and labels")
 
     @model_validator(mode="after")
@@ -135,27 +138,26 @@ class Ssv2(_Frozen):
     """Where the Something-Something V2 archive comes from, and how it is ingested."""
 
     source: Text | list[Text] = Field(
-        description="folder with the archive's parts, or a list of their URLs; or a folder of your own videos"
+        description="folder of the archive's parts, a list of their URLs, or a folder of your own videos; "
+        "data/sample: the sample"
     )
     labels: Text | None = Field(
-        description="labels zip or folder; null: found beside the parts. Your own videos need none"
+        description="zip or folder with the labels; null: those beside the parts; your own videos need none"
     )
     clip_seconds: float = Field(
-        ge=0.5, le=30, description="length of the clips that your own videos are cut into"
+        ge=0.5, le=30, description="seconds per clip, into which your own videos are cut"
     )
     min_frames: int = Field(
-        ge=2, le=WIDEST, description="frames of the shortest clip; a shorter one goes to the index as bad"
+        ge=2, le=WIDEST, description="fewest frames of a clip; shorter clips are listed in the index as bad"
     )
     max_bad: Share = Field(description="share of bad clips above which validation fails")
-    batch: Width = Field(description="clips that a worker has in hand; a crash repeats as many per worker")
-    workers: Workers = Field(description="batches that are ingested at once")
-    runner: Literal["local", "dask"] = Field(description="local (threads here, ffmpeg in processes) | dask")
+    batch: Width = Field(description="clips per batch; a crash repeats up to one batch per worker")
+    workers: Workers = Field(description="batches ingested at once")
+    runner: Literal["local", "dask"] = Field(description="local (threads, with ffmpeg in processes) | dask")
     dask: Text | None = Field(
-        description="runner dask: address of a scheduler, tcp://…; null: `workers` processes here"
+        description="runner dask: address of a scheduler, tcp://…; null: `workers` processes on this machine"
     )
-    ffmpeg: Text | None = Field(
-        description="path of an ffmpeg binary; null: the static one of imageio-ffmpeg"
-    )
+    ffmpeg: Text | None = Field(description="path of an ffmpeg binary; null: imageio-ffmpeg's static one")
 
     _places = field_validator("source", "labels", "ffmpeg")(_found_anywhere)
 
@@ -168,27 +170,30 @@ class Demos(_Frozen):
         "lerobot | hdf5 | your own, module:Class"
     )
     path: Text | None = Field(
-        description="folder of recorded episodes; keys from episodes to seed are for the other sources"
+        description="folder of recorded episodes, to which only tasks, cameras, action_mode, fps, max_bad "
+        "and workers apply"
     )
     tasks: Annotated[list[Text], Field(min_length=1)] | None = Field(
-        description="names, [push_button, …], or [all]; null: three of metaworld's, or all of another source"
+        description="names, [push_button, …], or [all]; null: three of metaworld, all of any other source"
     )
-    episodes: Count = Field(description="demonstrations per task and camera; rlbench: and variation")
-    variations: Count | None = Field(description="rlbench: variations of each task; null: all")
+    episodes: Count = Field(description="demonstrations per task and camera; rlbench: per variation too")
+    variations: Count | None = Field(description="rlbench: variations per task; null: all")
     image_size: int = Field(
-        ge=16, le=2048, description="rlbench: pixels of a drawn picture's side; it is averaged to 64"
+        ge=16,
+        le=2048,
+        description="rlbench: side of the rendered images in pixels; they are averaged down to 64",
     )
     renderer: Literal["opengl", "opengl3"] = Field(
         description="rlbench: opengl | opengl3 (shadows; several times slower)"
     )
     action_mode: Literal["joint_velocity", "joint_position", "gripper_pose"] = Field(
-        description="rlbench, rlbench_folder: an action is: joint_velocity | joint_position | gripper_pose"
+        description="rlbench, rlbench_folder: type of action, joint_velocity | joint_position | gripper_pose"
     )
     timeout: float = Field(
         gt=0, le=1e6, description="rlbench: seconds without an answer after which a simulator is killed"
     )
     cameras: Annotated[list[Text], Field(min_length=1)] | None = Field(
-        description="names, [front, wrist], or [all]; null: metaworld's corner, or all of another source"
+        description="names, [front, wrist], or [all]; null: corner of metaworld, all of any other source"
     )
     noise: Weight = Field(
         description="standard deviation of the noise on the expert's actions, which lie in [-1, 1]"
@@ -196,19 +201,22 @@ class Demos(_Frozen):
     keep_failures: bool = Field(description="metaworld: true keeps episodes in which the expert fails")
     seed: Seed = Field(description="seed of the scenes and the noise")
     distract: Distract = Field(
-        default="none", description="metaworld, in the pictures: none | camera | colour | background"
+        default="none",
+        description="metaworld, distraction in the images: none | camera | colour | background",
     )
-    distract_strength: Share = Field(default=0.5, description="of the distraction; 0: none, 1: the most")
+    distract_strength: Share = Field(
+        default=0.5, description="strength of the distraction, from 0 (none) to 1 (strongest)"
+    )
     distract_store: Text | None = Field(
         default=None,
         validate_default=True,
-        description="background: the store whose clips it shows, a folder ….zarr",
+        description="distract background: store whose clips become the background, a folder ….zarr",
     )
     fps: Annotated[float, Field(gt=0, le=1e6)] | None = Field(
-        description="frames a second, for frame_gap; null: the source's own, which apv_npz lacks"
+        description="frames per second, for frame_gap; null: the source's own rate; apv_npz has none"
     )
     max_bad: Share = Field(description="share of bad episodes above which validation fails")
-    workers: Workers = Field(description="processes that make or read episodes; rlbench: simulators")
+    workers: Workers = Field(description="processes that collect or read episodes; rlbench: simulators")
 
     _places = field_validator("path", "distract_store")(_found_anywhere)
     _backed = field_validator("distract_store")(_has_background)
@@ -251,8 +259,8 @@ class Pretrain(_Frozen):
     """One scale's pre-training: the length of the run, the batch and the sizes of the world model."""
 
     steps: Natural = Field(description="updates of the world model")
-    batch: Width = Field(description="segments in a batch")
-    length: int = Field(ge=3, le=WIDEST, description="frames of a segment")
+    batch: Width = Field(description="segments per batch")
+    length: int = Field(ge=3, le=WIDEST, description="frames per segment")
     lr: Rate = Field(description="Adam's learning rate")
     cnn_depth: int = Field(
         ge=2,
@@ -263,73 +271,73 @@ class Pretrain(_Frozen):
     decoder_channels: int = Field(
         ge=0,
         le=WIDEST,
-        description="channels of the ResNet decoder's last maps, at least, and its first pictures are nearly "
-        "grey: what a small cnn_depth needs; 0: as published",
+        description="fewest channels of the ResNet decoder's last feature maps; above 0, which a small "
+        "cnn_depth needs, its first images are nearly grey; 0: as published",
     )
     decoded: float = Field(
         default=1.0,
         gt=0,
         le=1,
-        description="share of a segment's frames, drawn anew for every update, that are decoded and "
-        "compared, in fine-tuning too; 1: all, as published",
+        description="share of a segment's frames that are decoded for the loss, drawn again at every "
+        "update, in fine-tuning too; 1: all, as published",
     )
     hidden: Width = Field(description="units of the dense layers")
-    deter: Width = Field(description="size of the deterministic state, the GRU's")
+    deter: Width = Field(description="size of the deterministic state (GRU)")
     stoch: Width = Field(description="categorical variables of the stochastic state")
-    discrete: int = Field(ge=2, le=WIDEST, description="classes of each of these variables")
+    discrete: int = Field(ge=2, le=WIDEST, description="classes per categorical variable")
     action_dim: Annotated[int, Field(ge=1, le=WIDEST, multiple_of=CLASSES)] = Field(
         description="size of the latent action"
     )
-    beta: Weight = Field(description="weight of the dynamics KL while pre-training")
+    beta: Weight = Field(description="weight of the dynamics KL in pre-training")
     beta_a: Weight = Field(description="weight of the action KL against N(0, I)")
-    beta_c: Weight = Field(description="weight of the action-state consistency")
-    log_every: Count = Field(description="updates between two lines of the log")
-    video_every: Count = Field(description="updates between two videos of open-loop prediction")
-    checkpoint_every: Count = Field(description="updates between two snapshots to resume from")
+    beta_c: Weight = Field(description="weight of the action-state consistency loss")
+    log_every: Count = Field(description="updates between log lines")
+    video_every: Count = Field(description="updates between videos of open-loop prediction")
+    checkpoint_every: Count = Field(description="updates between snapshots for resuming")
 
 
 class Finetune(_Frozen):
     """One scale's fine-tuning: reinforcement learning from pixels in imagination."""
 
-    env_steps: Count = Field(description="environment steps altogether, prefill included")
+    env_steps: Count = Field(description="environment steps in total, prefill included")
     prefill: Count = Field(description="environment steps of random actions before the first update")
-    pretrain_updates: Natural = Field(description="updates right after prefill")
-    train_every: Count = Field(description="environment steps between two updates")
-    batch: Width = Field(description="segments in a batch")
-    length: int = Field(ge=6, le=WIDEST, description="frames of a segment, with an action between two")
+    pretrain_updates: Natural = Field(description="updates right after the prefill")
+    train_every: Count = Field(description="environment steps between updates")
+    batch: Width = Field(description="segments per batch")
+    length: int = Field(ge=6, le=WIDEST, description="frames per segment, with an action between each two")
     lr: Rate = Field(description="learning rate of the world model")
     actor_lr: Rate = Field(description="learning rate of the actor")
     critic_lr: Rate = Field(description="learning rate of the critic")
-    freeze_updates: Natural = Field(description="updates during which pre-trained parts keep their weights")
-    actor_after: Natural = Field(
-        description="updates after which actor and critic learn too; until then the world model settles"
+    freeze_updates: Natural = Field(
+        description="number of first updates in which pre-trained parts are frozen"
     )
-    beta: Weight = Field(description="weight of the dynamics KL while fine-tuning")
+    actor_after: Natural = Field(
+        description="number of first updates in which only the world model learns, not actor and critic"
+    )
+    beta: Weight = Field(description="weight of the dynamics KL in fine-tuning")
     bonus: Weight = Field(description="weight of the exploration bonus")
     horizon: int = Field(ge=2, le=WIDEST, description="actions imagined from each state")
-    discount: Rate = Field(description="discount of the reward an action")
-    lam: Share = Field(description="lambda of the lambda-returns: 0: one step, 1: the whole horizon")
+    discount: Rate = Field(description="discount factor per action")
+    lam: Share = Field(description="lambda of the lambda-returns; 0: one step, 1: the whole horizon")
     entropy: Weight = Field(description="weight of the policy's entropy")
-    units: Width = Field(description="units of a hidden layer of actor and critic")
+    units: Width = Field(description="units per hidden layer of actor and critic")
     layers: int = Field(ge=1, le=64, description="hidden layers of actor and critic")
-    slow_every: Count = Field(description="updates between two copies of the critic to the target critic")
-    replay: Count = Field(description="environment steps that the replay buffer keeps")
-    envs: Workers = Field(
-        description="environments that are stepped at once, each in a process where there are several"
-    )
-    eval_every: Count = Field(description="environment steps between two evaluations")
-    eval_episodes: Count = Field(description="episodes of such an evaluation")
+    slow_every: Count = Field(description="updates between copies of the critic to the target critic")
+    replay: Count = Field(description="capacity of the replay buffer in environment steps")
+    envs: Workers = Field(description="environments stepped at once; if several, each in its own process")
+    eval_every: Count = Field(description="environment steps between evaluations")
+    eval_episodes: Count = Field(description="episodes per evaluation")
     eval_action: Literal["mode", "mean", "sample"] = Field(
-        description="what the agent does of its policy when it is evaluated: mode (published) | mean | sample"
+        description="action taken from the policy in evaluation: mode (as published) | mean | sample"
     )
     time_limit: Width | None = Field(
         description="environment steps after which an episode ends; null: the task's own, 500 or 1,000"
     )
     action_repeat: Width | None = Field(
-        description="environment steps that an action is applied for; null: the task's own, 1 or 2"
+        description="environment steps for which an action is applied; null: the task's own, 1 or 2"
     )
-    log_every: Count = Field(description="environment steps between two lines of the log")
-    checkpoint_every: Count = Field(description="environment steps between two snapshots to resume from")
+    log_every: Count = Field(description="environment steps between log lines")
+    checkpoint_every: Count = Field(description="environment steps between snapshots for resuming")
 
     @model_validator(mode="after")
     def _fits(self) -> Finetune:
@@ -383,25 +391,29 @@ class Evaluate(_Frozen):
     """One scale's evaluation: the policy, clips to predict, the latent action's probe, fits to episodes."""
 
     episodes: Count = Field(description="episodes of the agent, and of the scripted expert")
-    random_episodes: Count = Field(default=50, description="episodes of random actions, from the same on")
+    random_episodes: Count = Field(
+        default=50, description="episodes of random actions; the first start like the agent's"
+    )
     time_limit: Width | None = Field(
         description="environment steps after which an episode ends; null: the task's own, 500 or 1,000"
     )
-    clips: Count = Field(description="segments to predict, of held-out clips and of the agent's episodes")
-    observed: Width = Field(description="frames seen before open-loop prediction")
-    length: Width = Field(description="frames of a segment, those seen included")
+    clips: Count = Field(description="segments to predict, from held-out clips and from the agent's episodes")
+    observed: Width = Field(description="frames observed before open-loop prediction")
+    length: Width = Field(description="frames per segment, the observed ones included")
     probe_episodes: int = Field(
-        ge=6, le=MOST, description="episodes that the probe of the latent action is fitted to and tested on"
+        ge=6, le=MOST, description="episodes to fit and test the probe of the latent action"
     )
     probe_updates: Natural = Field(
         description="updates of the probe's ceiling, an encoder trained with labels"
     )
     offline_episodes: int = Field(
-        ge=4, le=MOST, description="episodes that world models are fitted to, a third of them held out"
+        ge=4, le=MOST, description="episodes for the offline fits of world models, a third of them held out"
     )
-    offline_updates: Count = Field(description="updates of each fit")
-    offline_batch: Width = Field(description="segments in a batch of a fit")
-    offline_seeds: Count = Field(description="fits with different seeds, of either start")
+    offline_updates: Count = Field(description="updates per fit")
+    offline_batch: Width = Field(description="segments per batch of a fit")
+    offline_seeds: Count = Field(
+        description="fits from each start (pre-trained, from scratch), each with its own seed"
+    )
 
     @model_validator(mode="after")
     def _fits(self) -> Evaluate:
@@ -456,98 +468,108 @@ class Config(_Frozen):
         description="dreamerv2 (no pre-training) | apv | contextwm | prelar"
     )
     dataset: Text = Field(
-        description="store to pre-train on: ssv2 | demos | a name of sources, mixtures or unions"
+        description="store for pre-training: ssv2 | demos | a name under sources, mixtures or unions"
     )
     task: Text = Field(
-        description="task to fine-tune on: reach, … (Meta-World) | dmc/walker-walk, … | your own module:Class"
+        description="task for fine-tuning: reach, … (Meta-World) | dmc/walker-walk, … | your own, "
+        "module:Class"
     )
     seed: Seed = Field(description="seed of training, evaluation and the agent's episodes")
     scale: Literal["smoke", "small", "lite", "paper"] = Field(
-        description="presets: smoke (minutes on 2 cores) | small (comparisons) | lite (a GPU-hour) | paper"
+        description="preset: smoke (minutes on 2 cores) | small (comparisons) | lite (a GPU-hour) | paper"
     )
     beta: Weight | None = Field(
-        description="weight of the dynamics KL while pre-training; null: the scale's own"
+        description="weight of the dynamics KL in pre-training; null: the scale's value"
     )
     beta_a: Weight | None = Field(
-        description="weight of the action KL against N(0, I); null: the scale's own; see docs/methods.md"
+        description="weight of the action KL against N(0, I); null: the scale's value; see docs/methods.md"
     )
     beta_c: Weight | None = Field(
-        description="weight of the action-state consistency; null: the scale's own; 0: without consistency"
+        description="weight of the action-state consistency loss; null: the scale's value; 0: without it"
     )
     consistency: Literal["order", "sign"] = Field(
-        description="order (smooth pairwise) | sign (as published: no gradient reaches the encoder)"
+        description="consistency loss: order (smooth, pairwise) | sign (as published: no gradient reaches "
+        "the encoder)"
     )
-    action_dim: Width | None = Field(description="size of the latent action; null: the scale's own")
+    action_dim: Width | None = Field(description="size of the latent action; null: the scale's value")
     action_kind: Literal["gaussian", "deterministic", "discrete"] = Field(
-        description="gaussian | deterministic (a point, no action KL) | discrete"
+        description="latent action: gaussian | deterministic (a point, no action KL) | discrete"
     )
     action_window: int = Field(
-        ge=2, le=WIDEST, description="frames that infer one latent action; 2: the paper"
+        ge=2, le=WIDEST, description="frames from which one latent action is inferred; 2: as in the paper"
     )
     renderer: Literal["fast", "faithful"] = Field(
         default="fast",
-        description="of environments: fast (without shadows) | faithful (as the suite draws, far slower)",
+        description="renderer of environments: fast (no shadows) | faithful (the suite's own, far slower)",
     )
     distract: Distract = Field(
-        default="none", description="in what the agent sees: none | camera | colour | background"
+        default="none", description="distraction in the agent's images: none | camera | colour | background"
     )
-    distract_strength: Share = Field(default=0.5, description="of the distraction; 0: none, 1: the most")
+    distract_strength: Share = Field(
+        default=0.5, description="strength of the distraction, from 0 (none) to 1 (strongest)"
+    )
     distract_store: Text | None = Field(
         default=None,
         validate_default=True,
-        description="background: the store whose clips it shows, a folder ….zarr",
+        description="distract background: store whose clips become the background, a folder ….zarr",
     )
     naive: bool = Field(
-        description="true: naive fine-tuning (apv, contextwm: one RSSM; all: no bonus, no dual reward)"
+        description="true: naive fine-tuning (no bonus, no dual reward; apv, contextwm: one RSSM)"
     )
     bonus: Weight | None = Field(
-        description="weight of the exploration bonus; null: the scale's own; 0: without. dreamerv2 has none"
+        description="weight of the exploration bonus; null: the scale's value; 0: without it; dreamerv2 has "
+        "none"
     )
     dual_reward: bool = Field(
-        description="second reward head for the plain reward; false: without dual reward"
+        description="true: a second reward head for the reward without bonus; false: one head for their sum"
     )
     frame_gap: Annotated[float, Field(gt=0, le=5)] | None = Field(
         description="seconds between the frames of a pre-training segment; null: neighbouring frames"
     )
     context_frame: Literal["random", "first", "last"] = Field(
-        description="contextwm: random | first | last frame of the segment"
+        description="contextwm, context frame: random | first | last frame of the segment"
     )
     context_augment: Literal["none", "erase"] = Field(
         description="contextwm, fine-tuning: none | erase (random erasing of the context frame)"
     )
     device: Literal["auto", "cpu", "cuda"] = Field(description="auto | cpu | cuda")
     devices: Workers = Field(
-        description="pre-training: processes that share each batch, a GPU each; device cpu: on its cores"
+        description="pre-training: processes that share each batch, one per GPU; device cpu: on its cores"
     )
     precision: Literal["fp32", "bf16"] = Field(description="fp32 | bf16 (mixed)")
     compile: Literal["auto", "always", "graphs", "never"] = Field(
         description="torch.compile: auto (on a GPU) | always | graphs (CUDA graphs in pre-training) | never"
     )
     deterministic: bool = Field(
-        description="true: same params, same bytes on a GPU too, more slowly; a CPU gives them anyway"
+        description="true: the same params give the same bytes on a GPU too, more slowly; on a CPU they "
+        "always do"
     )
-    threads: Workers = Field(description="CPU threads of torch: 1 is the fastest for small networks on a CPU")
+    threads: Workers = Field(
+        description="CPU threads of PyTorch; 1 is the fastest for small networks on a CPU"
+    )
     loggers: list[Literal["tensorboard", "wandb"]] = Field(
         default_factory=list,
-        description="beside the project's own log: [tensorboard, wandb], each an extra of its name; []: none",
+        description="loggers besides the project's own log: [tensorboard, wandb], each an extra of its "
+        "name; []: none",
     )
     data_root: Text = Field(
         description="where stores are published: data | an absolute folder | a URL, s3://bucket/prefix or gs://…"
     )
     sample: Sample = Field(
-        description="the embedded stand-in for SSv2: Meta-World experts, rendered and packed like it"
+        description="the rendered sample, an archive packed like Something-Something V2, of Meta-World's "
+        "experts and random motion"
     )
     ssv2: Ssv2
     demos: Demos
     sources: dict[Name, Further] = Field(
         default={},
-        description="further stores, NAME: {kind: ssv2 or demos, key: value, …}: keys of that group",
+        description="further stores, NAME: {kind: ssv2 or demos, key: value, …}, with keys of that group",
     )
     mixtures: dict[Name, dict[Name, Weight]] = Field(
-        default={}, description="stores to draw from by weight, NAME: {source: weight, …}"
+        default={}, description="weighted mixtures of stores, NAME: {source: weight, …}"
     )
     unions: dict[Name, Annotated[list[Text], Field(min_length=1)]] = Field(
-        default={}, description="stores that were made in parts, NAME: [folder or URL of a store, …]"
+        default={}, description="stores made in parts, NAME: [folder or URL of a store, …]"
     )
     scales: Scales
 

@@ -14,13 +14,13 @@ ROOT = Path(__file__).parents[1]
 PAGE = ROOT / "docs/params.md"
 HEAD = """# Parameters
 
-Written by `make params` from `prelar/config.py` and `params.yaml`; a test holds them together. Values are
+Written by `make params` from `prelar/config.py` and `params.yaml`; a test keeps them consistent. Values are
 those of `params.yaml`, which `dvc exp run -S key=value` changes for one experiment.
 """
 SCALES = ("smoke", "small", "lite", "paper")
 GROUPS = {
     "": "Ablations and machine",
-    "sample": "The embedded archive",
+    "sample": "The rendered sample",
     "ssv2": "Something-Something V2",
     "demos": "Demonstrations",
 }
