@@ -1,4 +1,4 @@
-"""`python -m prelar COMMAND`: the stages of dvc.yaml, and what helps beside them."""
+"""`python -m prelar COMMAND`: the stages of dvc.yaml and further tools."""
 
 from __future__ import annotations
 
@@ -20,13 +20,13 @@ if TYPE_CHECKING:
     from prelar.config import Config
 
 STAGES = {
-    "sample": "render the embedded sample archive, in the shape of Something-Something V2, to data/sample",
-    "pretrain": "pre-train the world model of `method` on the store of `dataset`, to data/pretrain",
-    "finetune": "fine-tune it with reinforcement learning on the `task`, to data/finetune",
-    "evaluate": "measure the agent and the model, to metrics.json and reports/evaluate",
-    "simulator": "write the page in which a person drives what the models imagine, to reports/simulator.html",
-    "report": "write the page that shows it all from the results at hand, to reports/index.html; "
-    "given experiments, the page that compares them, to reports/compare.html",
+    "sample": "render the sample archive, packed like Something-Something V2, to data/sample",
+    "pretrain": "pre-train the world model of `method` on the store `dataset`, to data/pretrain",
+    "finetune": "fine-tune the world model with reinforcement learning on `task`, to data/finetune",
+    "evaluate": "evaluate the agent and the world model, to metrics.json and reports/evaluate",
+    "simulator": "write the interactive page of the trained models, to reports/simulator.html",
+    "report": "write the report of the run in the workspace, to reports/index.html; "
+    "with experiments, a comparison of them, to reports/compare.html",
 }
 WRITES = {
     "sample": "data/sample",
@@ -38,17 +38,17 @@ WRITES = {
 }
 LONG = ("pretrain", "finetune")
 HELPERS = {
-    "doctor": "look at this machine: packages, ffmpeg, OpenGL, GPU, disk, git, DVC, Prefect, CoppeliaSim",
-    "sources": "list where videos and demonstrations may come from",
-    "check": "validate the whole of params.yaml and exit",
-    "join": "join the stores of a mixture or a union, and validate the whole, to data/NAME.zarr",
-    "actions": "write the latent actions of videos, or of a store, to a Parquet file",
-    "export-lerobot": "write a store as a LeRobotDataset v3.0, with latent actions if a model is named",
-    "play": "serve a checkpoint to a browser on this machine, to drive what its model imagines",
-    "record": "write episodes of an agent, or of random actions, as a folder of videos or into a store",
-    "import-reference": "turn a published checkpoint into data/pretrain, for fine-tuning to start from",
-    "push": "hand a checkpoint on through the Hugging Face Hub, with a card of its params and figures",
-    "completion": 'print what completes these commands in a shell: eval "$(prelar completion bash)"',
+    "doctor": "check this machine: packages, ffmpeg, OpenGL, GPU, disk, git, DVC, Prefect, CoppeliaSim",
+    "sources": "list the supported sources of videos and demonstrations",
+    "check": "validate params.yaml and exit",
+    "join": "join the stores of a mixture or a union and validate the result, to data/NAME.zarr",
+    "actions": "infer the latent actions of videos or of a store, to a Parquet file",
+    "export-lerobot": "export a store as a LeRobotDataset v3.0, optionally with latent actions",
+    "play": "serve the interactive page of a trained model to a browser on this machine",
+    "record": "record episodes of an agent, or of random actions, to a folder of videos or a store",
+    "import-reference": "convert a published checkpoint to data/pretrain, from which fine-tuning starts",
+    "push": "upload a checkpoint to the Hugging Face Hub, with a card of its params and metrics",
+    "completion": 'print the shell completion of these commands, for eval "$(prelar completion bash)"',
 }
 
 
@@ -129,10 +129,12 @@ def add_report_arguments(parser: argparse.ArgumentParser) -> None:
         "experiments",
         metavar="EXP",
         nargs="*",
-        help="experiments (patterns too), branches, tags or commits, `workspace`, and tables of a sweep's "
-        "results, results/NAME.csv, to be compared",
+        help="what to compare: experiments (also patterns), branches, tags, commits, `workspace`, "
+        "result tables of sweeps (results/NAME.csv)",
     )
-    parser.add_argument("--output", type=Path, default=None, help="where a comparison goes")
+    parser.add_argument(
+        "--output", type=Path, default=None, help="file of the comparison (default: reports/compare.html)"
+    )
 
 
 def run_comparison(arguments: argparse.Namespace) -> None:
@@ -158,12 +160,12 @@ def run_check(config: Config) -> None:
 
 def add_join_arguments(parser: argparse.ArgumentParser) -> None:
     """The arguments of join."""
-    parser.add_argument("name", metavar="NAME", help="a mixture or a union of params.yaml")
+    parser.add_argument("name", metavar="NAME", help="mixture or union in params.yaml")
     parser.add_argument(
         "source",
         metavar="SOURCE",
         nargs="?",
-        help="a source of a mixture: only write which store it is, for DVC",
+        help="source of a mixture: only record which store it is, for DVC",
     )
 
 
@@ -182,7 +184,7 @@ def add_action_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--output", required=True, type=Path, metavar="FILE.parquet")
     parser.add_argument(
-        "--checkpoint", type=Path, default=Path("data/pretrain"), help="default: data/pretrain"
+        "--checkpoint", type=Path, default=Path("data/pretrain"), help="checkpoint (default: data/pretrain)"
     )
 
 
@@ -204,11 +206,13 @@ def run_actions(config: Config, arguments: argparse.Namespace) -> None:
 
 def add_export_arguments(parser: argparse.ArgumentParser) -> None:
     """The arguments of export-lerobot."""
-    parser.add_argument("store", metavar="STORE", type=Path, help="the store, a folder ….zarr")
-    parser.add_argument("folder", metavar="DIR", type=Path, help="the set's folder, which is made")
-    parser.add_argument("--checkpoint", type=Path, help="the model whose latent actions become a feature")
-    parser.add_argument("--codec", choices=["av1", "h264"], default="av1", help="of the videos; default: av1")
-    parser.add_argument("--fps", type=float, help="of several rates, the one whose clips are written")
+    parser.add_argument("store", metavar="STORE", type=Path, help="store, a folder ….zarr")
+    parser.add_argument("folder", metavar="DIR", type=Path, help="folder of the dataset, to be created")
+    parser.add_argument("--checkpoint", type=Path, help="model whose latent actions are added as a feature")
+    parser.add_argument("--codec", choices=["av1", "h264"], default="av1", help="video codec (default: av1)")
+    parser.add_argument(
+        "--fps", type=float, help="if the store has several rates: export the clips of this one"
+    )
 
 
 def run_export(config: Config, arguments: argparse.Namespace) -> None:
@@ -231,11 +235,13 @@ def run_export(config: Config, arguments: argparse.Namespace) -> None:
 
 def add_record_arguments(parser: argparse.ArgumentParser) -> None:
     """The arguments of record."""
-    parser.add_argument("checkpoint", metavar="CHECKPOINT", type=Path, help="of fine-tuning, data/finetune")
-    parser.add_argument("folder", metavar="DIR", nargs="?", type=Path, help="where videos go")
-    parser.add_argument("--store", metavar="NAME", help="write data/NAME.zarr, with the actions")
-    parser.add_argument("--episodes", type=int, default=10, help="default: 10")
-    parser.add_argument("--random", action="store_true", help="random actions in place of the agent's")
+    parser.add_argument(
+        "checkpoint", metavar="CHECKPOINT", type=Path, help="fine-tuning checkpoint, such as data/finetune"
+    )
+    parser.add_argument("folder", metavar="DIR", nargs="?", type=Path, help="folder for the videos")
+    parser.add_argument("--store", metavar="NAME", help="write a store, data/NAME.zarr, with the actions")
+    parser.add_argument("--episodes", type=int, default=10, help="number of episodes (default: 10)")
+    parser.add_argument("--random", action="store_true", help="random actions instead of the agent's")
 
 
 def run_record(config: Config, arguments: argparse.Namespace) -> None:
@@ -268,9 +274,9 @@ def add_play_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="CHECKPOINT",
         nargs="?",
         type=Path,
-        help="default: data/finetune, or without one the small trained model that the package ships",
+        help="checkpoint (default: data/finetune, else the small trained model that the package ships)",
     )
-    parser.add_argument("--port", type=int, default=8390, help="default: 8390; 0: a free one")
+    parser.add_argument("--port", type=int, default=8390, help="port (default: 8390; 0: any free port)")
 
 
 def run_play(arguments: argparse.Namespace) -> None:
@@ -286,16 +292,16 @@ def run_play(arguments: argparse.Namespace) -> None:
 
 def add_import_arguments(parser: argparse.ArgumentParser) -> None:
     """The arguments of import-reference."""
-    parser.add_argument("file", metavar="FILE.pt", type=Path, help="the published checkpoint")
-    parser.add_argument(
-        "--method", required=True, metavar="METHOD", help="the method that it is of, as in params.yaml"
-    )
+    parser.add_argument("file", metavar="FILE.pt", type=Path, help="published checkpoint")
+    parser.add_argument("--method", required=True, metavar="METHOD", help="its method, as in params.yaml")
     parser.add_argument(
         "--part",
         choices=["encoder", "decoder", "rssm", "action_encoder"],
-        help="the one part it holds; the others that are at the output stay",
+        help="if the file holds a single part: which; the output folder keeps its other parts",
     )
-    parser.add_argument("--output", type=Path, default=Path("data/pretrain"), help="default: data/pretrain")
+    parser.add_argument(
+        "--output", type=Path, default=Path("data/pretrain"), help="output folder (default: data/pretrain)"
+    )
 
 
 def run_import(config: Config, arguments: argparse.Namespace) -> None:
@@ -314,20 +320,21 @@ def run_import(config: Config, arguments: argparse.Namespace) -> None:
 
 def add_push_arguments(parser: argparse.ArgumentParser) -> None:
     """The arguments of push."""
-    parser.add_argument("name", metavar="ORG/NAME", help="the repository, which is made where there is none")
+    parser.add_argument("name", metavar="ORG/NAME", help="repository, created if it does not exist")
     parser.add_argument(
         "checkpoint",
         metavar="CHECKPOINT",
         nargs="?",
         type=Path,
         default=Path("data/finetune"),
-        help="default: data/finetune",
+        help="checkpoint (default: data/finetune)",
     )
-    parser.add_argument("--private", action="store_true", help="a repository that is made is private")
+    parser.add_argument("--private", action="store_true", help="create the repository as private")
     parser.add_argument(
         "--pictures",
         action="store_true",
-        help="upload pictures of held-out clips too, where their licence allows it; the project's own go",
+        help="also upload images of held-out clips (if their licence allows it); those that the project "
+        "rendered are always uploaded",
     )
 
 
