@@ -1,4 +1,4 @@
-"""The flow `experiments`: a sweep over params as DVC experiments. `python -m flows.experiments`."""
+"""The flow `experiments`: a sweep over params, run as DVC experiments. `python -m flows.experiments`."""
 
 from __future__ import annotations
 
@@ -61,18 +61,18 @@ def experiments(
     code: str | None = None,
     results: str | None = None,
 ) -> dict[str, str]:
-    """Run what a sweep lacks, as DVC experiments; returns the state of each.
+    """Run the experiments of a sweep that have no result yet. Returns the state of each.
 
     Args:
-        preset: A sweep of the papers. None: the grid alone.
-        grid: Values for the keys of params.yaml; every combination is an experiment. A key here takes the
-            place of the preset's. What is left empty stays as params.yaml has it.
-        more: Several grids at once, of any keys, such as scales.smoke.pretrain.steps.
-        workers: Experiments at once on this machine.
-        place: Where they run: on this machine, or with the workers of the pool on any.
-        code: The tag or commit whose code and params.yaml are used. None: the project as it is now.
-        results: With `code`: table that keeps what was found, such as results/NAME.csv, for `prelar report`.
-            Runs that it has are not run again.
+        preset: A predefined sweep. None: only the grid.
+        grid: Values for the keys of params.yaml; every combination is an experiment. A key here overrides
+            the preset's. Empty fields keep the value in params.yaml.
+        more: Further grids, with any dotted keys, such as scales.smoke.pretrain.steps.
+        workers: Number of experiments that run at the same time on this machine.
+        place: Where they run: on this machine (here), or on the workers of the pool.
+        code: Tag or commit whose code and params.yaml are used. None: the project as it is now.
+        results: With `code`: table for the results, such as results/NAME.csv, which `prelar report` reads.
+            Runs that are in it are not run again.
     """
     if results and not code:
         raise UserError(_WITHOUT_CODE)
@@ -219,26 +219,32 @@ def _arguments() -> argparse.Namespace:
         "words",
         nargs="*",
         metavar="KEY=VALUE,VALUE…",
-        help="values for keys of params.yaml; each combination is an experiment",
+        help="values for a key of params.yaml; every combination is an experiment",
     )
     parser.add_argument(
-        "--file", type=Path, help="YAML or JSON: keys with lists of values, or a list of such"
+        "--file", type=Path, help="a grid, or a list of grids, in YAML or JSON: keys with lists of values"
     )
-    parser.add_argument("--preset", choices=list(PRESETS), help="a sweep of the papers; KEY=… narrows it")
+    parser.add_argument(
+        "--preset", choices=list(PRESETS), help="a predefined sweep, whose keys KEY=… overrides"
+    )
     parser.add_argument("--list", action="store_true", help="list the presets and exit")
     parser.add_argument("--dry-run", action="store_true", help="list the experiments and exit")
-    parser.add_argument("--workers", type=int, default=2, help="experiments at once (default: %(default)s)")
     parser.add_argument(
-        "--code", help="tag or commit whose code and params.yaml to use (default: as they are)"
+        "--workers", type=int, default=2, help="experiments that run at the same time (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--code", help="tag or commit whose code and params.yaml are used (default: the project as it is)"
     )
     parser.add_argument(
         "--results",
         type=Path,
         metavar="CSV",
-        help="with --code: table that keeps what was found (default: results/PRESET.csv)",
+        help="with --code: table for the results (default: results/PRESET.csv)",
     )
-    parser.add_argument("--pool", action="store_true", help="let workers run them (python -m flows.pool)")
-    parser.epilog = "A sweep that is started again runs only what has no result yet."
+    parser.add_argument(
+        "--pool", action="store_true", help="run on the workers of the pool (python -m flows.pool)"
+    )
+    parser.epilog = "Starting a sweep again runs only what has no result yet."
     return parser.parse_args()
 
 
@@ -246,8 +252,9 @@ def main() -> None:
     """Run the sweep that the command line describes."""
     given = _arguments()
     if given.list:
+        width = max(map(len, PRESETS))
         for name, (about, parts) in PRESETS.items():
-            print(f"{name:22} {about} ({len(list(points(parts)))} experiments)")
+            print(f"{name:{width}} {about} ({len(list(points(parts)))} experiments)")
         return
     checked_config()
     if not 1 <= given.workers <= 64:

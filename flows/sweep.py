@@ -76,15 +76,15 @@ def _pretrained(videos: Grid) -> tuple[Grid, ...]:
 PRESETS: Mapping[str, tuple[str, tuple[Grid, ...]]] = MappingProxyType(
     {
         "demos": (
-            "The methods after pre-training on RLBench, on six tasks with eight seeds",
+            "All methods on demos (Meta-World's experts unless demos.source is set), six tasks, eight seeds",
             ({"method": METHODS, "dataset": ["demos"], **_EVERY},),
         ),
         "ssv2": (
-            "The methods after pre-training on Something-Something V2, on six tasks with eight seeds",
+            "All methods on ssv2 (the rendered sample unless ssv2.source is set), six tasks, eight seeds",
             ({"method": METHODS, "dataset": ["ssv2"], **_EVERY},),
         ),
         "action-representation": (
-            "PreLAR; without consistency; without consistency and action KL, its latent action a point",
+            "PreLAR; without consistency loss; also without action KL (deterministic latent action)",
             (
                 {"method": ["prelar"], **_EVERY},
                 {"method": ["prelar"], "beta_c": [0], **_EVERY},
@@ -92,11 +92,11 @@ PRESETS: Mapping[str, tuple[str, tuple[Grid, ...]]] = MappingProxyType(
             ),
         ),
         "beta-a": (
-            "PreLAR with the action KL weighted from 0.01 to 10",
+            "PreLAR with weights of the action KL (beta_a) from 0.01 to 10",
             ({"method": ["prelar"], "beta_a": [0.01, 0.1, 1.0, 10.0], **_EVERY},),
         ),
         "small-comparison": (
-            "The methods and PreLAR's ablations on two cores: videos of other tasks, three tasks, five seeds",
+            "Methods and ablations of PreLAR at scale small: videos of other tasks, three tasks, five seeds",
             (
                 {"method": ["dreamerv2"], **_METAWORLD},
                 {"method": ["apv"], "naive": [True], "scales.small.pretrain.steps": [0], **_METAWORLD},
@@ -104,11 +104,11 @@ PRESETS: Mapping[str, tuple[str, tuple[Grid, ...]]] = MappingProxyType(
             ),
         ),
         "small-comparison-rlbench": (
-            "Those of them that pre-train, on recorded RLBench episodes in /data/rlbench_npz (demos.path=…)",
+            "Its pre-trained settings on recorded RLBench episodes in /data/rlbench_npz (or demos.path=…)",
             _pretrained(_RLBENCH),
         ),
         "small-causes": (
-            "What makes the difference there: one RSSM, pre-trained parts held at first, a larger action KL",
+            "Causes of differences in small-comparison: one RSSM, frozen parts, a stronger action KL",
             (
                 {"method": ["apv"], "naive": [True], **_METAWORLD},
                 {"method": ["prelar"], **_HELD, **_METAWORLD},
