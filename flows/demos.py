@@ -1,4 +1,4 @@
-"""The flow of stage demos: demonstrations become a store with actions. `python -m flows.demos [NAME]`."""
+"""The flow of stage demos: makes a store with actions from demonstrations. `python -m flows.demos [NAME]`."""
 
 from __future__ import annotations
 
@@ -69,10 +69,12 @@ def collect(number: int, running: Parcel) -> Parcel:
 
 @flow(name=NAME)
 def demos(name: str = NAME) -> str:
-    """Collect, store, index, validate and publish; returns a summary in a line, with the rate of this run.
+    """Collect, store, index, validate and publish demonstrations. Returns a one-line summary with the rate.
 
-    `name` is that of the store, and of its source in params.yaml.
-    The caller holds the lock on the store. Work that an earlier run left in staging is continued.
+    The caller holds the lock on the store. The unfinished work of an earlier run is continued.
+
+    Args:
+        name: The store, named like its source in params.yaml.
     """
     config = load_config()
     settings = settings_of(config, name)

@@ -1,4 +1,4 @@
-"""The flow `pipeline`: one experiment of dvc.yaml with changed params, run beside the workspace."""
+"""The flow `pipeline`: a DVC experiment with changed params, run outside the workspace."""
 
 from __future__ import annotations
 
@@ -88,11 +88,11 @@ UNCHANGED = Params()
 
 @flow(name="pipeline")
 def pipeline(params: Params = UNCHANGED, targets: tuple[str, ...] = ()) -> str:  # type: ignore[valid-type]
-    """Run the stages of dvc.yaml that changed params concern, as one DVC experiment; returns its name.
+    """Run the stages of dvc.yaml that the changed params affect, as a DVC experiment. Returns its name.
 
     Args:
-        params: Changes to the keys of params.yaml. What is left empty stays as the file has it.
-        targets: Stages to run, with the stages they need. None: the whole pipeline.
+        params: Changes to the keys of params.yaml. Empty fields keep the file's value.
+        targets: Stages to run, with the stages that they need. Empty: the whole pipeline.
     """
     load_config()
     changes = params.model_dump()  # type: ignore[attr-defined]
@@ -134,7 +134,7 @@ def publish_result(experiment: str, changes: dict[str, Any], *, whole: bool) -> 
             table("metric", {name: f"{value:.4g}" for name, value in sorted(metrics.items())}),
             f"Report: [{page}]({place}/{page.name})",
         ]
-    parts.append(f"Take it into the workspace: `dvc exp apply {experiment}`")
+    parts.append(f"To bring it into the workspace: `dvc exp apply {experiment}`")
     create_markdown_artifact("\n\n".join(parts), key="result", description=f"Experiment {experiment}")
 
 
@@ -150,20 +150,20 @@ SSV2, DEMOS = Ssv2(), Demos()
 
 @flow(name="store-ssv2")
 def ssv2(settings: Ssv2 = SSV2) -> str:  # type: ignore[valid-type]
-    """Make the store of Something-Something V2; returns the experiment's name.
+    """Make the store of the videos in ssv2.source, as a DVC experiment. Returns its name.
 
     Args:
-        settings: Changes to the group ssv2 of params.yaml. What is left empty stays as the file has it.
+        settings: Changes to the keys of the group ssv2. Empty fields keep the value in params.yaml.
     """
     return _store("ssv2", settings)
 
 
 @flow(name="store-demos")
 def demos(settings: Demos = DEMOS) -> str:  # type: ignore[valid-type]
-    """Make the store of demonstrations; returns the experiment's name.
+    """Make the store of demonstrations, as a DVC experiment. Returns its name.
 
     Args:
-        settings: Changes to the group demos of params.yaml. What is left empty stays as the file has it.
+        settings: Changes to the keys of the group demos. Empty fields keep the value in params.yaml.
     """
     return _store("demos", settings)
 

@@ -45,14 +45,14 @@ SILENCE = 600.0
 def experiment(
     name: str, changes: dict[str, Any], revision: str, targets: tuple[str, ...] = (), shared: bool = False
 ) -> str:
-    """Run one experiment in the worker's clone and push what it made; returns its name.
+    """Run an experiment in the worker's clone and push its results. Returns its name.
 
     Args:
-        name: What the experiment is called.
+        name: Name of the experiment.
         changes: Changes to the keys of params.yaml at the revision.
-        revision: The commit that it is an experiment on.
-        targets: Stages to run, with the stages they need. None: the whole pipeline.
-        shared: Whether other experiments need what it makes, and it is none itself.
+        revision: The commit that the experiment is based on.
+        targets: Stages to run, with the stages that they need. Empty: the whole pipeline.
+        shared: True for stages that several experiments share, which are no experiment themselves.
     """
     logger = get_run_logger()
     os.chdir(os.environ[CLONE])
@@ -149,9 +149,9 @@ _RESULTS = [":(top,exclude)dvc.lock", ":(top,exclude)metrics.json"]
 
 
 def main() -> None:
-    """Take experiments from the pool and run them in this clone, one at a time, until Ctrl-C."""
+    """Run experiments from the pool in this clone, one at a time, until Ctrl-C."""
     parser = argparse.ArgumentParser(prog="python -m flows.pool", description=main.__doc__)
-    parser.add_argument("--name", help="the worker's name in the UI")
+    parser.add_argument("--name", help="name of this worker in the UI")
     given = parser.parse_args()
     url = os.environ.get(runtime.API)
     if not url or not runtime.answers(url):

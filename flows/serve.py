@@ -1,4 +1,4 @@
-"""`make ui`: a Prefect server on this machine, and the deployments to run and schedule in its UI."""
+"""`make ui`: a Prefect server on this machine, with the deployments to run and schedule in its UI."""
 
 from __future__ import annotations
 
@@ -40,9 +40,12 @@ def main() -> None:
     parser.add_argument(
         "--host",
         default="127.0.0.1",
-        help=f"address to bind (default: this machine only); others want a password, in {access.SERVER_AUTH}",
+        help="address to listen on (default: this machine only); any other needs a password in "
+        f"{access.SERVER_AUTH}",
     )
-    parser.add_argument("--port", type=int, default=4200, help="port of UI and API (default: %(default)s)")
+    parser.add_argument(
+        "--port", type=int, default=4200, help="port of the UI and the API (default: %(default)s)"
+    )
     given = parser.parse_args()
     own = access.own_string(given.host)
     auth = own or access.draw()
@@ -154,20 +157,26 @@ def deployments() -> list[RunnerDeployment]:
         (
             pipeline,
             "pipeline",
-            "One experiment: the stages of dvc.yaml that the changed params concern.",
+            "One experiment: runs the stages of dvc.yaml that the changed params affect.",
             ["dvc", "training"],
             nightly,
         ),
         (
             experiments,
             "experiments",
-            "A sweep over params: experiments that share their pre-training. Started again, it runs "
-            "what has no result yet.",
+            "A sweep over params: experiments that share stages with the same params. Starting it again "
+            "runs only what has no result yet.",
             ["dvc", "training", "sweep"],
             None,
         ),
-        (ssv2, "ssv2", "The store of Something-Something V2 alone.", ["dvc", "data"], None),
-        (demos, "demos", "The store of demonstrations alone.", ["dvc", "data"], None),
+        (
+            ssv2,
+            "ssv2",
+            "Only the store of Something-Something V2, or of the videos in ssv2.source.",
+            ["dvc", "data"],
+            None,
+        ),
+        (demos, "demos", "Only the store of demonstrations.", ["dvc", "data"], None),
     ]
     return [
         cast(

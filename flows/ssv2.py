@@ -1,4 +1,4 @@
-"""The flow of stage ssv2: a video archive becomes a store of frame pairs. `python -m flows.ssv2 [NAME]`."""
+"""The flow of stage ssv2: makes a store of frame pairs from videos. `python -m flows.ssv2 [NAME]`."""
 
 from __future__ import annotations
 
@@ -47,11 +47,12 @@ def fetch(urls: list[str]) -> list[Path]:
 
 @flow(name=NAME)
 def ssv2(name: str = NAME) -> str:
-    """Fetch, read as a stream, decode, store, index, validate and publish; returns a summary in a line.
+    """Fetch, read as a stream, decode, store, index, validate and publish videos. Returns a one-line summary.
 
-    `name` is that of the store, and of its source in params.yaml.
+    The caller holds the lock on the store. The unfinished work of an earlier run is continued.
 
-    The caller holds the lock on the store. Work that an earlier run left in staging is continued.
+    Args:
+        name: The store, named like its source in params.yaml.
     """
     config = load_config()
     settings = settings_of(config, name)

@@ -67,9 +67,15 @@ def named_store(about: str | None, kind: str) -> str:
     """The name of the store that a flow's command line asks for: that of its kind, or of a further source."""
     parser = argparse.ArgumentParser(prog=f"python -m flows.{kind}", description=about)
     parser.add_argument(
-        "name", metavar="NAME", nargs="?", default=kind, help="a further source of params.yaml, by its name"
+        "name",
+        metavar="NAME",
+        nargs="?",
+        default=kind,
+        help=f"store to make: {kind} (default), or a name under sources in params.yaml",
     )
-    parser.epilog = f"What it does is set in params.yaml, group {kind}, and sources.NAME of a further source."
+    parser.epilog = (
+        f"Its settings are the group {kind} of params.yaml, for NAME with the keys of sources.NAME."
+    )
     name: str = parser.parse_args().name
     return name
 
