@@ -113,7 +113,7 @@ def test_a_method_runs_through_every_stage(method: str, dataset: str, task: str)
     assert metrics["success_rate"] in (0, 1) if succeeds else "success_rate" not in metrics
     assert (finetune.LOGS / "plots/metrics/eval/success.tsv").exists() == succeeds
     shown = report.page.PAGE.read_text(encoding="utf-8")
-    assert ("tells no success" in shown) == (not succeeds)
+    assert ("reports no success" in shown) == (not succeeds)
     assert ("prediction_error" in metrics) == pretrains
     assert ("probe_r2" in metrics) == (method == "prelar" and succeeds)
     assert ("probe_demonstrations_r2" in metrics) == (method == "prelar" and dataset == "demos")

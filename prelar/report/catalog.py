@@ -21,22 +21,22 @@ UPDATES = "updates"
 METHODS = {  # name as its authors write it, and what it does
     "dreamerv2": (
         "DreamerV2",
-        "DreamerV2 learns its world model from the task alone, without any pre-training: it is the baseline.",
+        "DreamerV2 is the baseline: its world model is trained on the task alone, without pre-training.",
     ),
     "apv": (
         "APV",
-        "APV pre-trains a world model without actions on video, and stacks a second one, conditioned on the "
-        "robot’s actions, on top of it for control.",
+        "APV pre-trains an action-free world model on video. Fine-tuning stacks a second one on top, "
+        "which is conditioned on the robot’s actions.",
     ),
     "contextwm": (
         "ContextWM",
-        "ContextWM pre-trains a world model without actions on video; one context frame of each clip carries "
-        "the appearance, so that the dynamics are free to follow what moves.",
+        "ContextWM pre-trains an action-free world model on video. A context frame of each clip carries the "
+        "appearance, so that the dynamics can model the motion.",
     ),
     "prelar": (
         "PreLAR",
-        "PreLAR infers a latent action between each frame and the next, so that a world model conditioned on "
-        "actions can be pre-trained on video that has none; fine-tuning encodes the robot’s actions into the "
+        "PreLAR infers a latent action between each frame and the next, so that an action-conditional world "
+        "model can be pre-trained on video without actions. Fine-tuning encodes the robot’s actions into the "
         "same space.",
     ),
 }
@@ -96,27 +96,32 @@ def loss_curve(name: str, caption: str = "", y: str | None = None, folder: str =
 _LOSSES = (
     loss_curve(
         "image",
-        "Reconstruction. Squared error of the decoded frame, halved and summed over pixels and channels.",
+        "Reconstruction. Half the squared error of the decoded frame, summed over pixels and channels.",
         "reconstruction, squared error / 2 of an image",
     ),
     loss_curve(
         "kl",
-        "Dynamics KL. Posterior against prior of the state: what the dynamics failed to predict.",
+        "Dynamics KL. Divergence of the state’s posterior from its prior: what the dynamics did not predict.",
         "dynamics KL, nats",
     ),
     loss_curve(
-        "action_kl", "Action KL. Latent action against N(0, I): what the action carries.", "action KL, nats"
+        "action_kl",
+        "Action KL. Divergence of the latent action from N(0, I): how much information it carries.",
+        "action KL, nats",
     ),
     loss_curve(
         "consistency",
-        "Consistency. Disagreement between the orders of action distances and state distances.",
+        "Consistency. How far the order of the action distances disagrees with that of the state distances.",
         "consistency loss",
     ),
-    loss_curve("total", "Total. The weighted sum that is minimised.", "total, weighted sum of the losses"),
+    loss_curve(
+        "total",
+        "Total. The weighted sum of the losses, which is minimised.",
+        "total, weighted sum of the losses",
+    ),
     loss_curve(
         "prediction_error",
-        "Prediction error. Of the frames of held-out clips that the model does not see, while it learns; "
-        "pixels in [0, 1].",
+        "Prediction error. Mean squared error of the imagined frames of held-out clips; pixels in [0, 1].",
         "prediction error, mean squared",
         folder="validation",
     ),
@@ -128,7 +133,7 @@ _PREDICTION = CurveSpec(
     "frames ahead",
     "prediction error, mean squared",
     "Mean squared error on held-out clips, pixels in [0, 1].",
-    reference=("prediction_copy", "copying the last frame seen"),
+    reference=("prediction_copy", "copying the last observed frame"),
 )
 _ERROR = CurveSpec(
     f"{EVALUATE}/offline_pretrained.tsv",
@@ -153,11 +158,11 @@ _REWARD_ERROR = CurveSpec(
 _PROBE = CurveSpec(
     f"{EVALUATE}/probe_gaps.tsv",
     "latent",
-    "R² of the latent action by the time between frames",
+    "R² of the latent action by the distance between frames",
     "frames apart",
     "R², mean of the four targets",
-    "Latent action, R² on held-out episodes of random actions by how far apart the frames of a pair are; "
-    "0 or less is drawn at 0.",
+    "Latent action, R² on held-out episodes of random actions, by the distance between the frames of a pair; "
+    "values below 0 are drawn at 0.",
     limits=(0.0, 1.0),
     reference=("probe_gaps_difference", "raw frame difference"),
 )

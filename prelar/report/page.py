@@ -100,8 +100,8 @@ def stand_in(config: Config) -> str | None:
     """What the data are where they are not those that the data set's name promises."""
     if config.dataset == "ssv2" and config.ssv2.source == SAMPLE:
         return (
-            "These are not clips of Something-Something V2, but the project’s own sample in the same shape: "
-            "Meta-World’s scripted experts, rendered."
+            "These are not clips of Something-Something V2 but the rendered sample, which is packed like it: "
+            "Meta-World’s scripted experts and random motion."
         )
     if config.dataset == "demos" and config.demos.source == "metaworld":
         return "These are demonstrations of Meta-World’s scripted experts, not of RLBench."

@@ -122,7 +122,7 @@ def test_commands_and_dirt_of_each_run_are_shown() -> None:
     ]
     text = compare.render(runs)
     assert f"git checkout {'b' * 40}\nmake setup\n.venv/bin/dvc exp run -S beta_a=0.1" in text
-    assert "Changed beside the parameters: prelar/train/loop.py" in text and "aa.dir" in text
+    assert "Changed besides the parameters: prelar/train/loop.py" in text and "aa.dir" in text
 
 
 def test_nothing_private_is_shown() -> None:

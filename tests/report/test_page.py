@@ -166,7 +166,7 @@ def test_a_run_without_pretraining_says_so(tmp_path: Path, config: Config, metho
     page = report.render(config.model_copy(update={"method": method}), tmp_path)
     Page(page)
     assert ("DreamerV2 has no pre-training" in page) == (method == "dreamerv2")
-    assert ("holds no losses" in page) == (method == "prelar")
+    assert ("no losses in <code>reports/pretrain" in page) == (method == "prelar")
     assert '<data value="0.0021"' in page
 
 
@@ -176,7 +176,7 @@ def test_a_page_of_bare_metrics(tmp_path: Path, config: Config, capsys: pytest.C
     assert capsys.readouterr().out == f"report: {tmp_path / report.PAGE}\n"
     text = (tmp_path / report.PAGE).read_text()
     Page(text)
-    for sentence in ("Not measured", "No learning curve", "was not described", "No dvc.lock"):
+    for sentence in ("Not measured", "No learning curve", "wrote no description of the store", "No dvc.lock"):
         assert sentence in text
 
 
@@ -214,7 +214,7 @@ def test_the_checks_of_the_store_are_shown(text: str, tmp_path: Path, config: Co
     assert "<td>at most 1.00% of the clips are bad</td><td>passed</td>" in text
     assert "failed: 3 &lt;b&gt;" in text and f'href="{VALIDATION}"' in text
     (tmp_path / "metrics.json").write_text("{}")
-    assert "checks of the store found is not at hand" in report.render(config, tmp_path)
+    assert "results of the store’s checks are not available" in report.render(config, tmp_path)
 
 
 def test_nothing_private_in_the_parameters_is_shown(results: Path, config: Config) -> None:
