@@ -92,7 +92,7 @@ def make_entry(folder: Path, start: Callable[[Step], World | None], root: Path) 
     title, notes = describe(step, root)
     remedy = f"To play it: python -m prelar play {folder}"
     if size > LARGEST:
-        return Entry(title, [*notes, f"That is too large for a page. {remedy}"])
+        return Entry(title, [*notes, f"The model is too large for a page. {remedy}"])
     if not all(importlib.util.find_spec(name) for name in EXPORTERS):
         told = f"This environment lacks {' and '.join(EXPORTERS)}, which turn it into one a page can run"
         return Entry(title, [*notes, f"{told}; run make setup. {remedy}"])
@@ -130,10 +130,10 @@ def describe(step: Step, root: Path = Path()) -> tuple[str, list[str]]:
     count, size = sum(p.numel() for part in modules for p in part.parameters()), weight_bytes(modules)
     if spec.stage == "finetune":
         title = f"{name}, fine-tuned on {described.get('task', 'a task')}"
-        kind = "The robot’s actions drive it; it knows rewards, and a policy that it was learnt with."
+        kind = "It is controlled by the robot’s actions, predicts rewards and comes with a policy."
     else:
-        title, kind = f"{name}, pre-trained on video", "It learnt from video without actions."
-    notes = [f"{kind} A step takes {count / 1e6:.2g} million weights, {size / 1e6:.1f} MB."]
+        title, kind = f"{name}, pre-trained on video", "It was trained on video without actions."
+    notes = [f"{kind} One step uses {count / 1e6:.2g} million weights, {size / 1e6:.1f} MB."]
     path = root / EVALUATE / ERRORS[spec.stage]
     table = read_tsv(path) if path.is_file() else {}
     if table.get("step"):
@@ -141,8 +141,8 @@ def describe(step: Step, root: Path = Path()) -> tuple[str, list[str]]:
         places = sorted({0, len(ahead) // 2, len(ahead) - 1})
         grown = ", ".join(f"{model[i]:.4f} ({copy[i]:.4f}) at {ahead[i]:.0f}" for i in places)
         notes.append(
-            "How its error grows on frames it had not seen, by the steps since it last looked: mean squared "
-            f"error of pixels in [0, 1] (and that of repeating the last frame seen) {grown}."
+            "Mean squared error of the imagined frames by steps since the last true frame, pixels in [0, 1] "
+            f"(in brackets: copying the last true frame): {grown}."
         )
     return title, notes
 

@@ -218,7 +218,7 @@ def test_a_rollout_is_rewound_followed_kept_and_shared(browser: Browser, file: P
         last = page.evaluate("[...simulator.steps[4].frame]")
     assert parse_qs(fragment[1:])["steps"] == ["4"]
     with opened(browser, file, fragment) as (page, _):
-        page.get_by_text("Replayed 4 steps").wait_for()
+        page.get_by_text("Replayed the 4 steps").wait_for()
         assert page.evaluate("[...simulator.steps[4].frame]") == last
 
 
@@ -231,7 +231,7 @@ def test_the_recording_drives_as_far_as_it_goes(
         page.get_by_label("the recording’s actions").check()
         page.locator("#speed").select_option("1000")
         page.get_by_role("button", name="Run").click()
-        page.get_by_text("The recording has no further action").wait_for()
+        page.get_by_text("The recording has no more actions").wait_for()
         assert page.evaluate("[running, simulator.position, simulator.steps.length]") == [
             False,
             5 - frame,
@@ -267,7 +267,7 @@ def test_a_picture_of_ones_own_is_a_start(
     (tmp_path / "none.png").write_bytes(b"no picture")
     with opened(browser, file) as (page, _):
         page.locator("#file").set_input_files(tmp_path / "own.png")
-        page.get_by_text("Your picture, as the model sees it").wait_for()
+        page.get_by_text("Your image, as the model sees it").wait_for()
         start = page.evaluate(
             "[[...simulator.steps[0].frame], [...simulator.steps[0].stoch], simulator.steps[0].value]"
         )
@@ -277,21 +277,21 @@ def test_a_picture_of_ones_own_is_a_start(
         rolled = page.evaluate(OWN, [[100, -50, 20, 127]] * 3)
         assert follow(load_step(folder), entry.world, 1, 0, 1, rolled) == 3
         page.get_by_role("button", name="Copy a link").click()
-        page.get_by_text("A link cannot carry").wait_for()
+        page.get_by_text("A link cannot contain").wait_for()
         page.locator("#file").set_input_files(tmp_path / "wide.jpg")
         page.locator("#step:text-is('0')").wait_for()
         red, green, blue = page.evaluate("[...simulator.steps[0].frame.slice(0, 3)]")
         assert red > 180 and green < 60 and blue < 60
         page.locator("#file").set_input_files(tmp_path / "none.png")
-        page.get_by_text("none.png: no picture").wait_for()
+        page.get_by_text("none.png: no image").wait_for()
 
 
 def test_the_camera_gives_a_start(browser: Browser, file: Path) -> None:
     with empty_page(browser) as (page, _):
         page.goto(file.as_uri())
         page.get_by_role("button", name="Use the camera").click()
-        page.get_by_role("button", name="Take the picture").click()
-        page.locator("#clip option:text-is('your picture')").wait_for(state="attached")
+        page.get_by_role("button", name="Take the image").click()
+        page.locator("#clip option:text-is('your image')").wait_for(state="attached")
         page.locator("#preview").wait_for(state="hidden")
         assert len(set(page.evaluate("[...simulator.steps[0].frame]"))) > 2
         assert page.evaluate("document.getElementById('preview').srcObject") is None
@@ -361,7 +361,7 @@ def test_without_the_runtime_it_names_the_command(browser: Browser, tmp_path: Pa
     path.write_text(render([Entry("It", ["A model."], World({}, {}), b"graph")], None), encoding="utf-8")
     with opened(browser, path) as (page, _):
         told = page.locator("main").inner_text()
-        assert runtime.COMMAND in told and "Nothing can be played here" in told
+        assert runtime.COMMAND in told and "No model can be played here" in told
     assert path.stat().st_size < 200_000
 
 

@@ -79,7 +79,7 @@ async function advance(record) {  // one step of imagination from where the roll
   const {world, engine, steps, position, clip, seed, chance} = simulator;
   if (record === null) {
     setRunning(false);
-    tell("The recording has no further action.");
+    tell("The recording has no more actions.");
     return;
   }
   if (simulator.busy || position >= LONGEST) { setRunning(running && position < LONGEST); return; }
@@ -184,8 +184,8 @@ function draw() {
   const last = isOwn() ? 0 : world.frames - 1, time = Math.min(frame + position, last), over = frame + position > last;
   paint(at("truth"), isOwn() ? steps[0].frame : row(world.arrays.frames, clip, time));
   at("truth").classList.toggle("over", over);
-  const told = isOwn() ? "Your picture, as the model sees it" : `True: frame ${time} of the recording`;
-  at("truth-told").textContent = over && !isOwn() ? "True: the recording has ended" : told;
+  const told = isOwn() ? "Your image, as the model sees it" : `True frame ${time} of the recording`;
+  at("truth-told").textContent = over && !isOwn() ? "The recording has ended" : told;
   const number = value => value === null || value === undefined ? "–" : value.toFixed(2);
   at("step").textContent = String(position);
   at("reward").textContent = number(step.reward);
@@ -217,7 +217,7 @@ async function look(source, width, height) {  // a picture or a frame of a video
   } finally { simulator.busy = false; }
   if (simulator.world !== world) { return; }
   const option = at("clip").options[world.clips] ?? at("clip").appendChild(document.createElement("option"));
-  Object.assign(option, {value: String(world.clips), textContent: "your picture"});
+  Object.assign(option, {value: String(world.clips), textContent: "your image"});
   Object.assign(simulator, {clip: world.clips, frame: 0});
   at("clip").value = String(world.clips);
   at("frame").value = "0";
@@ -229,7 +229,7 @@ async function lookAtFile(file) {
   try {
     const image = await createImageBitmap(file);
     await look(image, image.width, image.height);
-  } catch (error) { tell(`${file.name}: no picture that this browser can read (${error.message ?? error})`, true); }
+  } catch (error) { tell(`${file.name}: no image that this browser can read (${error.message ?? error})`, true); }
 }
 
 function closeCamera() {
@@ -251,10 +251,10 @@ async function useCamera() {
     video.srcObject = await navigator.mediaDevices.getUserMedia({video: true});
     video.hidden = false;
     await video.play();
-    at("camera").textContent = "Take the picture";
+    at("camera").textContent = "Take the image";
   } catch (error) {
     closeCamera();
-    tell(`The camera gives no picture: ${error.message ?? error}`, true);
+    tell(`The camera gives no image: ${error.message ?? error}`, true);
   }
 }
 
@@ -304,12 +304,12 @@ function link() {
 }
 
 async function share() {
-  if (isOwn()) { tell("A link cannot carry a picture of your own; save the rollout as a GIF."); return; }
+  if (isOwn()) { tell("A link cannot contain your own image; save the rollout as a GIF instead."); return; }
   location.hash = link();
   try {
     await navigator.clipboard.writeText(location.href);
-    tell("The link to this rollout is copied.");
-  } catch { tell("The link to this rollout stands in the address bar."); }
+    tell("The link to this rollout was copied.");
+  } catch { tell("The link to this rollout is in the address bar."); }
 }
 
 async function replay(text) {
@@ -321,7 +321,7 @@ async function replay(text) {
   if (setup.entries[number]?.playable) { await openWorld(number); }
   const found = readLink(text, sizes);
   if (!found || !found.records.every(record => isRecord(engines.get(found.model).world, record))) {
-    tell("The link does not fit this page; this is a fresh start.", true);
+    tell("The link does not fit this page, so it was not replayed.", true);
     return;
   }
   await choose(found.model, found);
@@ -330,7 +330,7 @@ async function replay(text) {
     if (simulator.position !== place + 1) { return; }  // it failed, and said so
   }
   const other = found.mark !== simulator.world.mark;
-  tell(other ? "The link was made with another model, which imagines otherwise." : `Replayed ${found.records.length} steps of the link.`, other);
+  tell(other ? "The link was made with another model, so its rollout differs here." : `Replayed the ${found.records.length} steps of the link.`, other);
 }
 
 // --- Setting up ---
@@ -456,7 +456,7 @@ function lacking() {  // what this browser needs and does not have
 
 async function open() {
   const playable = setup.entries.flatMap((entry, number) => entry.playable ? [number] : []);
-  if (!playable.length) { tell("Nothing can be played here; below it says why.", true); return; }
+  if (!playable.length) { tell("No model can be played here; the reasons are below.", true); return; }
   const gone = lacking();
   if (gone) { tell(`This browser lacks ${gone}, which the page needs; open it in a current one.`, true); return; }
   if (!at("block-end")) { throw new Error("its end is missing; copy or write it again"); }

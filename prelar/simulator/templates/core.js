@@ -122,13 +122,13 @@ class RemoteEngine {  // the model in a server on this machine, asked over a Web
     engine.socket.onmessage = ({data}) => { engine.waiting?.done(data); };
     engine.socket.onclose = () => {
       engine.closed = true;
-      engine.waiting?.fail(new Error("the server has ended; start it again and load this page anew"));
+      engine.waiting?.fail(new Error("the server has ended; start it again and reload this page"));
     };
     return engine;
   }
 
   async ask(message, picture) {  // a state, and the bytes of a picture where one is to come
-    if (this.closed) { throw new Error("the server has ended; start it again and load this page anew"); }
+    if (this.closed) { throw new Error("the server has ended; start it again and reload this page"); }
     const answer = await new Promise((done, fail) => {
       this.waiting = {done, fail};
       this.socket.send(message);
