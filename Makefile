@@ -20,7 +20,7 @@ $(READY): requirements.lock tools/setup.sh
 
 setup: $(READY) ## create .venv with the locked dependencies
 
-rlbench-setup: $(READY) ## add RLBench for live demonstrations; needs CoppeliaSim and COPPELIASIM_ROOT
+rlbench-setup: $(READY) ## install RLBench for live demonstrations; needs CoppeliaSim and COPPELIASIM_ROOT
 	@PYTHON=.venv/bin/python sh tools/rlbench_setup.sh
 
 check: $(READY) ## validate params.yaml
@@ -30,7 +30,7 @@ repro: check ## run the pipeline of dvc.yaml at the scale of params.yaml
 	@dvc repro
 	@echo "The report: $(CURDIR)/reports/index.html"
 
-test: $(READY) ## run all checks and tests
+test: $(READY) ## run the linters and the tests
 	@sh tools/browser.sh
 	@$(MAKE) --no-print-directory --jobs 2 lint test-model
 	@$(PYTEST) -n 2 --dist loadfile --no-loadscope-reorder $(OF_MODEL:%=--ignore=%) --durations 15
@@ -38,49 +38,49 @@ test: $(READY) ## run all checks and tests
 test-model: $(READY)
 	@$(PYTEST) $(OF_MODEL) --cov=prelar.model --cov-report=term-missing:skip-covered --cov-fail-under=95
 
-test-long: $(READY) ## run what takes longer: repeated kills, fuzzing and learning runs
+test-long: $(READY) ## run the long tests: repeated kills, fuzzing and learning runs
 	@python -m pytest -m long
 
 test-live: $(READY) ## collect demonstrations of three tasks in CoppeliaSim
 	@python -m pytest -m live
 
-lint: $(READY) ## format check, linter, type checker, import directions
+lint: $(READY) ## check format, lint, types and import directions
 	@ruff format --check --quiet . || { echo "error: not formatted; run make format"; exit 1; }
 	@ruff check --quiet .
 	@mypy --no-error-summary
 	@lint-imports --no-logo > .import_linter.log || { cat .import_linter.log; exit 1; }
 
-format: $(READY) ## format the code and mend what the linter can
+format: $(READY) ## format the code and apply the linter's fixes
 	@ruff format . && ruff check --fix .
 
-bench: $(READY) ## measure against the peers and bounds, to reports/bench.json
+bench: $(READY) ## measure speed against peers and bounds, to reports/bench.json
 	@python -m tests.bench
 
-bench-learning: $(READY) ## show that the agent learns: five seeds of three tasks against chance, in about two hours
+bench-learning: $(READY) ## check that the agent beats random actions: three tasks, five seeds, about two hours
 	@python -m tests.bench.learning
 
-docs: $(READY) ## render the pages and the API of docs/ to reports/site
+docs: $(READY) ## render docs/ and the API to reports/site
 	@NO_MKDOCS_2_WARNING=1 python -m mkdocs build --strict --quiet
 	@echo "The site: $(CURDIR)/reports/site/index.html"
 
 ui: $(READY) ## serve the flows in the Prefect UI on this machine
 	@python -m flows.serve
 
-show: $(READY) ## compare experiments: what differs between them, and what came out
+show: $(READY) ## compare experiments: the params that differ, and the metrics
 	@dvc exp show $(SHOWN)
 
-demo-model: $(READY) ## pack the agent of the run at hand as the model that the package ships
+demo-model: $(READY) ## replace the model that the package ships by the agent in the workspace
 	@python -m prelar.simulator.demo
 
-lock: $(READY) ## resolve pyproject.toml into requirements.lock anew
+lock: $(READY) ## resolve pyproject.toml to requirements.lock
 	@python tools/lock.py
 
-params: $(READY) ## write docs/params.md anew from the settings
+params: $(READY) ## write docs/params.md from prelar/config.py and params.yaml
 	@PYTHONPATH=. python tools/params_page.py
 
-results: $(READY) ## write docs/results.md anew from the tables in results/
+results: $(READY) ## write docs/results.md from the tables in results/
 	@PYTHONPATH=. python tools/results_page.py
 
-clean: ## remove the caches of tools; data, downloads and results stay
+clean: ## remove the caches of tools; data, downloads and results are kept
 	rm -rf .pytest_cache .mypy_cache .ruff_cache .hypothesis .import_linter_cache .import_linter.log tests/output
 	find prelar flows tests -name __pycache__ -type d -prune -exec rm -rf {} +

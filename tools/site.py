@@ -1,4 +1,4 @@
-"""What the site of `make docs` has beside docs/: the top's pages, the API's, and the page to play in."""
+"""The pages that the site of `make docs` has besides docs/: README and the like, the API, the simulator."""
 
 from __future__ import annotations
 
@@ -20,19 +20,19 @@ TOP = {
     "SECURITY.md": "SECURITY.md",
 }
 API = {
-    "prelar.api": "Models in a program of your own",
+    "prelar.api": "Models in your own program",
     "prelar.dream": "The model as an environment",
     "prelar.store.store": "Stores",
     "prelar.store.writer": "Writing stores",
     "prelar.demos.episodes": "Sources of demonstrations",
-    "prelar.model.spec": "What a model is",
+    "prelar.model.spec": "Specification of a model",
     "prelar.model.world_model": "The world model",
     "prelar.methods": "The methods",
-    "prelar.config": "Params",
+    "prelar.config": "Parameters",
     "prelar.train.loop": "The training loop",
     "prelar.train.checkpoint": "Checkpoints",
 }
-"""The modules that a program of one's own may import, and what their pages are called."""
+"""The modules meant for import by other programs, and the titles of their pages."""
 PLAY = "play.html"
 
 
@@ -44,7 +44,8 @@ def on_files(files: Files, config: Any) -> Files:
     pages["decisions/index.md"] = "# Decisions\n\n" + "".join(f"- [{name[:-3]}]({name})\n" for name in listed)
     links = "".join(f"- [{title}]({name}.md)\n" for name, title in API.items())
     pages["api/index.md"] = (
-        f"# API\n\nModules for a program of your own; see [what stays](../compatibility.md).\n\n{links}"
+        "# API\n\nThe modules to import in your own program. [Compatibility](../compatibility.md) says which "
+        f"parts later versions keep.\n\n{links}"
     )
     for path, content in pages.items():
         files.append(File.generated(config, path, content=content))
@@ -61,5 +62,5 @@ def on_page_markdown(markdown: str, page: Any, **_: Any) -> str:
         markdown = markdown.replace("](LICENSE)", "](LICENSE.txt)")
         return re.sub(r"\]\(docs/", "](", markdown)
     if page.file.src_uri == "simulator.md":
-        markdown += f"\n[The small model of the package, to play in here]({PLAY})\n"
+        markdown += f"\n[Play with the small model that the package ships]({PLAY})\n"
     return re.sub(rf"\]\(\.\./({'|'.join(map(re.escape, TOP))})", lambda m: f"]({TOP[m[1]]}", markdown)
